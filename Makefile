@@ -1,0 +1,35 @@
+# make demo   see a lost disk come back       make test   everything that CI runs
+# make check  lint and types only             make clean  remove what was made here
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check clean system
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("selfheal needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	@echo "making $(VENV) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,postgres,validate,cli]' --group dev
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python -m examples.demo
+
+test: $(READY) system check
+	@$(BIN)/python -X dev -m pytest
+
+check: $(READY)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+
+# Real servers for the tests: installed where that is allowed, used when present, otherwise their tests are skipped.
+system:
+	@sh tests/system.sh
+
+clean:
+	@rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

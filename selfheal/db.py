@@ -1,0 +1,419 @@
+"""The database half: records, their history, and the bytes behind them. The record is the one commit point."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Row, Select, and_, delete, func, select, union, update
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.schema import MetaData
+
+from . import names
+from .blobs import Blobs, Write, chunk_rows
+from .content_types import content_type as type_of
+from .engine import Engine, unavailable
+from .errors import CorruptBlob, DatabaseUnavailable, NotStored
+from .flight import Tasks
+from .sources import Source
+from .tables import SCHEMA_VERSION, define_tables
+from .threads import Threads
+
+GRACE = timedelta(hours=24)
+"""How long bytes without a record are left alone: longer than any upload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the database knows of a name. `size` in bytes, `modified_ns` in ns since the epoch, times in UTC."""
+
+    name: str
+    sha256: str
+    size: int
+    content_type: str
+    modified_ns: int
+    generation: int
+    created_at: datetime
+    changed_at: datetime
+    deleted_at: datetime | None = None
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether this is a tombstone."""
+        return self.deleted_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a name was before an overwrite or a deletion."""
+
+    name: str
+    generation: int
+    sha256: str
+    size: int
+    content_type: str
+    modified_ns: int
+    replaced_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A record with the first chunk of its bytes; None where there is none."""
+
+    record: Record
+    first: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file of a few chunks, whole, on its way into the database."""
+
+    name: str
+    sha256: str
+    size: int
+    modified_ns: int
+    chunks: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What a purge dropped (or would drop): versions of the history, blobs, and the bytes of those blobs."""
+
+    versions: int
+    blobs: int
+    size: int
+
+
+class ImageStorage:
+    """The catalogue and its blobs, in the database of a URL or of the app's own engine.
+
+    `timeout` (seconds) bounds every statement. Every method raises `DatabaseUnavailable` if there is no answer.
+    """
+
+    def __init__(
+        self,
+        database: str | URL | AsyncEngine,
+        *,
+        metadata: MetaData | None = None,
+        timeout: float = 4.0,
+        threads: Threads | None = None,
+        tasks: Tasks | None = None,
+    ) -> None:
+        self.tables = define_tables(MetaData() if metadata is None else metadata)
+        self._threads = threads or Threads()
+        self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or Tasks())
+        self._blobs = Blobs(self._engine, self.tables, self._threads)
+
+    @property
+    def url(self) -> URL:
+        """Where the database is."""
+        return self._engine.url
+
+    async def create_tables(self) -> None:
+        """Make the tables that are not there; two processes may do so at once."""
+        for tries_left in (2, 1, 0):
+            try:
+                await self._engine.without_checks(self._create_tables)
+            except (DatabaseUnavailable, IntegrityError) as error:
+                cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
+                if not tries_left or not isinstance(cause, DBAPIError):
+                    raise
+            else:
+                return
+
+    async def close(self) -> None:
+        """Close the connections that were opened here; the app's own engine stays open."""
+        await self._engine.close()
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    async def find(self, name: str) -> Record | None:
+        """The record of a name (a tombstone if it was deleted); None if the database answered that there is none."""
+        rows = await self._engine.rows(self._select(name))
+        return _to_record(rows[0]) if rows else None
+
+    async def find_many(self, wanted: Iterable[str]) -> dict[str, Record]:
+        """The records, tombstones among them, of those names that have one."""
+        table = self.tables.records
+        rows = await self._engine.rows(select(table).where(table.c.name.in_(list(wanted))))
+        return {row.name: _to_record(row) for row in rows}
+
+    async def fetch(self, wanted: Iterable[str]) -> dict[str, Found]:
+        """As `find_many`, with the first chunk of each: one query brings a small image back."""
+        record, chunk = self.tables.records, self.tables.chunks
+        first = and_(chunk.c.sha256 == record.c.sha256, chunk.c.position == 0, record.c.deleted_at.is_(None))
+        query = select(record, chunk.c.data).outerjoin(chunk, first).where(record.c.name.in_(list(wanted)))
+        return {row.name: Found(_to_record(row), row.data) for row in await self._engine.rows(query)}
+
+    def read(self, version: Record | Version, first: int = 0) -> AsyncGenerator[bytes, None]:
+        """The bytes of a record from chunk number `first` on, chunk by chunk, each checked against its own digest.
+
+        No connection is held between chunks. Raises `CorruptBlob`; the whole digest is the reader's to check.
+        """
+        return self._blobs.read(version.name, version.sha256, version.size, first)
+
+    async def history(self, name: str) -> list[Version]:
+        """What a name was before, newest first."""
+        table = self.tables.history
+        query = select(table).where(table.c.name == name).order_by(table.c.generation.desc())
+        return [_to_version(row) for row in await self._engine.rows(query)]
+
+    async def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
+        """Records without bytes in the order of names, `size` at a time: the living, the deleted, or (None) all."""
+        table = self.tables.records
+        query = select(table).order_by(table.c.name).limit(size)
+        if deleted is not None:
+            query = query.where(table.c.deleted_at.is_not(None) if deleted else table.c.deleted_at.is_(None))
+        after = query
+        while rows := await self._engine.rows(after):
+            yield [_to_record(row) for row in rows]
+            after = query.where(table.c.name > rows[-1].name)
+
+    async def count(self) -> int:
+        """How many living records there are."""
+        table = self.tables.records
+        rows = await self._engine.rows(select(func.count()).select_from(table).where(table.c.deleted_at.is_(None)))
+        return int(rows[0][0])
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    async def store_image(
+        self,
+        name: str,
+        data: Source,
+        *,
+        content_type: str | None = None,
+        modified_ns: int | None = None,
+        sha256: str | None = None,
+        only_new: bool = False,
+        connection: AsyncConnection | AsyncSession | None = None,
+    ) -> Record:
+        """Store bytes under a name and return its record; storing the same bytes again changes nothing.
+
+        `sha256`, if it is known, is what the bytes must be (`CorruptBlob` otherwise). `only_new` leaves a name that
+        has a record, tombstones included, as it is. With `connection` everything is part of the caller's
+        transaction. Raises `InvalidName`.
+        """
+        names.check(name)
+        write: Write = self._engine.write if connection is None else _within(connection)
+        received = await self._blobs.receive(write, data, sha256)
+        if sha256 not in (None, received.sha256):
+            raise CorruptBlob(name, "the bytes that came are not the ones that were promised")
+        values = {
+            "name": name,
+            "sha256": received.sha256,
+            "size": received.size,
+            "content_type": content_type or type_of(name),
+            "modified_ns": time.time_ns() if modified_ns is None else modified_ns,
+        }
+
+        async def work(connection: AsyncConnection) -> Record:
+            await self._blobs.finish(connection, received)
+            return await self._put_record(connection, values, only_new=only_new)
+
+        record: Record = await write(work)
+        return record
+
+    async def store_many(self, files: Sequence[SmallFile]) -> dict[str, Record]:
+        """Store files whose names are new, in one transaction; returns the records that those names have now."""
+        rows = await self._threads.run(_rows_of_many, files)
+        blobs = {file.sha256: {"sha256": file.sha256, "size": file.size, "chunks": len(file.chunks)} for file in files}
+        values = [
+            {
+                "name": names.check(file.name),
+                "sha256": file.sha256,
+                "size": file.size,
+                "content_type": type_of(file.name),
+                "modified_ns": file.modified_ns,
+            }
+            for file in files
+        ]
+
+        async def work(connection: AsyncConnection) -> None:
+            await self._blobs.put_chunks(connection, rows)
+            await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
+            await connection.execute(self._blobs.insert(self.tables.records).on_conflict_do_nothing(), values)
+
+        await self._engine.write(work)
+        return await self.find_many(file.name for file in files)
+
+    async def mend(self, record: Record, data: Source) -> None:
+        """Write the bytes of a record anew. Raises `CorruptBlob`, and changes nothing, if `data` are others."""
+        received = await self._blobs.receive(self._engine.write, data)
+        if received.sha256 != record.sha256:
+            raise CorruptBlob(record.name, "the bytes that came are not the ones that were recorded")
+        await self._engine.write(lambda connection: self._blobs.finish(connection, received))
+
+    async def bury(self, name: str) -> Record | None:
+        """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record."""
+        table = self.tables.records
+
+        async def work(connection: AsyncConnection) -> Record | None:
+            record = await self._lock(connection, name)
+            if record is None or record.is_deleted:
+                return record
+            await self._remember(connection, record)
+            now = func.now()
+            changed = {"deleted_at": now, "changed_at": now, "generation": record.generation + 1}
+            await connection.execute(update(table).where(table.c.name == name).values(changed))
+            return await self._get(connection, name)
+
+        return await self._engine.write(work)
+
+    async def undo(self, name: str, generation: int | None = None) -> Record:
+        """Make a name what it was before its last overwrite or deletion, or what it was as `generation`.
+
+        Raises `NotStored` if there is nothing to go back to.
+        """
+
+        async def work(connection: AsyncConnection) -> Record:
+            record = await self._lock(connection, name)
+            if record is None:
+                raise NotStored(f"{name!r} is not in the database; there is nothing to undo")
+            version = await self._earlier(connection, record, generation)
+            if version is None:
+                raise NotStored(f"{name!r} has no such earlier version; `selfheal history` lists what there is")
+            if not await self._blobs.keep(connection, version.sha256):
+                raise NotStored(f"the bytes of {name!r}, generation {version.generation}, were purged")
+            if not record.is_deleted:
+                await self._remember(connection, record)
+            await self._change(connection, record, version)
+            return await self._get(connection, name)
+
+        return await self._engine.write(work)
+
+    async def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
+        """Drop history older than `keep`, then the bytes that nothing refers to and that are older than `grace`."""
+        records, history = self.tables.records, self.tables.history
+
+        async def work(connection: AsyncConnection) -> Purged:
+            now = _utc((await connection.execute(select(func.now()))).scalar_one())
+            old = history.c.replaced_at < now - keep
+            versions = (await connection.execute(select(func.count()).select_from(history).where(old))).scalar_one()
+            await connection.execute(delete(history).where(old))
+            living = select(records.c.sha256).where(records.c.deleted_at.is_(None))
+            wanted = union(living, select(history.c.sha256))
+            blobs, size = await self._blobs.sweep(connection, wanted, now - grace)
+            if dry_run:
+                await connection.rollback()
+            return Purged(versions, blobs, size)
+
+        return await self._engine.write(work)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _create_tables(self, connection: AsyncConnection) -> None:
+        for table in self.tables.all():
+            await connection.run_sync(table.create, checkfirst=True)
+        version = self._blobs.insert(self.tables.schema).values(version=SCHEMA_VERSION)
+        await connection.execute(version.on_conflict_do_nothing())
+
+    async def _put_record(self, connection: AsyncConnection, values: dict[str, Any], *, only_new: bool) -> Record:
+        name = values["name"]
+        insert = self._blobs.insert(self.tables.records).values(values)
+        if (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
+            return await self._get(connection, name)
+        record = await self._lock(connection, name)
+        if record is None:
+            raise DatabaseUnavailable(f"the record of {name!r} vanished while it was written; try again")
+        if only_new or (not record.is_deleted and record.sha256 == values["sha256"]):
+            return record
+        if not record.is_deleted:
+            await self._remember(connection, record)
+        await self._change(connection, record, Version(generation=0, replaced_at=record.changed_at, **values))
+        return await self._get(connection, name)
+
+    async def _change(self, connection: AsyncConnection, record: Record, to: Version) -> None:
+        table = self.tables.records
+        values = _what(to) | {
+            "generation": record.generation + 1,
+            "changed_at": func.now(),
+            "deleted_at": None,
+        }
+        await connection.execute(update(table).where(table.c.name == record.name).values(values))
+
+    async def _remember(self, connection: AsyncConnection, record: Record) -> None:
+        values = _what(record) | {"name": record.name, "generation": record.generation}
+        await connection.execute(self._blobs.insert(self.tables.history).values(values).on_conflict_do_nothing())
+
+    async def _earlier(self, connection: AsyncConnection, record: Record, generation: int | None) -> Version | None:
+        table = self.tables.history
+        query = select(table).where(table.c.name == record.name).order_by(table.c.generation.desc()).limit(1)
+        if generation is not None:
+            query = query.where(table.c.generation == generation)
+        elif not record.is_deleted:
+            query = query.where(table.c.sha256 != record.sha256)
+        row = (await connection.execute(query.with_for_update())).first()
+        return None if row is None else _to_version(row)
+
+    async def _lock(self, connection: AsyncConnection, name: str) -> Record | None:
+        row = (await connection.execute(self._select(name).with_for_update())).first()
+        return None if row is None else _to_record(row)
+
+    async def _get(self, connection: AsyncConnection, name: str) -> Record:
+        return _to_record((await connection.execute(self._select(name))).one())
+
+    def _select(self, name: str) -> Select[Any]:
+        return select(self.tables.records).where(self.tables.records.c.name == name)
+
+
+def _within(connection: AsyncConnection | AsyncSession) -> Write:
+    """Run work inside the caller's transaction, which the caller commits."""
+
+    async def write(work: Callable[[AsyncConnection], Awaitable[Any]], /) -> Any:
+        inner = await connection.connection() if isinstance(connection, AsyncSession) else connection
+        try:
+            return await work(inner)
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise unavailable(error) from error
+
+    return write
+
+
+def _what(version: Record | Version) -> dict[str, Any]:
+    return {
+        "sha256": version.sha256,
+        "size": version.size,
+        "content_type": version.content_type,
+        "modified_ns": version.modified_ns,
+    }
+
+
+def _to_record(row: Row[Any]) -> Record:
+    deleted_at = row.deleted_at
+    return Record(
+        row.name,
+        row.sha256,
+        row.size,
+        row.content_type,
+        row.modified_ns,
+        row.generation,
+        _utc(row.created_at),
+        _utc(row.changed_at),
+        None if deleted_at is None else _utc(deleted_at),
+    )
+
+
+def _to_version(row: Row[Any]) -> Version:
+    values = row._asdict()
+    return Version(**values | {"replaced_at": _utc(values["replaced_at"])})
+
+
+def _utc(moment: datetime | str) -> datetime:
+    """SQLite has no zones, and gives the clock as text: what it says is UTC."""
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _rows_of_many(files: Sequence[SmallFile]) -> list[dict[str, Any]]:
+    """Equal bytes once, and in the order of digests: two processes then never wait for each other in a circle."""
+    by_digest = {file.sha256: file.chunks for file in files}
+    return [row for digest in sorted(by_digest) for row in chunk_rows(digest, 0, by_digest[digest])]

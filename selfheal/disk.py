@@ -1,0 +1,428 @@
+"""The disk half: open, stage, publish, remove, walk. Nothing below the root is opened through a link.
+
+All of it may wait for a disk, except `open_cached`; call it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from . import staging, syscalls
+from .errors import DiskUnwritable, NotAFile
+from .names import OWN_PREFIX
+from .staging import Staged
+from .threads import Threads
+
+QUARANTINE = f"{OWN_PREFIX}-quarantine"
+MARKER = f"{OWN_PREFIX}-marker"
+PUBLIC_DIRECTORIES = ("static", "public", "www", "htdocs", "assets", "media")
+REFUSED_FOR = 30.0
+"""Seconds for which no write is tried after the disk said that it takes none."""
+
+PIECE = 256 * 1024
+"""Bytes read and sent at a time: more costs memory and gains nothing."""
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV)
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_FOR_GOOD = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
+_NOWAIT = getattr(os, "RWF_NOWAIT", None)
+
+
+class OpenFile:
+    """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name."""
+
+    __slots__ = ("fd", "path", "stat", "threads")
+
+    def __init__(self, fd: int, path: str, measured: os.stat_result, threads: Threads) -> None:
+        self.fd = fd
+        self.path = path
+        self.stat = measured
+        self.threads = threads
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """What changes whenever the file does: (mtime in ns, size in bytes, inode)."""
+        return self.stat.st_mtime_ns, self.stat.st_size, self.stat.st_ino
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stat.st_size
+
+    @property
+    def modified_ns(self) -> int:
+        """In ns since the epoch."""
+        return self.stat.st_mtime_ns
+
+    def read_cached(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start` that are in memory; raises `BlockingIOError` if they are not."""
+        if _NOWAIT is None:
+            raise BlockingIOError
+        buffer = bytearray(size)
+        try:
+            got = os.preadv(self.fd, [buffer], start, _NOWAIT)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise BlockingIOError from None
+            raise
+        if got < size:
+            if got == 0:
+                raise BlockingIOError
+            del buffer[got:]
+        return bytes(buffer)
+
+    def read_waiting(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start`; raises `OSError` (EIO) if the disk cannot give them."""
+        return os.pread(self.fd, size, start)
+
+    async def read(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""
+        try:
+            return self.read_cached(start, size)
+        except BlockingIOError:
+            return await self.threads.run(self.read_waiting, start, size)
+
+    async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """The bytes from `start` up to, without, `stop`; raises `EOFError` if the file was cut short meanwhile."""
+        while start < stop:
+            piece = await self.read(start, min(PIECE, stop - start))
+            if not piece:
+                raise EOFError(f"{self.path} was cut short while it was read")
+            start += len(piece)
+            yield piece
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is harmless."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A directory entry that a walk met: `fault` says why it cannot be an upload, or is empty if it can."""
+
+    name: str
+    stat: os.stat_result
+    fault: str = ""
+
+
+class _Root:
+    """The root's own descriptor; closed when the last one who works through it lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.identity = _identity(os.fstat(self.fd))
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class UploadsDirectory:
+    """The directory of uploads. Modes are those given, whatever the umask.
+
+    `quarantine` is where bad copies go (mode 0700); by default beside the uploads, or beside the public directory that
+    holds them. With `require_marker` nothing is written unless the marker file is there: a lost mount has none.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        file_mode: int = 0o644,
+        directory_mode: int = 0o755,
+        quarantine: str | os.PathLike[str] | None = None,
+        require_marker: bool = False,
+        threads: Threads | None = None,
+    ) -> None:
+        self.path = Path(path).absolute()
+        self.file_mode = file_mode
+        self.directory_mode = directory_mode
+        self.quarantine_path = Path(quarantine).absolute() if quarantine else _beside(self.path)
+        self.require_marker = require_marker
+        self.threads = threads or Threads()
+        self._prefix = f"{self.path}/"
+        self._root: _Root | None = None
+        self._refused = ("", -REFUSED_FOR)
+
+    def path_of(self, name: str) -> Path:
+        """The absolute path of a name's file."""
+        return self.path / name
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def open_cached(self, name: str) -> OpenFile | None:
+        """As `open`, but raises `BlockingIOError` wherever a disk might have to be waited for."""
+        root = self._root
+        if root is None:
+            raise BlockingIOError
+        try:
+            return self._measure(syscalls.open_cached(root.fd, name), name)
+        except OSError as error:
+            _raise_unless_absent(error, name)
+            return None
+
+    def open(self, name: str) -> OpenFile | None:
+        """Open a name's file; None if there is none.
+
+        Raises `NotAFile` if something else stands at the name, `OSError` (EACCES, EMFILE, EIO, …) if nobody can tell.
+        """
+        root = self.root()
+        if root is None:
+            return None
+        try:
+            return self._measure(syscalls.open_file(root.fd, name), name)
+        except OSError as error:
+            _raise_unless_absent(error, name)
+            return None
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """The stat of a name's file, following no link at the last part; None if there is no regular file."""
+        root = self.root()
+        if root is None:
+            return None
+        try:
+            found = os.stat(name, dir_fd=root.fd, follow_symlinks=False)
+        except OSError as error:
+            _raise_unless_absent(error, name)
+            return None
+        return found if stat.S_ISREG(found.st_mode) else None
+
+    def root(self) -> _Root | None:
+        """The root as it is now: the path may lead elsewhere since (deleted, mounted over, a link switched)."""
+        root = self._root
+        try:
+            if root is None or root.identity != _identity(os.stat(self.path)):
+                root = self._root = _Root(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            root = self._root = None
+        return root
+
+    def walk(self) -> Iterator[Found]:
+        """Every entry below the root in the order of names (of their bytes), following no link."""
+        root = self.root()
+        if root is not None:
+            yield from self._walk(root, "")
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str) -> Staged:
+        """A file on its way to `name`; directories are made. Raises `DiskUnwritable` (`OSError`: no descriptors)."""
+        why, since = self._refused
+        if time.monotonic() - since < REFUSED_FOR:
+            raise DiskUnwritable(why)
+        with self.writing():
+            root = self._root_to_write()
+            parent = self._make_parents(root, name)
+            try:
+                return Staged(root.fd, parent, name)
+            finally:
+                os.close(parent)
+
+    def reader(self, staged: Staged, name: str) -> OpenFile:
+        """A second descriptor of a staged file, for those who read it while it grows."""
+        fd = os.dup(staged.fd)
+        return OpenFile(fd, self._prefix + name, os.fstat(fd), self.threads)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what a disk says when it takes no more into `DiskUnwritable`, and remember it if it is for good."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _OUT_OF_RESOURCES:
+                raise
+            why = f"{self.path} takes no file: {os.strerror(error.errno or 0)}"
+            if error.errno in _FOR_GOOD:
+                self._refused = (why, time.monotonic())
+            raise DiskUnwritable(why) from error
+
+    def sync(self) -> None:
+        """Bring everything staged and published so far to the disk, at once (syncfs)."""
+        root = self.root()
+        if root is not None:
+            syscalls.sync_filesystem(root.fd)
+
+    def set_modified(self, name: str, modified_ns: int) -> None:
+        """Set a file's time of last modification, in ns since the epoch."""
+        with self._parent_of(name) as parent:
+            os.utime(_last(name), ns=(modified_ns, modified_ns), dir_fd=parent, follow_symlinks=False)
+
+    def remove(self, name: str) -> bool:
+        """Unlink a name's file; False if there was none."""
+        try:
+            with self._parent_of(name) as parent:
+                os.unlink(_last(name), dir_fd=parent)
+        except OSError as error:
+            if error.errno in (*_ABSENT, errno.ELOOP):
+                return False
+            raise
+        return True
+
+    def quarantine(self, name: str) -> Path | None:
+        """Move a name's file to where nobody is served from; returns its new path, or None if there was none."""
+        try:
+            with self._parent_of(name) as parent:
+                return self._quarantine_from(parent, name)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise
+
+    def mark(self) -> None:
+        """Make the marker file, by which a mounted uploads directory is told from an empty mount point."""
+        os.makedirs(self.path, self.directory_mode, exist_ok=True)
+        (self.path / MARKER).touch(0o644)
+
+    def sweep(self) -> int:
+        """Remove the temporary files of processes that died; returns how many."""
+        root = self.root()
+        return 0 if root is None else staging.sweep(root.fd)
+
+    def close(self) -> None:
+        """Let go of the root and of the threads; a later call opens them anew."""
+        self._root = None
+        self.threads.close()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, fd: int, name: str) -> OpenFile:
+        measured = os.fstat(fd)
+        if not stat.S_ISREG(measured.st_mode):
+            os.close(fd)
+            raise NotAFile(name)
+        return OpenFile(fd, self._prefix + name, measured, self.threads)
+
+    def _root_to_write(self) -> _Root:
+        if self.require_marker and not (self.path / MARKER).exists():
+            raise OSError(errno.EROFS, "the marker file is gone: the mount may be lost")
+        root = self.root()
+        if root is None:
+            os.makedirs(self.path.parent, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.path)
+                os.chmod(self.path, self.directory_mode)
+            root = self.root()
+        if root is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        return root
+
+    def _make_parents(self, root: _Root, name: str) -> int:
+        parents = name.rpartition("/")[0]
+        try:
+            return syscalls.open_directory(root.fd, parents)
+        except FileNotFoundError:
+            pass
+        here = os.dup(root.fd)
+        for part in parents.split("/"):
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=here)
+                    os.chmod(part, self.directory_mode, dir_fd=here)
+                below = syscalls.open_directory(here, part)
+            finally:
+                os.close(here)
+            here = below
+        return here
+
+    @contextlib.contextmanager
+    def _parent_of(self, name: str) -> Iterator[int]:
+        root = self.root()
+        if root is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        parent = syscalls.open_directory(root.fd, name.rpartition("/")[0])
+        try:
+            yield parent
+        finally:
+            os.close(parent)
+
+    def _quarantine_from(self, parent: int, name: str) -> Path:
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+        os.stat(_last(name), dir_fd=parent, follow_symlinks=False)  # no directories for a file that is gone
+        for place in (self.quarantine_path, self.path / QUARANTINE):
+            target = place / stamp / name
+            try:
+                place.mkdir(mode=0o700, exist_ok=True)
+                target.parent.mkdir(mode=0o700, parents=True)
+                os.rename(_last(name), target, src_dir_fd=parent)
+            except OSError as error:
+                if error.errno == errno.ENOENT or place != self.quarantine_path:
+                    raise
+            else:
+                return target
+        raise AssertionError  # pragma: no cover - the second place returns or raises
+
+    def _walk(self, root: _Root, directory: str) -> Iterator[Found]:
+        try:
+            fd = syscalls.open_directory(root.fd, directory.rstrip("/"))
+        except FileNotFoundError:
+            return
+        try:
+            with os.scandir(fd) as scan:
+                entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
+            entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * entry[1]))
+            for last, is_directory in entries:
+                name = directory + last
+                if last in _NOISE or (not directory and last.startswith(OWN_PREFIX)):
+                    continue
+                if is_directory and not last.startswith("."):
+                    yield from self._walk(root, f"{name}/")
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        yield _found(name, os.stat(last, dir_fd=fd, follow_symlinks=False))
+        finally:
+            os.close(fd)
+
+
+def _found(name: str, measured: os.stat_result) -> Found:
+    if stat.S_ISREG(measured.st_mode):
+        return Found(name, measured)
+    if stat.S_ISDIR(measured.st_mode):
+        return Found(name, measured, "a hidden directory; nothing below it is served")
+    if stat.S_ISLNK(measured.st_mode):
+        return Found(name, measured, "a symbolic link; links are not followed, put the file itself here")
+    return Found(name, measured, "not a regular file")
+
+
+def _raise_unless_absent(error: OSError, name: str) -> None:
+    if error.errno in _ABSENT:
+        return
+    if error.errno in _NOT_A_FILE:
+        raise NotAFile(name) from error
+    raise error
+
+
+def _identity(measured: os.stat_result) -> tuple[int, int]:
+    return measured.st_dev, measured.st_ino
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _beside(path: Path) -> Path:
+    """Where a server of static files does not reach: beside the uploads, or beside the public directory above them."""
+    place = path.parent
+    while place.name in PUBLIC_DIRECTORIES:
+        place = place.parent
+    return place / f"{QUARANTINE}-{path.name}"

@@ -1,0 +1,215 @@
+"""The engine: one per process and loop, tuned, and with every failure told as *unknown*, never as *absent*."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Row, Select, event, select
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from .errors import DatabaseUnavailable, MissingExtra, SchemaError
+from .flight import Tasks
+from .settings import database_url, is_in_memory
+from .tables import SCHEMA_VERSION, Tables
+
+T = TypeVar("T")
+Work = Callable[[AsyncConnection], Awaitable[T]]
+
+_SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
+_LOCK_TRIES = 4
+_NO_SUCH = ("no such table", "no such column", "has no column named")
+_NO_SUCH_STATES = ("42P01", "42703")
+
+
+def wal_is_safe(version: tuple[int, ...]) -> bool:
+    """Whether this SQLite has the fix for the WAL-reset corruption (3.51.3 and later, or 3.50.7, 3.44.6)."""
+    return version >= (3, 51, 3) or version[2] >= _SAFE_WAL_PATCHES.get((version[0], version[1]), 1 << 30)
+
+
+class Engine:
+    """Connections for reading and for writing, from a URL or from the app's own `AsyncEngine`.
+
+    `timeout` (seconds) bounds connecting, every statement, and waiting for a lock or for a free connection.
+    Raises `DatabaseUnavailable` (or `SchemaError`) whenever there is no answer.
+    """
+
+    def __init__(self, database: str | URL | AsyncEngine, tables: Tables, *, timeout: float, tasks: Tasks) -> None:
+        self._given = database if isinstance(database, AsyncEngine) else None
+        self.url = database.url if isinstance(database, AsyncEngine) else _as_url(database)
+        self.timeout = timeout
+        self._tables = tables
+        self._tasks = tasks
+        self._engine: AsyncEngine | None = None
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._checked = False
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self.url.get_backend_name()
+
+    async def read(self, work: Work[T]) -> T:
+        """Run `work` on a connection; once more if that connection turned out to be dead."""
+        try:
+            return await self._read(work)
+        except DatabaseUnavailable as error:
+            cause = error.__cause__
+            if not (isinstance(cause, DBAPIError) and cause.connection_invalidated):
+                raise
+            return await self._read(work)
+
+    async def rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        """All rows of a query, read as by `read`."""
+
+        async def work(connection: AsyncConnection) -> Sequence[Row[Any]]:
+            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+            return rows
+
+        return await self.read(work)
+
+    async def write(self, work: Work[T]) -> T:
+        """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
+        return await self._tasks.finish(self._write(work))
+
+    async def _read(self, work: Work[T]) -> T:
+        async with self._connection() as connection:
+            return await work(connection)
+
+    async def _write(self, work: Work[T]) -> T:
+        async with self._connection() as connection:
+            await self._begin(connection)
+            result = await work(connection)
+            await connection.commit()
+            return result
+
+    async def without_checks(self, work: Work[T]) -> T:
+        """As `write`, on a database whose tables may not be there yet."""
+        self._checked = True
+        try:
+            return await self.write(work)
+        finally:
+            self._checked = False
+
+    async def close(self) -> None:
+        """Close what was opened here; the app's own engine is the app's to close."""
+        engine, self._engine = self._engine, None
+        if engine is not None and engine is not self._given and self._is_ours():
+            await engine.dispose()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        try:
+            connection = await self._get_engine().connect()
+        except MissingExtra:
+            raise
+        except Exception as error:
+            raise unavailable(error) from error
+        try:
+            try:
+                await self._check_schema(connection)
+                yield connection
+            except TimeoutError:
+                await connection.invalidate()  # the server is silent: this connection never comes back
+                raise
+            finally:
+                await asyncio.shield(self._tasks.start(connection.close()))
+        except (SQLAlchemyError, OSError) as error:
+            if isinstance(error, (IntegrityError, DataError)):
+                raise
+            raise unavailable(error) from error
+
+    async def _begin(self, connection: AsyncConnection) -> None:
+        """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first."""
+        if self.dialect != "sqlite":
+            return
+        for attempt in range(_LOCK_TRIES):
+            try:
+                await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            except DBAPIError as error:
+                if attempt == _LOCK_TRIES - 1 or "locked" not in str(error.orig):
+                    raise
+                await connection.rollback()
+            else:
+                return
+
+    async def _check_schema(self, connection: AsyncConnection) -> None:
+        if self._checked:
+            return
+        version = await connection.scalar(select(self._tables.schema.c.version))
+        await connection.rollback()
+        if version is not None and version > SCHEMA_VERSION:
+            raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
+        if version is not None and version < SCHEMA_VERSION:
+            raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
+        self._checked = True
+
+    def _is_ours(self) -> bool:
+        return self._owner == (os.getpid(), asyncio.get_running_loop())
+
+    def _get_engine(self) -> AsyncEngine:
+        """The engine of this process and loop: connections made before a fork, or in another loop, are not ours."""
+        if self._engine is not None and self._is_ours():
+            return self._engine
+        if self._given is not None:
+            if self._owner is not None and self._owner[0] != os.getpid():
+                self._given.sync_engine.dispose(close=False)
+            self._engine = self._given
+        else:
+            if self._engine is not None:
+                self._engine.sync_engine.dispose(close=False)
+            self._engine = _make(self.url, self.timeout)
+        self._owner = (os.getpid(), asyncio.get_running_loop())
+        self._checked = False
+        return self._engine
+
+
+def _as_url(database: str | URL) -> URL:
+    return database_url(database if isinstance(database, str) else database.render_as_string(hide_password=False))
+
+
+def _make(url: URL, timeout: float) -> AsyncEngine:
+    if url.get_backend_name() == "sqlite":
+        limits = {} if is_in_memory(url) else {"pool_size": 5, "max_overflow": 5, "pool_timeout": timeout}
+        engine = create_async_engine(url, connect_args={"timeout": timeout}, **limits)
+        event.listen(engine.sync_engine, "connect", _tune_sqlite)
+        return engine
+    try:
+        return create_async_engine(
+            url,
+            pool_size=5,
+            max_overflow=5,
+            pool_timeout=timeout,
+            pool_recycle=1800,
+            connect_args={"timeout": timeout, "command_timeout": timeout},
+        )
+    except ImportError as error:
+        raise MissingExtra("postgres", "asyncpg") from error
+
+
+def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute("PRAGMA synchronous=FULL")
+    if wal_is_safe(sqlite3.sqlite_version_info):
+        cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.close()
+
+
+def unavailable(error: BaseException) -> DatabaseUnavailable:
+    """What a failure of the database means to us; the message says what to do, and holds no password."""
+    cause = getattr(error, "orig", None) or error
+    said = str(cause).partition("\n")[0] or type(cause).__name__
+    state = getattr(cause, "sqlstate", None)
+    if state in _NO_SUCH_STATES or any(words in said for words in _NO_SUCH):
+        return SchemaError("the catalogue's tables are missing or old; run `selfheal migrate` to make them")
+    return DatabaseUnavailable(f"the database gave no answer: {said}")

@@ -1,0 +1,109 @@
+"""Many askers, one piece of work: flights by name, and lookups by the handful.
+
+The work runs in a task of its own. An asker that goes away (a client hangs up, a deadline passes) never takes it down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class Tasks:
+    """Tasks that outlive whoever started them, held by reference until they end."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start `work` in a task that is kept alive until it ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end even if the caller is cancelled meanwhile: a commit is never torn in two."""
+        return await asyncio.shield(self.start(work))
+
+    async def settle(self, grace: float) -> None:
+        """Wait up to `grace` seconds for what is running; cancel the rest."""
+        if self._running:
+            _, late = await asyncio.wait(set(self._running), timeout=grace)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # read, so that a failure whose asker has gone is not reported as never retrieved
+
+
+class Flights(Generic[K, T]):
+    """One flight per key: who asks while it is under way joins it, who asks after it starts anew."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._flights: dict[K, T] = {}
+
+    def join(self, key: K, board: Callable[[], tuple[T, Coroutine[Any, Any, object]]]) -> T:
+        """The flight of `key`; `board` makes it, and the work that ends it, if none is under way."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight, work = board()
+            self._flights[key] = flight
+            self._tasks.start(work).add_done_callback(lambda _: self._flights.pop(key, None))
+        return flight
+
+
+class Batches(Generic[K, T]):
+    """Single questions, asked together: what is asked while a query runs waits for the next one.
+
+    `ask` answers many keys at once and leaves out those it does not know.
+    """
+
+    def __init__(
+        self, ask: Callable[[list[K]], Awaitable[Mapping[K, T]]], tasks: Tasks, *, size: int, at_once: int
+    ) -> None:
+        self._ask = ask
+        self._tasks = tasks
+        self._size = size
+        self._free = at_once
+        self._waiting: dict[K, asyncio.Future[T | None]] = {}
+
+    async def get(self, key: K) -> T | None:
+        """The answer for `key`, or None if it is not known; raises what the query raised."""
+        answer = self._waiting.get(key)
+        if answer is None:
+            answer = self._waiting[key] = asyncio.get_running_loop().create_future()
+            if self._free:
+                self._free -= 1
+                self._tasks.start(self._drain())
+        return await asyncio.shield(answer)
+
+    async def _drain(self) -> None:
+        try:
+            await asyncio.sleep(0)  # let everybody who is ready to ask join the first query
+            while self._waiting:
+                keys = list(self._waiting)[: self._size]
+                await self._answer({key: self._waiting.pop(key) for key in keys})
+        finally:
+            self._free += 1
+
+    async def _answer(self, waiting: dict[K, asyncio.Future[T | None]]) -> None:
+        try:
+            answers = await self._ask(list(waiting))
+        except BaseException as error:
+            for future in waiting.values():
+                future.set_exception(error)
+                future.exception()  # read: an asker may be gone
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for key, future in waiting.items():
+                future.set_result(answers.get(key))

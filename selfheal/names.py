@@ -1,0 +1,85 @@
+"""The one grammar of names, and the way from a request's path to a name.
+
+A name is the path below the uploads directory (`cats/tom.jpg`). What is not in the grammar reaches neither disk nor
+database, so everything that tricks a file system is refused here, once: traversal (CVE-2021-45452, CVE-2026-28414),
+device names (CVE-2025-66221), streams, doubly encoded separators, control characters, and our own temporary files.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from urllib.parse import quote
+
+from .errors import InvalidName
+
+MAX_NAME_BYTES = 512
+MAX_PART_BYTES = 255
+OWN_PREFIX = ".selfheal"
+"""Every file and directory that selfheal itself keeps on disk begins so; as a dotfile it is never a name."""
+
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029\ud800-\udfff\ufffd]")
+_ENCODED_AGAIN = re.compile(r"%(?:25)*(?:2e|2f|5c|00)", re.IGNORECASE)
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³]) *(?:\.|$)", re.IGNORECASE)
+_STREAM = re.compile(r"::|:\$|^[a-z]:", re.IGNORECASE)
+
+
+def check(name: str) -> str:
+    """Return `name` unchanged if it is in the grammar; raise `InvalidName` otherwise."""
+    why = _fault(name)
+    if why is not None:
+        raise InvalidName(name, why)
+    return name
+
+
+def is_valid(name: str) -> bool:
+    """Whether `name` is in the grammar."""
+    return _fault(name) is None
+
+
+@lru_cache(maxsize=8192)
+def from_path(path: str, prefix: str, raw_path: bytes | None = None) -> str | None:
+    """The name that a request asks for, or None if it asks for none of ours.
+
+    `path` is ASGI's decoded path, `raw_path` the bytes on the wire: only they tell `%2f` from `/`. `prefix` has no
+    trailing slash; a sibling such as `/static/uploads_private` is not below it (CVE-2023-29159).
+    """
+    if not path.startswith(prefix + "/"):
+        return None
+    if raw_path is not None and b"%" in raw_path and b"%2f" in raw_path.lower():
+        return None
+    name = path[len(prefix) + 1 :]
+    return name if is_valid(name) else None
+
+
+def to_path(name: str, prefix: str) -> str:
+    """The URL path at which `name` is served, percent-encoded."""
+    return f"{prefix}/{quote(name)}"
+
+
+def _fault(name: str) -> str | None:
+    if not name:
+        return "it is empty"
+    if _FORBIDDEN.search(name):
+        return "it holds a control character, a backslash or a character that no encoding carries"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        return f"it is longer than {MAX_NAME_BYTES} bytes"
+    if _ENCODED_AGAIN.search(name):
+        return "it holds a dot, slash, backslash or NUL that was percent-encoded twice"
+    return next((why for part in name.split("/") if (why := _fault_of_part(part)) is not None), None)
+
+
+def _fault_of_part(part: str) -> str | None:
+    if not part:
+        return "a part of it is empty"
+    if part[0] == ".":
+        return "a part of it begins with a dot"
+    if part[-1] in ". ":
+        return "a part of it ends with a dot or a space"
+    if len(part.encode()) > MAX_PART_BYTES:
+        return f"a part of it is longer than {MAX_PART_BYTES} bytes"
+    if _DEVICE.match(part):
+        return "a part of it is the name of a device"
+    if _STREAM.search(part):
+        return "a part of it names a drive or an alternate stream"
+    return None

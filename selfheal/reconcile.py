@@ -1,0 +1,184 @@
+"""Disk → database, and what to do when the two sides differ: nothing is lost, and nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+
+from .db import ImageStorage, Record
+from .disk import OpenFile, UploadsDirectory
+from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotStored, SelfHealError, Unsettled
+from .events import Events, Kind, logger
+from .flight import Batches, Tasks
+from .restoration import Restorer
+from .sources import CHUNK
+
+SETTLED_AFTER = 1.0
+"""Seconds for which a file must have held still before it is taken for whole."""
+QUIET_FOR = 5.0
+"""Seconds for which nothing is asked behind hits after the database gave no answer."""
+SEEN_AT_MOST = 200_000
+BEHIND_AT_ONCE = 256
+
+Identity = tuple[int, int, int]
+
+
+class Reconciler:
+    """Compares a disk copy with its record and settles what differs. `started_ns` is when this process began."""
+
+    def __init__(
+        self, disk: UploadsDirectory, database: ImageStorage, restorer: Restorer, events: Events, tasks: Tasks
+    ) -> None:
+        self.started_ns = time.time_ns()
+        self._disk = disk
+        self._database = database
+        self._restorer = restorer
+        self._events = events
+        self._tasks = tasks
+        self._threads = disk.threads
+        self._records: Batches[str, Record] = Batches(database.find_many, tasks, size=256, at_once=1)
+        self._seen: dict[str, Identity] = {}
+        self._behind: set[str] = set()
+        self._quiet_until = 0.0
+
+    def noticed(self, name: str, identity: Identity, *, adopt: bool) -> None:
+        """A hit was answered: if this process has not seen this file yet, ask the database about it, behind."""
+        if self._seen.get(name) == identity or name in self._behind or len(self._behind) >= BEHIND_AT_ONCE:
+            return
+        if time.monotonic() < self._quiet_until:
+            return
+        self._behind.add(name)
+        self._tasks.start(self._look_behind(name, identity, adopt=adopt))
+
+    def saw(self, name: str, identity: Identity) -> None:
+        """Remember that this file is what its record says."""
+        if len(self._seen) >= SEEN_AT_MOST:
+            self._seen.clear()
+        self._seen[name] = identity
+
+    async def check(self, name: str, *, adopt: bool = True) -> None:
+        """Make the disk's copy of a name and its record agree. Raises `SelfHealError` or `OSError` if it cannot."""
+        there = await self._threads.run(self._disk.stat, name)
+        if there is None:
+            return
+        record = await self._records.get(name)
+        if record is None:
+            if adopt:
+                await self.adopt(name)
+        elif record.is_deleted:
+            await self._drop(name, record)
+        elif (record.modified_ns, record.size) != (there.st_mtime_ns, there.st_size):
+            await self._settle(name, record)
+
+    async def adopt(self, name: str) -> Record:
+        """Bring a file that is only on disk into the database; returns its record.
+
+        Raises `NotStored` if there is no file, or if the name was deleted; `Unsettled` if it is still being written.
+        """
+        file = await self._threads.run(self._disk.open, name)
+        if file is None:
+            raise NotStored(f"{name!r} is not on the disk; there is nothing to adopt")
+        with file:
+            record = await self._store(name, file, only_new=True)
+        if record.is_deleted:
+            raise NotStored(f"{name!r} was deleted; save it anew to bring it back")
+        return record
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _look_behind(self, name: str, identity: Identity, *, adopt: bool) -> None:
+        try:
+            await self._settled(name, identity)
+            await self.check(name, adopt=adopt)
+        except Unsettled:
+            pass  # the next hit asks again
+        except DatabaseUnavailable:
+            self._quiet_until = time.monotonic() + QUIET_FOR
+        except (SelfHealError, OSError) as error:
+            logger.warning("%r could not be compared with its record: %s", name, error)
+            self.saw(name, identity)
+        else:
+            self.saw(name, identity)
+        finally:
+            self._behind.discard(name)
+
+    async def _drop(self, name: str, record: Record) -> None:
+        """A deleted name is still on disk: bytes that the history holds go, others go to quarantine."""
+        file = await self._threads.run(self._disk.open, name)
+        if file is None:
+            return
+        with file:
+            digest = await digest_of(file)
+        if digest in {record.sha256, *(version.sha256 for version in await self._database.history(name))}:
+            await self._threads.run(self._disk.remove, name)
+        else:
+            await self._restorer.quarantine(name, "deleted, and its bytes are not the recorded ones")
+        self._events.emit(Kind.REMOVED, name)
+
+    async def _settle(self, name: str, record: Record) -> None:
+        file = await self._threads.run(self._disk.open, name)
+        if file is None:
+            return
+        with file:
+            digest = await digest_of(file)
+            if digest == record.sha256:
+                await self._threads.run(self._disk.set_modified, name, record.modified_ns)
+            elif await self._is_overwrite(name, file, digest, record):
+                await self._store(name, file, only_new=False)
+            else:
+                await self._heal(record)
+
+    async def _is_overwrite(self, name: str, file: OpenFile, digest: str, record: Record) -> bool:
+        """Whether the app itself overwrote the file: after this process began, after the record, with no old copy.
+
+        A deploy or a `git pull` lays old bytes, and its files are older than the process that serves them.
+        """
+        if file.modified_ns <= max(self.started_ns, record.modified_ns):
+            return False
+        history = await self._database.history(name)
+        return (digest, file.modified_ns) not in {(version.sha256, version.modified_ns) for version in history}
+
+    async def _heal(self, record: Record) -> None:
+        """The database wins; but only once its bytes are known to be good."""
+        try:
+            await self._restorer.put(record)
+        except CorruptBlob as error:
+            self._events.emit(Kind.CORRUPT, record.name, record.size, error.why)
+            raise
+        except DiskUnwritable:
+            return
+        self._events.emit(Kind.RESTORED, record.name, record.size)
+
+    async def _store(self, name: str, file: OpenFile, *, only_new: bool) -> Record:
+        digest = await digest_of(file)
+        await self._raise_if_moved(name, file.identity)
+        record = await self._database.store_image(
+            name, file.pieces(0, file.size), modified_ns=file.modified_ns, sha256=digest, only_new=only_new
+        )
+        self._events.emit(Kind.ADOPTED, name, file.size)
+        return record
+
+    async def _settled(self, name: str, identity: Identity) -> None:
+        age = (time.time_ns() - identity[0]) / 1e9
+        if 0 <= age < SETTLED_AFTER:
+            await asyncio.sleep(SETTLED_AFTER - age)
+            await self._raise_if_moved(name, identity)
+
+    async def _raise_if_moved(self, name: str, identity: Identity) -> None:
+        now = await self._threads.run(self._disk.stat, name)
+        if now is None or (now.st_mtime_ns, now.st_size, now.st_ino) != identity:
+            raise Unsettled(f"{name!r} is still being written")
+
+
+async def digest_of(file: OpenFile) -> str:
+    """The SHA-256, in hex, of an open file."""
+    return await file.threads.run(_digest, file)
+
+
+def _digest(file: OpenFile) -> str:
+    whole, at = hashlib.sha256(), 0
+    while piece := file.read_waiting(at, CHUNK):
+        whole.update(piece)
+        at += len(piece)
+    return whole.hexdigest()

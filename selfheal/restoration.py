@@ -1,0 +1,436 @@
+"""Database → disk, one name: one flight that many askers follow, and from which each is served as the bytes come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from .blobs import READ_AT_ONCE
+from .db import Found, ImageStorage, Record
+from .disk import OpenFile, UploadsDirectory
+from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
+from .events import Events, Kind, logger
+from .flight import Batches, Flights, Tasks
+from .sources import CHUNK
+from .staging import Staged
+
+WHOLE_FIRST = 16 * 1024 * 1024
+"""Bytes up to which a file is restored and checked whole before its answer begins; a larger one streams meanwhile."""
+ABSENT_FOR = 2.0
+"""Seconds for which an absent name is remembered."""
+ABSENT_AT_MOST = 10_000
+LOOKUPS_AT_ONCE = 64
+
+
+class Body(Protocol):
+    """What can be answered with: so many bytes, of such an age, from any of them to any other."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def modified_ns(self) -> int:
+        """In ns since the epoch."""
+
+    def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """The bytes from `start` up to, without, `stop`; raises rather than yield a wrong one."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
+class FromDatabase:
+    """A record's bytes, sent from the database because the disk takes no file."""
+
+    def __init__(self, database: ImageStorage, record: Record) -> None:
+        self._database = database
+        self._record = record
+        self.size = record.size
+        self.modified_ns = record.modified_ns
+
+    async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """Every chunk is checked; the last piece of a whole answer is held back until the whole digest is."""
+        whole, at = hashlib.sha256(), start // CHUNK * CHUNK
+        async with aclosing(self._database.read(self._record, start // CHUNK)) as chunks:
+            async for chunk in chunks:
+                whole.update(chunk)
+                if at + len(chunk) >= self.size and not start and whole.hexdigest() != self._record.sha256:
+                    raise CorruptBlob(self._record.name, "the whole does not match its digest")
+                piece = chunk[max(start - at, 0) : stop - at]
+                at += len(chunk)
+                if piece:
+                    yield piece
+                if at >= stop:
+                    return
+
+    def close(self) -> None:
+        """Nothing is held between pieces."""
+
+
+class InMemory:
+    """A small record's bytes, checked whole, when the disk takes no file."""
+
+    def __init__(self, record: Record, data: bytes) -> None:
+        self._data = data
+        self.size = record.size
+        self.modified_ns = record.modified_ns
+
+    async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """All of it at once."""
+        yield self._data[start:stop]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Progress:
+    """How far a restore has come: `checked` bytes of the staged file can be read; then it is over, or it failed."""
+
+    def __init__(self) -> None:
+        self.checked = 0
+        self.is_over = False
+        self.error: SelfHealError | None = None
+        self._moved = asyncio.Event()
+
+    def move(self, checked: int) -> None:
+        """Tell those who wait that so many bytes are there."""
+        self.checked = checked
+        self._wake()
+
+    def end(self, error: SelfHealError | None = None) -> None:
+        """Tell those who wait that no more will come."""
+        self.is_over, self.error = True, error
+        self._wake()
+
+    async def wait(self, timeout: float) -> None:
+        """Wait for the next move; raises `DatabaseUnavailable` after `timeout` seconds without one."""
+        try:
+            await asyncio.wait_for(self._moved.wait(), timeout)
+        except TimeoutError:
+            raise DatabaseUnavailable("the restore stands still") from None
+
+    def _wake(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+
+class Incoming:
+    """A large file on its way back: what is checked is read from the staged file, the rest is waited for.
+
+    Shared by all who ask for it; it closes its descriptor when the last of them, and the restore itself, has let go.
+    """
+
+    def __init__(self, record: Record, staged: OpenFile, rest: FromDatabase, patience: float) -> None:
+        self.record = record
+        self.size = record.size
+        self.modified_ns = record.modified_ns
+        self.progress = Progress()
+        self._staged = staged
+        self._rest = rest
+        self._patience = patience
+        self._holders = 1
+
+    def hold(self) -> Incoming:
+        """The same, for one more who will close it."""
+        self._holders += 1
+        return self
+
+    def close(self) -> None:
+        """Let go."""
+        self._holders -= 1
+        if not self._holders:
+            self._staged.close()
+
+    async def finished(self) -> None:
+        """Wait until the restore is over; raises what it failed of."""
+        while not self.progress.is_over:
+            await self.progress.wait(self._patience)
+        if self.progress.error is not None:
+            raise self.progress.error
+
+    async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """From the staged file as it grows, from the database what lies far ahead or no longer fits the disk."""
+        if start <= self.progress.checked + CHUNK:
+            while start < stop and not isinstance(self.progress.error, DiskUnwritable):
+                if self.progress.error is not None:
+                    raise self.progress.error
+                ready = min(stop, self._ready())
+                if start >= ready:
+                    await self.progress.wait(self._patience)
+                    continue
+                piece = await self._staged.read(start, min(CHUNK, ready - start))
+                start += len(piece)
+                yield piece
+        if start < stop:
+            async with aclosing(self._rest.pieces(start, stop)) as rest:
+                async for piece in rest:
+                    yield piece
+
+    def _ready(self) -> int:
+        """The last byte is held back until the whole is checked and published: no damaged file is ever sent whole."""
+        return self.size if self.progress.is_over else min(self.progress.checked, self.size - 1)
+
+
+class OnDisk:
+    """Says that the file stands on the disk, for everybody to open."""
+
+
+Answer = Incoming | FromDatabase | InMemory | OnDisk | None
+
+
+class _Gone(Exception):
+    pass
+
+
+class Restorer:
+    """Brings missing names back. `deadline`: seconds until an asker gets an answer; `at_once`: restores at a time."""
+
+    def __init__(
+        self,
+        disk: UploadsDirectory,
+        database: ImageStorage,
+        events: Events,
+        tasks: Tasks,
+        *,
+        deadline: float = 5.0,
+        at_once: int = 32,
+    ) -> None:
+        self._disk = disk
+        self._database = database
+        self._events = events
+        self._threads = disk.threads
+        self._deadline = deadline
+        self._at_once = at_once
+        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._flights: Flights[str, asyncio.Future[Answer]] = Flights(tasks)
+        self._lookups: Batches[str, Found] = Batches(database.fetch, tasks, size=LOOKUPS_AT_ONCE, at_once=2)
+        self._absent: dict[str, float] = {}
+
+    async def bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
+        """What to answer for a name that is missing on disk; None if the database says that there is no such name.
+
+        Raises `DatabaseUnavailable` if nobody can tell by the deadline, `CorruptBlob`, `NotAFile`, `OSError`.
+        """
+        for _ in range(3):
+            if self._is_known_absent(name):
+                return None
+            answer = await self._join(name)
+            if isinstance(answer, Incoming):
+                return answer.hold()
+            if not isinstance(answer, OnDisk):
+                return answer
+            file = await self._threads.run(self._disk.open, name)
+            if file is not None:
+                return file
+        raise DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
+
+    def forget(self, name: str) -> None:
+        """A name was saved: it is no longer known to be absent."""
+        self._absent.pop(name, None)
+
+    async def put(self, record: Record) -> None:
+        """Make the disk's copy of a living record what the record says; what stands there unrecorded is quarantined.
+
+        Raises `CorruptBlob` (and leaves the disk as it is), `DiskUnwritable`, `DatabaseUnavailable`.
+        """
+        with await self._threads.run(self._stage, record) as staged:
+            async with aclosing(self._database.read(record)) as chunks:
+                async for chunk in chunks:
+                    await self._threads.run(self._write, staged, chunk)
+            await self.place(staged, record)
+
+    async def place(self, staged: Staged, record: Record) -> None:
+        """Publish a staged file in place of what has its name; what is not in the history goes to quarantine."""
+        await self._threads.run(self._seal, staged, record)
+        if not await self._threads.run(self._publish, staged):
+            there = await self._threads.run(self._disk.stat, record.name)
+            known = {(version.modified_ns, version.size) for version in await self._database.history(record.name)}
+            known.add((record.modified_ns, record.size))
+            if there is not None and (there.st_mtime_ns, there.st_size) not in known:
+                await self.quarantine(record.name, "other bytes than the recorded ones")
+            await self._threads.run(self._replace, staged)
+
+    async def quarantine(self, name: str, why: str) -> None:
+        """Move a disk copy to where nobody is served from, and say so."""
+        moved = await self._threads.run(self._disk.quarantine, name)
+        if moved is not None:
+            self._events.emit(Kind.QUARANTINED, name, detail=f"{why}; moved to {moved}")
+            logger.warning("%r: %s; the disk copy was moved to %s", name, why, moved)
+
+    # -- one flight -----------------------------------------------------------------------------------------------
+
+    async def _join(self, name: str) -> Answer:
+        flight = self._flights.join(name, lambda: self._board(name))
+        done, _ = await asyncio.wait((flight,), timeout=self._deadline)
+        if not done:
+            raise DatabaseUnavailable(f"the database gave no answer within {self._deadline:g} s")
+        return flight.result()
+
+    def _board(self, name: str) -> tuple[asyncio.Future[Answer], Coroutine[Any, Any, None]]:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        return answer, self._fly(name, answer)
+
+    async def _fly(self, name: str, answer: asyncio.Future[Answer]) -> None:
+        try:
+            async with self._place_at_once():
+                for _ in range(3):
+                    with contextlib.suppress(_Gone):
+                        await self._restore(name, answer)
+                        break
+            if not answer.done():
+                answer.set_result(None)
+        except BaseException as error:
+            if answer.done():
+                if not isinstance(error, SelfHealError):
+                    raise
+                return
+            answer.set_exception(error)
+            answer.exception()  # read: the askers may have gone
+            if not isinstance(error, Exception):
+                raise
+
+    async def _restore(self, name: str, answer: asyncio.Future[Answer]) -> None:
+        found = await self._lookups.get(name)
+        if found is None or found.record.is_deleted:
+            self._remember_absent(name)
+            self._events.emit(Kind.ABSENT, name)
+            answer.set_result(None)
+            return
+        record = found.record
+        try:
+            with await self._threads.run(self._stage, record) as staged:
+                await self._fill(staged, found, answer)
+        except CorruptBlob as error:
+            await self._raise_if_still(record, error)
+        except DiskUnwritable as error:
+            self._events.log_once(logging.WARNING, "unwritable", f"{error}; served from the database meanwhile")
+            if not answer.done():
+                answer.set_result(await self._without_disk(found))
+            self._events.emit(Kind.STREAMED, name, record.size, str(error))
+
+    async def _fill(self, staged: Staged, found: Found, answer: asyncio.Future[Answer]) -> None:
+        record = found.record
+        if record.size <= CHUNK:
+            await self._threads.run(self._write_first, staged, found)
+            await self._publish_and_look_again(staged, record)
+        elif record.size <= WHOLE_FIRST:
+            async for _ in self._write_all(staged, record):
+                pass
+            await self._publish_and_look_again(staged, record)
+        else:
+            await self._fill_while_answering(staged, record, answer)
+        if not answer.done():
+            answer.set_result(OnDisk())
+        self._events.emit(Kind.RESTORED, record.name, record.size)
+
+    async def _fill_while_answering(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
+        reader = self._disk.reader(staged, record.name)
+        incoming = Incoming(record, reader, FromDatabase(self._database, record), self._deadline)
+        error: SelfHealError | None = None
+        try:
+            async for checked in self._write_all(staged, record):
+                incoming.progress.move(checked)
+                if not answer.done():
+                    answer.set_result(incoming)
+            await self._publish_and_look_again(staged, record)
+        except SelfHealError as failed:
+            error = failed
+            raise
+        except _Gone:
+            if not answer.done():
+                raise
+            # deleted or overwritten while it was being sent: those who are at it get the whole old file
+        finally:
+            incoming.progress.end(error)
+            incoming.close()
+
+    async def _write_all(self, staged: Staged, record: Record) -> AsyncGenerator[int, None]:
+        async with aclosing(self._database.read(record)) as chunks:
+            async for chunk in chunks:
+                await self._threads.run(self._write, staged, chunk)
+                yield staged.size
+
+    async def _publish_and_look_again(self, staged: Staged, record: Record) -> None:
+        """Publish; then look whether the name was deleted or overwritten meanwhile (raises `_Gone`: nothing stays)."""
+        await self._threads.run(self._seal, staged, record)
+        published = await self._threads.run(self._publish, staged)
+        try:
+            now = await self._database.find(record.name)
+        except DatabaseUnavailable:
+            return  # it was right a moment ago
+        if now is None or now.generation != record.generation:
+            if published:
+                await self._threads.run(self._disk.remove, record.name)
+            raise _Gone
+
+    async def _raise_if_still(self, record: Record, error: CorruptBlob) -> None:
+        """Bytes that were dropped or replaced while they were read look like damage; they are not."""
+        now = await self._database.find(record.name)
+        if now is None or now.generation != record.generation:
+            raise _Gone from error
+        self._events.emit(Kind.CORRUPT, record.name, record.size, error.why)
+        logger.error("%s", error)
+        raise error
+
+    async def _without_disk(self, found: Found) -> FromDatabase | InMemory:
+        """What is small is checked whole before the answer begins."""
+        record = found.record
+        if record.size > READ_AT_ONCE * CHUNK:
+            return FromDatabase(self._database, record)
+        async with aclosing(self._database.read(record)) as chunks:
+            data = b"".join([chunk async for chunk in chunks])
+        if (await self._threads.run(hashlib.sha256, data)).hexdigest() != record.sha256:
+            raise CorruptBlob(record.name, "the whole does not match its digest")
+        return InMemory(record, data)
+
+    # -- in a thread ----------------------------------------------------------------------------------------------
+
+    def _stage(self, record: Record) -> Staged:
+        return self._disk.stage(record.name)
+
+    def _write(self, staged: Staged, chunk: bytes) -> None:
+        with self._disk.writing():
+            staged.write(chunk)
+
+    def _write_first(self, staged: Staged, found: Found) -> None:
+        if found.record.size and found.first is None:
+            raise CorruptBlob(found.record.name, "chunk 0 is missing")
+        self._write(staged, found.first or b"")
+
+    def _seal(self, staged: Staged, record: Record) -> None:
+        if staged.size != record.size or staged.sha256 != record.sha256:
+            raise CorruptBlob(record.name, f"its {staged.size} bytes do not match the recorded digest")
+        with self._disk.writing():
+            staged.seal(record.modified_ns, self._disk.file_mode)
+            staged.sync()
+
+    def _publish(self, staged: Staged) -> bool:
+        with self._disk.writing():
+            return staged.publish()
+
+    def _replace(self, staged: Staged) -> None:
+        with self._disk.writing():
+            staged.replace()
+
+    # -- absent names ---------------------------------------------------------------------------------------------
+
+    def _is_known_absent(self, name: str) -> bool:
+        return time.monotonic() < self._absent.get(name, 0.0)
+
+    def _remember_absent(self, name: str) -> None:
+        if len(self._absent) >= ABSENT_AT_MOST:
+            self._absent.clear()
+        self._absent[name] = time.monotonic() + ABSENT_FOR
+
+    def _place_at_once(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._places is None or self._places[0] is not loop:
+            self._places = (loop, asyncio.Semaphore(self._at_once))
+        return self._places[1]

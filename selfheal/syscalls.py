@@ -1,0 +1,130 @@
+"""What the kernel offers and Python does not: opening beneath a directory without links, naming a descriptor, syncfs.
+
+Everything here has a portable fallback, except what is asked for by name (`open_cached`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+
+_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH, _RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
+_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO or device never blocks
+_DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def _how(flags: int, resolve: int) -> _OpenHow:
+    return _OpenHow(flags, 0, resolve | _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+
+
+_HOW_CACHED = _how(_FILE, _RESOLVE_CACHED)
+_HOW_FILE = _how(_FILE, 0)
+_HOW_DIRECTORY = _how(_DIRECTORY, 0)
+_HOW_SIZE = ctypes.sizeof(_OpenHow)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _openat2(root: int, path: str, how: _OpenHow) -> int:
+    fd: int = _syscall(
+        ctypes.c_long(_OPENAT2),
+        ctypes.c_int(root),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.byref(how),
+        _C_HOW_SIZE,
+    )
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return fd
+
+
+_C_HOW_SIZE = ctypes.c_size_t(_HOW_SIZE)
+
+
+def _has_openat2() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(_openat2(_AT_FDCWD, ".", _HOW_DIRECTORY))
+    except OSError as error:
+        return error.errno not in (
+            errno.ENOSYS,
+            errno.EPERM,
+            errno.EINVAL,
+        )  # old kernel, or a sandbox that forbids it
+    return True
+
+
+_AT_FDCWD = -100
+HAS_OPENAT2 = _has_openat2()
+
+
+def open_cached(root: int, name: str) -> int:
+    """Open a file beneath `root` for reading, only if the kernel can do so without waiting for a disk.
+
+    Raises `BlockingIOError` if it cannot tell without one (also for every absent name); follows no link anywhere
+    (CVE-2024-23334). See openat2(2), RESOLVE_CACHED, Linux 5.12.
+    """
+    if not HAS_OPENAT2:
+        raise BlockingIOError
+    return _openat2(root, name, _HOW_CACHED)
+
+
+def open_file(root: int, name: str) -> int:
+    """Open a file beneath `root` for reading, following no link anywhere; raises `OSError`. May wait for a disk."""
+    return _open_beneath(root, name, _HOW_FILE)
+
+
+def open_directory(root: int, name: str) -> int:
+    """Open the directory `name` beneath `root` (the empty name is `root` itself), following no link anywhere."""
+    if not name:
+        return os.dup(root)
+    return _open_beneath(root, name, _HOW_DIRECTORY)
+
+
+def _open_beneath(root: int, name: str, how: _OpenHow) -> int:
+    if HAS_OPENAT2:
+        return _openat2(root, name, how)
+    *parents, last = name.split("/")
+    here = os.dup(root)
+    try:
+        for part in parents:
+            below = os.open(part, _DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = below
+        return os.open(last, int(how.flags), dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def open_unnamed(directory: int) -> int:
+    """Open a new file without a name in `directory`; raises `OSError` where the file system has none (O_TMPFILE)."""
+    if not hasattr(os, "O_TMPFILE"):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+
+
+def name_descriptor(fd: int, directory: int, name: str) -> None:
+    """Give an unnamed file a name in `directory`; raises `FileExistsError` rather than replace what is there."""
+    # src_dir_fd makes Python 3.11 call linkat with AT_SYMLINK_FOLLOW; without it /proc/self/fd gives EXDEV
+    os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=_AT_FDCWD, dst_dir_fd=directory, follow_symlinks=True)
+
+
+def sync_filesystem(fd: int) -> None:
+    """Write everything of the file system that holds `fd` to its disk; raises `OSError` if that fails."""
+    if hasattr(_libc, "syncfs"):
+        if _libc.syncfs(ctypes.c_int(fd)) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+    else:
+        os.sync()
