@@ -1,6 +1,6 @@
 """selfheal: a self-healing file server for Python web apps."""
 
-from .db import ImageStorage, Record
+from .db import ImageStorage
 from .errors import (
     CorruptBlob,
     DatabaseUnavailable,
@@ -19,6 +19,7 @@ from .errors import (
 from .events import Event, Kind
 from .middleware import SelfHealMiddleware
 from .policy import UploadPolicy
+from .records import Record
 from .settings import Settings
 from .store import Saved, UploadStore
 from .tables import define_tables

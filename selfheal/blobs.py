@@ -140,13 +140,14 @@ class Blobs:
         return bool((await connection.execute(kept)).rowcount)
 
     async def sweep(self, connection: AsyncConnection, wanted: Any, before: datetime) -> tuple[int, int]:
-        """Drop what is not among the digests of the query `wanted` and older than `before`; (blobs, bytes) dropped."""
+        """Drop what is older than `before` and not among the digests of the query `wanted`; (blobs, bytes) dropped."""
         blobs, chunks = self._blobs.c, self._chunks.c
         dropped = and_(blobs.stored_at < before, blobs.sha256.not_in(wanted))
         sums = select(func.count(), func.coalesce(func.sum(blobs.size), 0)).where(dropped)
         count, size = (await connection.execute(sums)).one()
         await connection.execute(delete(self._blobs).where(dropped))
-        orphaned = and_(chunks.stored_at < before, ~exists().where(blobs.sha256 == chunks.sha256))
+        has_blob = exists().where(blobs.sha256 == chunks.sha256)
+        orphaned = and_(chunks.stored_at < before, ~has_blob, chunks.sha256.not_in(wanted))
         await connection.execute(delete(self._chunks).where(orphaned))
         return int(count), int(size)
 

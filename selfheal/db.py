@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Row, Select, and_, delete, func, select, union, update
+from sqlalchemy import Select, and_, delete, func, select, union, update
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -20,73 +19,13 @@ from .content_types import content_type as type_of
 from .engine import Engine, unavailable
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
+from .records import Found, Purged, Record, SmallFile, Version, contents, to_record, to_utc, to_version
 from .sources import Source
 from .tables import SCHEMA_VERSION, define_tables
 from .threads import Threads
 
 GRACE = timedelta(hours=24)
 """How long bytes without a record are left alone: longer than any upload."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What the database knows of a name. `size` in bytes, `modified_ns` in ns since the epoch, times in UTC."""
-
-    name: str
-    sha256: str
-    size: int
-    content_type: str
-    modified_ns: int
-    generation: int
-    created_at: datetime
-    changed_at: datetime
-    deleted_at: datetime | None = None
-
-    @property
-    def is_deleted(self) -> bool:
-        """Whether this is a tombstone."""
-        return self.deleted_at is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """What a name was before an overwrite or a deletion."""
-
-    name: str
-    generation: int
-    sha256: str
-    size: int
-    content_type: str
-    modified_ns: int
-    replaced_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A record with the first chunk of its bytes; None where there is none."""
-
-    record: Record
-    first: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class SmallFile:
-    """A file of a few chunks, whole, on its way into the database."""
-
-    name: str
-    sha256: str
-    size: int
-    modified_ns: int
-    chunks: Sequence[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Purged:
-    """What a purge dropped (or would drop): versions of the history, blobs, and the bytes of those blobs."""
-
-    versions: int
-    blobs: int
-    size: int
 
 
 class ImageStorage:
@@ -135,20 +74,27 @@ class ImageStorage:
     async def find(self, name: str) -> Record | None:
         """The record of a name (a tombstone if it was deleted); None if the database answered that there is none."""
         rows = await self._engine.rows(self._select(name))
-        return _to_record(rows[0]) if rows else None
+        return to_record(rows[0]) if rows else None
 
     async def find_many(self, wanted: Iterable[str]) -> dict[str, Record]:
         """The records, tombstones among them, of those names that have one."""
         table = self.tables.records
         rows = await self._engine.rows(select(table).where(table.c.name.in_(list(wanted))))
-        return {row.name: _to_record(row) for row in rows}
+        return {row.name: to_record(row) for row in rows}
 
     async def fetch(self, wanted: Iterable[str]) -> dict[str, Found]:
         """As `find_many`, with the first chunk of each: one query brings a small image back."""
-        record, chunk = self.tables.records, self.tables.chunks
+        record, chunk, blob = self.tables.records, self.tables.chunks, self.tables.blobs
         first = and_(chunk.c.sha256 == record.c.sha256, chunk.c.position == 0, record.c.deleted_at.is_(None))
-        query = select(record, chunk.c.data).outerjoin(chunk, first).where(record.c.name.in_(list(wanted)))
-        return {row.name: Found(_to_record(row), row.data) for row in await self._engine.rows(query)}
+        of_blob = and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
+        query = (
+            select(record, chunk.c.data, chunk.c.digest, blob.c.chunks)
+            .outerjoin(chunk, first)
+            .outerjoin(blob, of_blob)
+            .where(record.c.name.in_(list(wanted)))
+        )
+        rows = await self._engine.rows(query)
+        return {row.name: Found(to_record(row), row.data, row.digest, row.chunks is not None) for row in rows}
 
     def read(self, version: Record | Version, first: int = 0) -> AsyncGenerator[bytes, None]:
         """The bytes of a record from chunk number `first` on, chunk by chunk, each checked against its own digest.
@@ -161,7 +107,7 @@ class ImageStorage:
         """What a name was before, newest first."""
         table = self.tables.history
         query = select(table).where(table.c.name == name).order_by(table.c.generation.desc())
-        return [_to_version(row) for row in await self._engine.rows(query)]
+        return [to_version(row) for row in await self._engine.rows(query)]
 
     async def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
         """Records without bytes in the order of names, `size` at a time: the living, the deleted, or (None) all."""
@@ -171,7 +117,7 @@ class ImageStorage:
             query = query.where(table.c.deleted_at.is_not(None) if deleted else table.c.deleted_at.is_(None))
         after = query
         while rows := await self._engine.rows(after):
-            yield [_to_record(row) for row in rows]
+            yield [to_record(row) for row in rows]
             after = query.where(table.c.name > rows[-1].name)
 
     async def count(self) -> int:
@@ -292,7 +238,7 @@ class ImageStorage:
         records, history = self.tables.records, self.tables.history
 
         async def work(connection: AsyncConnection) -> Purged:
-            now = _utc((await connection.execute(select(func.now()))).scalar_one())
+            now = to_utc((await connection.execute(select(func.now()))).scalar_one())
             old = history.c.replaced_at < now - keep
             versions = (await connection.execute(select(func.count()).select_from(history).where(old))).scalar_one()
             await connection.execute(delete(history).where(old))
@@ -330,7 +276,7 @@ class ImageStorage:
 
     async def _change(self, connection: AsyncConnection, record: Record, to: Version) -> None:
         table = self.tables.records
-        values = _what(to) | {
+        values = contents(to) | {
             "generation": record.generation + 1,
             "changed_at": func.now(),
             "deleted_at": None,
@@ -338,7 +284,7 @@ class ImageStorage:
         await connection.execute(update(table).where(table.c.name == record.name).values(values))
 
     async def _remember(self, connection: AsyncConnection, record: Record) -> None:
-        values = _what(record) | {"name": record.name, "generation": record.generation}
+        values = contents(record) | {"name": record.name, "generation": record.generation}
         await connection.execute(self._blobs.insert(self.tables.history).values(values).on_conflict_do_nothing())
 
     async def _earlier(self, connection: AsyncConnection, record: Record, generation: int | None) -> Version | None:
@@ -349,14 +295,14 @@ class ImageStorage:
         elif not record.is_deleted:
             query = query.where(table.c.sha256 != record.sha256)
         row = (await connection.execute(query.with_for_update())).first()
-        return None if row is None else _to_version(row)
+        return None if row is None else to_version(row)
 
     async def _lock(self, connection: AsyncConnection, name: str) -> Record | None:
         row = (await connection.execute(self._select(name).with_for_update())).first()
-        return None if row is None else _to_record(row)
+        return None if row is None else to_record(row)
 
     async def _get(self, connection: AsyncConnection, name: str) -> Record:
-        return _to_record((await connection.execute(self._select(name))).one())
+        return to_record((await connection.execute(self._select(name))).one())
 
     def _select(self, name: str) -> Select[Any]:
         return select(self.tables.records).where(self.tables.records.c.name == name)
@@ -375,42 +321,6 @@ def _within(connection: AsyncConnection | AsyncSession) -> Write:
             raise unavailable(error) from error
 
     return write
-
-
-def _what(version: Record | Version) -> dict[str, Any]:
-    return {
-        "sha256": version.sha256,
-        "size": version.size,
-        "content_type": version.content_type,
-        "modified_ns": version.modified_ns,
-    }
-
-
-def _to_record(row: Row[Any]) -> Record:
-    deleted_at = row.deleted_at
-    return Record(
-        row.name,
-        row.sha256,
-        row.size,
-        row.content_type,
-        row.modified_ns,
-        row.generation,
-        _utc(row.created_at),
-        _utc(row.changed_at),
-        None if deleted_at is None else _utc(deleted_at),
-    )
-
-
-def _to_version(row: Row[Any]) -> Version:
-    values = row._asdict()
-    return Version(**values | {"replaced_at": _utc(values["replaced_at"])})
-
-
-def _utc(moment: datetime | str) -> datetime:
-    """SQLite has no zones, and gives the clock as text: what it says is UTC."""
-    if isinstance(moment, str):
-        moment = datetime.fromisoformat(moment)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _rows_of_many(files: Sequence[SmallFile]) -> list[dict[str, Any]]:

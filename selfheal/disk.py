@@ -11,14 +11,14 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
 
 from . import staging, syscalls
 from .errors import DiskUnwritable, NotAFile
+from .files import OpenFile
 from .names import OWN_PREFIX
 from .staging import Staged
 from .threads import Threads
@@ -29,91 +29,11 @@ PUBLIC_DIRECTORIES = ("static", "public", "www", "htdocs", "assets", "media")
 REFUSED_FOR = 30.0
 """Seconds for which no write is tried after the disk said that it takes none."""
 
-PIECE = 256 * 1024
-"""Bytes read and sent at a time: more costs memory and gains nothing."""
-
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV)
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _FOR_GOOD = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
-_NOWAIT = getattr(os, "RWF_NOWAIT", None)
-
-
-class OpenFile:
-    """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name."""
-
-    __slots__ = ("fd", "path", "stat", "threads")
-
-    def __init__(self, fd: int, path: str, measured: os.stat_result, threads: Threads) -> None:
-        self.fd = fd
-        self.path = path
-        self.stat = measured
-        self.threads = threads
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def identity(self) -> tuple[int, int, int]:
-        """What changes whenever the file does: (mtime in ns, size in bytes, inode)."""
-        return self.stat.st_mtime_ns, self.stat.st_size, self.stat.st_ino
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.stat.st_size
-
-    @property
-    def modified_ns(self) -> int:
-        """In ns since the epoch."""
-        return self.stat.st_mtime_ns
-
-    def read_cached(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes from `start` that are in memory; raises `BlockingIOError` if they are not."""
-        if _NOWAIT is None:
-            raise BlockingIOError
-        buffer = bytearray(size)
-        try:
-            got = os.preadv(self.fd, [buffer], start, _NOWAIT)
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                raise BlockingIOError from None
-            raise
-        if got < size:
-            if got == 0:
-                raise BlockingIOError
-            del buffer[got:]
-        return bytes(buffer)
-
-    def read_waiting(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes from `start`; raises `OSError` (EIO) if the disk cannot give them."""
-        return os.pread(self.fd, size, start)
-
-    async def read(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""
-        try:
-            return self.read_cached(start, size)
-        except BlockingIOError:
-            return await self.threads.run(self.read_waiting, start, size)
-
-    async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        """The bytes from `start` up to, without, `stop`; raises `EOFError` if the file was cut short meanwhile."""
-        while start < stop:
-            piece = await self.read(start, min(PIECE, stop - start))
-            if not piece:
-                raise EOFError(f"{self.path} was cut short while it was read")
-            start += len(piece)
-            yield piece
-
-    def close(self) -> None:
-        """Close the descriptor; closing twice is harmless."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import names
-from .disk import OpenFile
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotAFile, SchemaError
 from .events import Kind, logger
+from .files import OpenFile
 from .responses import RETRY_AFTER, Headers, Responder, error_messages, never_stored
 from .settings import DEFAULT_PREFIX, Settings, check_prefix
 from .store import UploadStore

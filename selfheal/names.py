@@ -26,15 +26,15 @@ _STREAM = re.compile(r"::|:\$|^[a-z]:", re.IGNORECASE)
 
 def check(name: str) -> str:
     """Return `name` unchanged if it is in the grammar; raise `InvalidName` otherwise."""
-    why = _fault(name)
-    if why is not None:
+    why = fault(name)
+    if why:
         raise InvalidName(name, why)
     return name
 
 
 def is_valid(name: str) -> bool:
     """Whether `name` is in the grammar."""
-    return _fault(name) is None
+    return not fault(name)
 
 
 @lru_cache(maxsize=8192)
@@ -57,7 +57,8 @@ def to_path(name: str, prefix: str) -> str:
     return f"{prefix}/{quote(name)}"
 
 
-def _fault(name: str) -> str | None:
+def fault(name: str) -> str:
+    """Why `name` is not in the grammar; empty if it is."""
     if not name:
         return "it is empty"
     if _FORBIDDEN.search(name):
@@ -66,10 +67,10 @@ def _fault(name: str) -> str | None:
         return f"it is longer than {MAX_NAME_BYTES} bytes"
     if _ENCODED_AGAIN.search(name):
         return "it holds a dot, slash, backslash or NUL that was percent-encoded twice"
-    return next((why for part in name.split("/") if (why := _fault_of_part(part)) is not None), None)
+    return next((why for part in name.split("/") if (why := _fault_of_part(part))), "")
 
 
-def _fault_of_part(part: str) -> str | None:
+def _fault_of_part(part: str) -> str:
     if not part:
         return "a part of it is empty"
     if part[0] == ".":
@@ -82,4 +83,4 @@ def _fault_of_part(part: str) -> str | None:
         return "a part of it is the name of a device"
     if _STREAM.search(part):
         return "a part of it names a drive or an alternate stream"
-    return None
+    return ""

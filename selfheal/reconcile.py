@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 
-from .db import ImageStorage, Record
-from .disk import OpenFile, UploadsDirectory
-from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotStored, SelfHealError, Unsettled
+from .db import ImageStorage
+from .disk import UploadsDirectory
+from .errors import CorruptBlob, DatabaseUnavailable, NotStored, SelfHealError, Unsettled
 from .events import Events, Kind, logger
+from .files import OpenFile
 from .flight import Batches, Tasks
+from .records import Record
 from .restoration import Restorer
-from .sources import CHUNK
 
 SETTLED_AFTER = 1.0
 """Seconds for which a file must have held still before it is taken for whole."""
@@ -109,7 +109,7 @@ class Reconciler:
         if file is None:
             return
         with file:
-            digest = await digest_of(file)
+            digest = await self._threads.run(file.sha256)
         if digest in {record.sha256, *(version.sha256 for version in await self._database.history(name))}:
             await self._threads.run(self._disk.remove, name)
         else:
@@ -121,13 +121,13 @@ class Reconciler:
         if file is None:
             return
         with file:
-            digest = await digest_of(file)
+            digest = await self._threads.run(file.sha256)
             if digest == record.sha256:
                 await self._threads.run(self._disk.set_modified, name, record.modified_ns)
             elif await self._is_overwrite(name, file, digest, record):
                 await self._store(name, file, only_new=False)
             else:
-                await self._heal(record)
+                await self.heal(record)
 
     async def _is_overwrite(self, name: str, file: OpenFile, digest: str, record: Record) -> bool:
         """Whether the app itself overwrote the file: after this process began, after the record, with no old copy.
@@ -139,19 +139,25 @@ class Reconciler:
         history = await self._database.history(name)
         return (digest, file.modified_ns) not in {(version.sha256, version.modified_ns) for version in history}
 
-    async def _heal(self, record: Record) -> None:
-        """The database wins; but only once its bytes are known to be good."""
+    async def take_over(self, name: str) -> Record:
+        """The disk's bytes become a name's next generation. Raises as `adopt` does."""
+        file = await self._threads.run(self._disk.open, name)
+        if file is None:
+            raise NotStored(f"{name!r} is not on the disk")
+        with file:
+            return await self._store(name, file, only_new=False)
+
+    async def heal(self, record: Record) -> None:
+        """The database wins; but only once its bytes are known to be good (`CorruptBlob` otherwise)."""
         try:
             await self._restorer.put(record)
         except CorruptBlob as error:
             self._events.emit(Kind.CORRUPT, record.name, record.size, error.why)
             raise
-        except DiskUnwritable:
-            return
         self._events.emit(Kind.RESTORED, record.name, record.size)
 
     async def _store(self, name: str, file: OpenFile, *, only_new: bool) -> Record:
-        digest = await digest_of(file)
+        digest = await self._threads.run(file.sha256)
         await self._raise_if_moved(name, file.identity)
         record = await self._database.store_image(
             name, file.pieces(0, file.size), modified_ns=file.modified_ns, sha256=digest, only_new=only_new
@@ -169,16 +175,3 @@ class Reconciler:
         now = await self._threads.run(self._disk.stat, name)
         if now is None or (now.st_mtime_ns, now.st_size, now.st_ino) != identity:
             raise Unsettled(f"{name!r} is still being written")
-
-
-async def digest_of(file: OpenFile) -> str:
-    """The SHA-256, in hex, of an open file."""
-    return await file.threads.run(_digest, file)
-
-
-def _digest(file: OpenFile) -> str:
-    whole, at = hashlib.sha256(), 0
-    while piece := file.read_waiting(at, CHUNK):
-        whole.update(piece)
-        at += len(piece)
-    return whole.hexdigest()

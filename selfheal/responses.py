@@ -15,7 +15,7 @@ from typing import Protocol, Self
 from starlette.types import Message, Receive, Scope, Send
 
 from .content_types import can_run_script, content_type
-from .disk import PIECE, OpenFile
+from .files import PIECE, OpenFile
 
 Headers = list[tuple[bytes, bytes]]
 

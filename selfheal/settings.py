@@ -93,12 +93,15 @@ class Settings:
             prefix=environ.get("SELFHEAL_PREFIX") or DEFAULT_PREFIX,
         )
 
-    def override(self, *, directory: str | None = None, database: str | None = None) -> Settings:
+    def override(
+        self, *, directory: str | None = None, database: str | None = None, prefix: str | None = None
+    ) -> Settings:
         """The same settings with what a flag said in their place."""
         return replace(
             self,
             directory=self.directory if directory is None else Path(directory),
             database=self.database if database is None else database,
+            prefix=self.prefix if prefix is None else prefix,
         )
 
 

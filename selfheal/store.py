@@ -16,14 +16,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .db import ImageStorage, Record
-from .disk import OpenFile, UploadsDirectory
+from .bodies import FromDatabase, Incoming, InMemory
+from .db import ImageStorage
+from .disk import UploadsDirectory
 from .errors import DiskUnwritable, NotStored
 from .events import Events, Kind, Listener
+from .files import OpenFile
 from .flight import Tasks
 from .policy import UploadPolicy
 from .reconcile import Reconciler
-from .restoration import Body, Incoming, Restorer
+from .records import Record
+from .restoration import Restorer
 from .settings import Settings
 from .sources import Readable, Source
 from .sources import chunks as chunks_of
@@ -184,9 +187,27 @@ class UploadStore:
         """Make both sides of a name agree, as is done behind hits."""
         await self._reconciler.check(names.check(name))
 
+    # -- what the bulk runs do -----------------------------------------------------------------------------------
+
+    async def heal(self, record: Record) -> None:
+        """Put a record's bytes on the disk in place of others, which go to quarantine. See `Reconciler.heal`."""
+        await self._reconciler.heal(record)
+
+    async def take_over(self, name: str) -> Saved:
+        """The disk's bytes become a name's next generation, whatever the database holds."""
+        return self._saved(await self._reconciler.take_over(names.check(name)))
+
+    async def mend(self, record: Record) -> None:
+        """Write a record's bytes into the database anew, from a disk copy that matches (else `CorruptBlob`)."""
+        file = await self.threads.run(self.disk.open, record.name)
+        if file is None:
+            raise NotStored(f"{record.name!r} is not on the disk")
+        with file:
+            await self.database.mend(record, file.pieces(0, file.size))
+
     # -- what a server does ---------------------------------------------------------------------------------------
 
-    async def bring_back(self, name: str) -> OpenFile | Body | None:
+    async def bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
         """What to answer for a name that is missing on disk; None if there is no such name (`Restorer.bring_back`)."""
         return await self._restorer.bring_back(name)
 

@@ -11,10 +11,11 @@ PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types"},
     {"settings", "names", "sources", "policy"},
-    {"staging", "tables"},
+    {"staging", "tables", "files", "records"},
     {"disk", "engine"},
     {"blobs", "responses"},
     {"db"},
+    {"bodies", "landing", "outcomes"},
     {"restoration"},
     {"reconcile"},
     {"store"},

@@ -1,0 +1,100 @@
+"""An open file: measured once, read piece by piece, and never waited for in the event loop."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import AsyncGenerator
+from typing import Self
+
+from .threads import Threads
+
+PIECE = 256 * 1024
+"""Bytes read and sent at a time: more costs memory and gains nothing."""
+
+_NOWAIT = getattr(os, "RWF_NOWAIT", None)
+
+
+class OpenFile:
+    """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name."""
+
+    __slots__ = ("fd", "path", "stat", "threads")
+
+    def __init__(self, fd: int, path: str, measured: os.stat_result, threads: Threads) -> None:
+        self.fd = fd
+        self.path = path
+        self.stat = measured
+        self.threads = threads
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """What changes whenever the file does: (mtime in ns, size in bytes, inode)."""
+        return self.stat.st_mtime_ns, self.stat.st_size, self.stat.st_ino
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stat.st_size
+
+    @property
+    def modified_ns(self) -> int:
+        """In ns since the epoch."""
+        return self.stat.st_mtime_ns
+
+    def read_cached(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start` that are in memory; raises `BlockingIOError` if they are not."""
+        if _NOWAIT is None:
+            raise BlockingIOError
+        buffer = bytearray(size)
+        try:
+            got = os.preadv(self.fd, [buffer], start, _NOWAIT)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise BlockingIOError from None
+            raise
+        if got < size:
+            if got == 0:
+                raise BlockingIOError
+            del buffer[got:]
+        return bytes(buffer)
+
+    def read_waiting(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start`; raises `OSError` (EIO) if the disk cannot give them."""
+        return os.pread(self.fd, size, start)
+
+    def sha256(self) -> str:
+        """The digest, in hex, of the whole file; may wait for the disk."""
+        whole, at = hashlib.sha256(), 0
+        while piece := self.read_waiting(at, 4 * PIECE):
+            whole.update(piece)
+            at += len(piece)
+        return whole.hexdigest()
+
+    async def read(self, start: int, size: int) -> bytes:
+        """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""
+        try:
+            return self.read_cached(start, size)
+        except BlockingIOError:
+            return await self.threads.run(self.read_waiting, start, size)
+
+    async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """The bytes from `start` up to, without, `stop`; raises `EOFError` if the file was cut short meanwhile."""
+        while start < stop:
+            piece = await self.read(start, min(PIECE, stop - start))
+            if not piece:
+                raise EOFError(f"{self.path} was cut short while it was read")
+            start += len(piece)
+            yield piece
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is harmless."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,202 @@
+"""Many small files at once: staged together, one sync for all of them, and only then their names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from .blobs import chunk_digest
+from .db import ImageStorage
+from .disk import UploadsDirectory
+from .errors import CorruptBlob, DiskUnwritable, NotAFile, NotStored, SelfHealError, Unsettled
+from .records import Found, Record, SmallFile
+from .sources import CHUNK
+from .staging import Staged
+
+FILES_AT_ONCE = 256
+BYTES_AT_ONCE = 32 * 1024 * 1024
+"""How much is staged, or read, before it is synced or committed."""
+LARGE = 4 * 1024 * 1024
+"""Bytes from which a file is better streamed than held in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What became of a record that was to be restored: `error` is None if its file has its name."""
+
+    record: Record
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What became of a file that was to be read: the file, or why it could not be."""
+
+    name: str
+    file: SmallFile | None = None
+    error: Exception | None = None
+
+
+class Landing:
+    """Restores many records to a directory; `at_once`: how many large ones at a time."""
+
+    def __init__(self, disk: UploadsDirectory, database: ImageStorage, at_once: int) -> None:
+        self._disk = disk
+        self._database = database
+        self._places = asyncio.Semaphore(at_once)
+
+    async def land(self, records: Sequence[Record]) -> AsyncGenerator[Landed, None]:
+        """Restore records whose files are missing; what becomes of each, in no particular order."""
+        small = [record for record in records if record.size <= CHUNK]
+        large = [record for record in records if record.size > CHUNK]
+        for batch in in_batches(small):
+            for landed in await self._land_small(batch):
+                yield landed
+        for batch in in_batches(large):
+            for landed in await self._land_large(batch):
+                yield landed
+
+    async def _land_small(self, records: Sequence[Record]) -> list[Landed]:
+        found = await self._database.fetch(record.name for record in records)
+        return await self._look_again(await self._disk.threads.run(self._land_found, records, found))
+
+    async def _land_large(self, records: Sequence[Record]) -> list[Landed]:
+        staged = await asyncio.gather(*map(self._stage_large, records))
+        return await self._look_again(await self._disk.threads.run(self._publish_all, records, staged))
+
+    async def _stage_large(self, record: Record) -> Staged | Exception:
+        async with self._places:
+            try:
+                staged = await self._disk.threads.run(self._disk.stage, record.name)
+            except (SelfHealError, OSError) as error:
+                return error
+            try:
+                async with aclosing(self._database.read(record)) as chunks:
+                    async for chunk in chunks:
+                        await self._disk.threads.run(self._write, staged, chunk)
+                _check(staged, record)
+            except (SelfHealError, OSError) as error:
+                staged.close()
+                return error
+            except BaseException:
+                staged.close()
+                raise
+            return staged
+
+    async def _look_again(self, landed: list[Landed]) -> list[Landed]:
+        """What was deleted or overwritten while it was on its way does not stay."""
+        now = await self._database.find_many(one.record.name for one in landed if one.error is None)
+        return [await self._unless_changed(one, now.get(one.record.name)) for one in landed]
+
+    async def _unless_changed(self, one: Landed, now: Record | None) -> Landed:
+        if one.error is not None or (now is not None and now.generation == one.record.generation):
+            return one
+        await self._disk.threads.run(self._disk.remove, one.record.name)
+        return Landed(one.record, NotStored("it was deleted or overwritten meanwhile; run again"))
+
+    # -- in a thread ----------------------------------------------------------------------------------------------
+
+    def _land_found(self, records: Sequence[Record], found: dict[str, Found]) -> list[Landed]:
+        staged = [self._stage_found(record, found.get(record.name)) for record in records]
+        return self._publish_all(records, staged)
+
+    def _stage_found(self, record: Record, found: Found | None) -> Staged | Exception:
+        try:
+            staged = self._disk.stage(record.name)
+        except (SelfHealError, OSError) as error:
+            return error
+        try:
+            if record.size and (found is None or found.first is None):
+                raise CorruptBlob(record.name, "chunk 0 is missing")
+            self._write(staged, (found and found.first) or b"")
+            _check(staged, record)
+        except (SelfHealError, OSError) as error:
+            staged.close()
+            return error
+        return staged
+
+    def _publish_all(self, records: Sequence[Record], staged: Sequence[Staged | Exception]) -> list[Landed]:
+        with contextlib.ExitStack() as stack:
+            for one in staged:
+                if isinstance(one, Staged):
+                    stack.enter_context(one)
+            try:
+                with self._disk.writing():
+                    for record, one in zip(records, staged, strict=True):
+                        if isinstance(one, Staged):
+                            one.seal(record.modified_ns, self._disk.file_mode)
+                    self._disk.sync()
+            except DiskUnwritable as error:
+                return [Landed(record, error) for record in records]
+            return [self._publish(record, one) for record, one in zip(records, staged, strict=True)]
+
+    def _publish(self, record: Record, staged: Staged | Exception) -> Landed:
+        if isinstance(staged, Exception):
+            return Landed(record, staged)
+        try:
+            with self._disk.writing():
+                if not staged.publish() and self._disk.stat(record.name) is None:
+                    raise NotAFile(f"something that is not a file stands at {self._disk.path_of(record.name)}")
+        except (SelfHealError, OSError) as error:
+            return Landed(record, error)
+        return Landed(record)
+
+    def _write(self, staged: Staged, chunk: bytes) -> None:
+        with self._disk.writing():
+            staged.write(chunk)
+
+
+def in_batches(records: Sequence[Record]) -> list[list[Record]]:
+    """Records in lists of at most `FILES_AT_ONCE`, and of about `BYTES_AT_ONCE` bytes."""
+    batches: list[list[Record]] = [[]]
+    size = 0
+    for record in records:
+        if len(batches[-1]) == FILES_AT_ONCE or (batches[-1] and size + record.size > BYTES_AT_ONCE):
+            batches.append([])
+            size = 0
+        batches[-1].append(record)
+        size += record.size
+    return [batch for batch in batches if batch]
+
+
+def read_small(disk: UploadsDirectory, name: str) -> Read:
+    """Read a file whole; what changed while it was read is not taken."""
+    try:
+        file = disk.open(name)
+        if file is None:
+            return Read(name, error=NotStored("it vanished while it was read"))
+        with file:
+            data = file.read_waiting(0, file.size + 1)
+            there = disk.stat(name)
+            if there is None or len(data) != file.size or _identity(there) != file.identity:
+                return Read(name, error=Unsettled("it changed while it was read; run again"))
+            chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+            digest = hashlib.sha256(data).hexdigest()
+            return Read(name, SmallFile(name, digest, file.size, file.modified_ns, chunks))
+    except (SelfHealError, OSError) as error:
+        return Read(name, error=error)
+
+
+def is_sound(found: Found) -> bool:
+    """Whether a record of one chunk, as it was fetched, is whole in the database."""
+    record, first = found.record, found.first
+    if not found.has_blob:
+        return False
+    if first is None:
+        return record.size == 0 and record.sha256 == hashlib.sha256().hexdigest()
+    same = len(first) == record.size and hashlib.sha256(first).hexdigest() == record.sha256
+    return same and chunk_digest(0, first) == found.digest
+
+
+def _check(staged: Staged, record: Record) -> None:
+    if staged.size != record.size or staged.sha256 != record.sha256:
+        raise CorruptBlob(record.name, f"its {staged.size} bytes do not match the recorded digest")
+
+
+def _identity(measured: os.stat_result) -> tuple[int, int, int]:
+    return measured.st_mtime_ns, measured.st_size, measured.st_ino

@@ -1,0 +1,112 @@
+"""What the database knows, as values: records, versions, and files on their way in or out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the database knows of a name. `size` in bytes, `modified_ns` in ns since the epoch, times in UTC."""
+
+    name: str
+    sha256: str
+    size: int
+    content_type: str
+    modified_ns: int
+    generation: int
+    created_at: datetime
+    changed_at: datetime
+    deleted_at: datetime | None = None
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether this is a tombstone."""
+        return self.deleted_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a name was before an overwrite or a deletion."""
+
+    name: str
+    generation: int
+    sha256: str
+    size: int
+    content_type: str
+    modified_ns: int
+    replaced_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A record with the first chunk of its bytes, that chunk's own digest, and whether its blob has a row that fits."""
+
+    record: Record
+    first: bytes | None
+    digest: bytes | None
+    has_blob: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file of a few chunks, whole, on its way into the database."""
+
+    name: str
+    sha256: str
+    size: int
+    modified_ns: int
+    chunks: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What a purge dropped (or would drop): versions of the history, blobs, and the bytes of those blobs."""
+
+    versions: int
+    blobs: int
+    size: int
+
+
+def contents(version: Record | Version) -> dict[str, Any]:
+    """What an overwrite replaces: the values of a record that its version keeps."""
+    return {
+        "sha256": version.sha256,
+        "size": version.size,
+        "content_type": version.content_type,
+        "modified_ns": version.modified_ns,
+    }
+
+
+def to_record(row: Row[Any]) -> Record:
+    """A record from a row of `image_storage`."""
+    deleted_at = row.deleted_at
+    return Record(
+        row.name,
+        row.sha256,
+        row.size,
+        row.content_type,
+        row.modified_ns,
+        row.generation,
+        to_utc(row.created_at),
+        to_utc(row.changed_at),
+        None if deleted_at is None else to_utc(deleted_at),
+    )
+
+
+def to_version(row: Row[Any]) -> Version:
+    """A version from a row of `image_history`."""
+    values = row._asdict()
+    return Version(**values | {"replaced_at": to_utc(values["replaced_at"])})
+
+
+def to_utc(moment: datetime | str) -> datetime:
+    """SQLite has no zones, and gives the clock as text: what it says is UTC."""
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,0 +1,348 @@
+"""The command `selfheal`. Exit: 0 all is well, 1 some file is wrong, 2 bad usage, 3 no database, 130 stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .. import bulk
+from ..errors import DatabaseUnavailable, MissingExtra, NotStored, SelfHealError, SettingsError
+from ..outcomes import Result
+from ..records import Record, Version
+from ..settings import Settings, database_url, sqlite_file
+from ..store import UploadStore
+from .reporting import Report, megabytes, printable, progress, show, tell
+
+F = TypeVar("F", bound=Callable[..., Any])
+JOBS = click.IntRange(1, 64)
+
+
+def run(command: str | None = None) -> None:
+    """Run the command line, or one of its commands under the name of its module; never returns."""
+    chosen: click.Command = selfheal if command is None else selfheal.commands[command]
+    try:
+        code = chosen.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        code = _complain(f"{error.format_message()}; see --help", 2)
+    except (SettingsError, MissingExtra) as error:
+        code = _complain(error, 2)
+    except DatabaseUnavailable as error:
+        code = _complain(error, 3)
+    except (SelfHealError, OSError) as error:
+        code = _complain(error, 1)
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    sys.exit(code or 0)
+
+
+def _complain(error: object, code: int) -> int:
+    click.echo(f"selfheal: {error}", err=True)
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="selfheal")
+def selfheal() -> None:
+    """Uploads live on disk and in the database; each side brings the other back."""
+
+
+def _common(function: F) -> F:
+    """The flags of every command; `settings` is what they and the environment say."""
+
+    @wraps(function)
+    def with_settings(directory: str | None, database: str | None, **rest: Any) -> Any:
+        settings = Settings.from_env().override(directory=directory, database=database)
+        return function(settings=settings, **rest)
+
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress and no summary; errors still on standard error."),
+        click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON object and nothing else."),
+        click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]"),
+        click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]"),
+    ):
+        with_settings = option(with_settings)
+    return with_settings  # type: ignore[return-value]
+
+
+def _bulk(function: F) -> F:
+    for option in (
+        click.option("--jobs", type=JOBS, default=4, show_default=True, metavar="N", help="How many files at once."),
+        click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing on either side."),
+    ):
+        function = option(function)
+    return _common(function)
+
+
+# -- the bulk runs --------------------------------------------------------------------------------------------------
+
+
+@selfheal.command()
+@click.option("--prefer", type=click.Choice(["disk"]), help="Where the two sides differ, take the disk's bytes.")
+@_bulk
+def migrate(settings: Settings, *, prefer: str | None, dry_run: bool, jobs: int, **output: bool) -> int:
+    """Make the tables, and bring the files on disk into the database.
+
+    What the database knows already is compared, and mended from the disk where it is damaged.
+    """
+    if not settings.directory.is_dir():
+        raise SettingsError(f"there is no directory {settings.directory} to migrate from; name it with --directory")
+    if dry_run and _is_missing(settings):
+        settings = settings.override(database="sqlite+aiosqlite:///:memory:")
+    return _run_bulk(
+        settings,
+        Report("migrate", dry_run),
+        lambda store: bulk.migrate(store, prefer_disk=prefer == "disk", dry_run=dry_run, jobs=jobs),
+        **output,
+    )
+
+
+@selfheal.command()
+@click.option(
+    "--drill", is_flag=True, help="Also restore everything into a directory that is thrown away, and compare."
+)
+@_bulk
+def verify(settings: Settings, *, drill: bool, dry_run: bool, jobs: int, **output: bool) -> int:
+    """Is everything backed up, and can it be brought back? Reads every byte on both sides and changes nothing."""
+    _refuse_missing_database(settings)
+    report = Report("verify", dry_run)
+    return _run_bulk(settings, report, lambda store: bulk.verify(store, drill=drill, jobs=jobs), **output)
+
+
+@selfheal.command()
+@click.option("--verify", "compare", is_flag=True, help="Also hash what is on disk, and heal what differs.")
+@_bulk
+def restore(settings: Settings, *, compare: bool, dry_run: bool, jobs: int, **output: bool) -> int:
+    """Bring back every file that is missing on disk. Run it in deploys."""
+    _refuse_missing_database(settings)
+    return _run_bulk(
+        settings,
+        Report("restore", dry_run),
+        lambda store: bulk.restore(store, verify=compare, dry_run=dry_run, jobs=jobs),
+        **output,
+    )
+
+
+def _run_bulk(
+    settings: Settings,
+    report: Report,
+    start: Callable[[UploadStore], AsyncGenerator[Result, None]],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    async def work(store: UploadStore) -> None:
+        total = await store.database.count() if report.command != "migrate" else None
+        with progress(report.command, total, quiet=quiet) as draw:
+            async with aclosing(start(store)) as results:
+                await tell(results, report, draw)
+
+    try:
+        _run(settings, work)
+    except DatabaseUnavailable as error:
+        report.error = str(error)
+        show(report, as_json=as_json, quiet=quiet)
+        raise
+    show(report, as_json=as_json, quiet=quiet)
+    return 0 if report.ok else 1
+
+
+# -- one name -------------------------------------------------------------------------------------------------------
+
+
+@selfheal.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@_common
+def save(settings: Settings, name: str, file: str, *, as_json: bool, quiet: bool) -> int:
+    """Save FILE (- is standard input) under NAME, on both sides."""
+    _refuse_missing_database(settings)
+
+    async def work(store: UploadStore) -> Record:
+        return await store.save(name, sys.stdin.buffer if file == "-" else Path(file))
+
+    record = _run(settings, work)
+    _print({"command": "save", "ok": True, **_plain(record)}, f"saved {name}: {megabytes(record.size)}", as_json, quiet)
+    return 0
+
+
+@selfheal.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@_common
+def delete(settings: Settings, names: tuple[str, ...], *, as_json: bool, quiet: bool) -> int:
+    """Delete names on both sides; nothing brings them back but a new save, or undo."""
+    _refuse_missing_database(settings)
+
+    async def work(store: UploadStore) -> dict[str, bool]:
+        return {name: await store.delete(name) for name in names}
+
+    done = _run(settings, work)
+    missing = [name for name, deleted in done.items() if not deleted]
+    text = "\n".join(f"{'deleted' if deleted else 'no such name:'} {name}" for name, deleted in done.items())
+    deleted = [name for name in done if done[name]]
+    _print({"command": "delete", "ok": not missing, "deleted": deleted, "missing": missing}, text, as_json, quiet)
+    return 1 if missing else 0
+
+
+@selfheal.command("list")
+@click.option("--deleted", is_flag=True, help="List the deleted names instead.")
+@_common
+def list_names(settings: Settings, *, deleted: bool, as_json: bool, quiet: bool) -> int:
+    """List what the database holds: size in bytes, time of last modification, name."""
+    _refuse_missing_database(settings)
+    found: list[dict[str, Any]] = []
+
+    async def work(store: UploadStore) -> None:
+        async with aclosing(store.database.pages(deleted=deleted)) as pages:
+            async for page in pages:
+                for record in page:
+                    if as_json:
+                        found.append(_plain(record))
+                    elif not quiet:
+                        click.echo(f"{record.size:>12}  {_moment(record.modified_ns)}  {printable(record.name)}")
+
+    _run(settings, work)
+    if as_json:
+        click.echo(json.dumps({"command": "list", "ok": True, "names": found}))
+    return 0
+
+
+@selfheal.command()
+@click.argument("name")
+@_common
+def history(settings: Settings, name: str, *, as_json: bool, quiet: bool) -> int:
+    """List what NAME was before each overwrite and deletion, newest first."""
+    _refuse_missing_database(settings)
+
+    async def work(store: UploadStore) -> tuple[Record | None, list[Version]]:
+        return await store.database.find(name), await store.database.history(name)
+
+    record, versions = _run(settings, work)
+    if record is None:
+        raise NotStored(f"{name!r} is not in the database")
+    state = "deleted" if record.is_deleted else f"{record.size} bytes"
+    lines = [f"{record.generation:>5}  {record.changed_at:%Y-%m-%d %H:%M:%S}  now: {state}"]
+    lines += [
+        f"{one.generation:>5}  {one.replaced_at:%Y-%m-%d %H:%M:%S}  until then: {one.size} bytes" for one in versions
+    ]
+    plain = {"command": "history", "ok": True, "now": _plain(record), "versions": [_plain(one) for one in versions]}
+    _print(plain, "\n".join(lines), as_json, quiet)
+    return 0
+
+
+@selfheal.command()
+@click.argument("name")
+@click.option("--generation", type=click.IntRange(1), metavar="N", help="Go back to this generation (see history).")
+@_common
+def undo(settings: Settings, name: str, *, generation: int | None, as_json: bool, quiet: bool) -> int:
+    """Undo NAME's last overwrite or deletion."""
+    _refuse_missing_database(settings)
+
+    async def work(store: UploadStore) -> Record:
+        return await store.undo(name, generation)
+
+    record = _run(settings, work)
+    text = f"{name} is back: {megabytes(record.size)}, generation {record.generation}"
+    _print({"command": "undo", "ok": True, **_plain(record)}, text, as_json, quiet)
+    return 0
+
+
+@selfheal.command()
+@click.option(
+    "--keep-days", type=click.FloatRange(0), default=30, show_default=True, metavar="N", help="History to keep."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be dropped, and drop nothing.")
+@_common
+def purge(settings: Settings, *, keep_days: float, dry_run: bool, as_json: bool, quiet: bool) -> int:
+    """Drop history older than --keep-days, and the bytes that nothing refers to any more."""
+    _refuse_missing_database(settings)
+
+    async def work(store: UploadStore) -> Any:
+        return await store.database.purge(timedelta(days=keep_days), dry_run=dry_run)
+
+    gone = _run(settings, work)
+    mode = "would drop" if dry_run else "dropped"
+    text = f"{mode} {gone.versions} old versions and {gone.blobs} blobs, {megabytes(gone.size)}"
+    plain = {"command": "purge", "ok": True, "versions": gone.versions, "blobs": gone.blobs, "bytes": gone.size}
+    _print(plain | ({"dry_run": True} if dry_run else {}), text, as_json, quiet)
+    return 0
+
+
+@selfheal.command()
+@click.argument("app", metavar="[MODULE:APP]", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port to listen on.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Server processes.")
+@click.option("--prefix", metavar="PATH", help="The URL path of the uploads. [env: SELFHEAL_PREFIX]")
+@click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]")
+@click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]")
+def serve(
+    app: str | None,
+    host: str,
+    port: int,
+    workers: int,
+    prefix: str | None,
+    directory: str | None,
+    database: str | None,
+) -> int:
+    """Serve an ASGI app with its uploads healed; without an app, the uploads alone."""
+    from .serving import serve as run_server  # noqa: PLC0415 - uvicorn is an extra
+
+    settings = Settings.from_env().override(directory=directory, database=database, prefix=prefix)
+    run_server(settings, app, host=host, port=port, workers=workers)
+    return 0
+
+
+# -- shared ---------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def _run(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
+    async def with_store() -> T:
+        store = UploadStore(settings.directory, settings.database, deadline=60.0)
+        async with store:
+            return await work(store)
+
+    return asyncio.run(with_store())
+
+
+def _refuse_missing_database(settings: Settings) -> None:
+    if _is_missing(settings):
+        raise DatabaseUnavailable(f"there is no database at {settings.database}; `selfheal migrate` makes it")
+
+
+def _is_missing(settings: Settings) -> bool:
+    """Whether there is no such SQLite file; asking SQLite itself would make it."""
+    file = sqlite_file(database_url(settings.database))
+    return file is not None and not file.exists()
+
+
+def _plain(what: Record | Version) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(what).items() if value is not None}
+    return {key: value if isinstance(value, int | str) else str(value) for key, value in values.items()}
+
+
+def _moment(modified_ns: int) -> str:
+    with contextlib.suppress(ValueError, OverflowError):
+        return f"{datetime.fromtimestamp(modified_ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}"
+    return "?" * 19
+
+
+def _print(plain: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plain))
+    elif not quiet:
+        click.echo(text)

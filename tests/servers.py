@@ -1,0 +1,134 @@
+"""Real servers, one process each, on free loopback ports; and a client that sends bytes as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import free_port
+
+COMMANDS = {
+    "uvicorn-h11": "uvicorn --factory served:app --http h11 --host 127.0.0.1 --port {port} --no-access-log",
+    "uvicorn-httptools": "uvicorn --factory served:app --http httptools --host 127.0.0.1 --port {port} --no-access-log",
+    "granian": "granian --factory served:app --interface asgi --host 127.0.0.1 --port {port}",
+    "hypercorn": "hypercorn served:app() --bind 127.0.0.1:{port}",
+}
+SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer off the wire; `status` 0 if the server closed the connection without one."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether it was the wrapped app that answered."""
+        return self.headers.get("x-wrapped") == "yes"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs `served.app`."""
+
+    kind: str
+    port: int
+
+    def connect(self) -> socket.socket:
+        """A connection to it."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+
+    def send(self, request: bytes) -> Reply:
+        """Send bytes as they are, and read until the server closes."""
+        with self.connect() as connection:
+            connection.sendall(request)
+            parts = []
+            try:
+                while part := connection.recv(1 << 20):
+                    parts.append(part)
+            except ConnectionResetError:
+                pass
+        return parse(b"".join(parts))
+
+    def get(self, target: bytes, *lines: bytes, method: bytes = b"GET", host: bytes = b"test") -> Reply:
+        """One request whose target and header lines are sent as they are."""
+        head = [method + b" " + target + b" HTTP/1.1", b"Host: " + host, b"Connection: close", *lines]
+        return self.send(b"\r\n".join(head) + b"\r\n\r\n")
+
+    def state(self) -> dict[str, Any]:
+        """What the server's process holds (`served.state`)."""
+        state: dict[str, Any] = json.loads(self.get(b"/state").body)
+        return state
+
+
+def parse(data: bytes) -> Reply:
+    """An answer from its bytes, chunked or not."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    if not head:
+        return Reply(0, {}, b"")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    assert headers.get("transfer-encoding") is None, "the length was known, and the server was not told"
+    return Reply(int(first.split(" ")[1]), headers, body)
+
+
+@contextmanager
+def running(kind: str, base: Path, dead_port: int) -> Iterator[Server]:
+    """Start one server; at the end stop it, and fail if it said anything of an error or of a leak."""
+    port, log = free_port(), base / f"{kind}.log"
+    module, *arguments = COMMANDS[kind].format(port=port).split(" ")
+    environment = {**os.environ, "SERVED": str(base), "SERVED_DEAD_PORT": str(dead_port)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-X", "dev", "-m", module, *arguments],
+            cwd=Path(__file__).parent,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _wait_for(process, port, log)
+            yield Server(kind, port)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
+    said = log.read_text()
+    assert "Traceback" not in said, f"{kind} said:\n{said}"
+    assert "ResourceWarning" not in said, f"{kind} said:\n{said}"
+
+
+@contextmanager
+def all_running(base: Path, dead_port: int) -> Iterator[dict[str, Server]]:
+    """Every server, side by side."""
+    with ExitStack() as stack:
+        yield {kind: stack.enter_context(running(kind, base, dead_port)) for kind in COMMANDS}
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while True:
+        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=SECONDS):
+                return
+        except OSError:
+            assert time.monotonic() < end, f"the server never came up:\n{log.read_text()}"
+            time.sleep(0.05)
