@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Callable
 from io import BytesIO
-from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -88,14 +87,14 @@ def flow() -> bytes:
             thread.append((x * 2, y * 2))
             x, y = x + 4 * math.cos(angle), y + 4 * math.sin(angle)
         draw.line(thread, fill=_at(DUSK[1:], tone), width=random.choice((2, 3, 5, 7)))
-    return _encoded(_smoothed(picture), "JPEG", quality=74, exif=_exif("Flow"))
+    return _encoded(_smoothed(picture), "JPEG", quality=66, exif=_exif("Flow"))
 
 
 def island() -> bytes:
     """A shaded map of a land that is nowhere."""
     x, y = _coordinates()
     height = _math(
-        lambda o: o["noise"] * 1.9 - o["far"] * 0.3 - 14,
+        lambda o: o["noise"] * 1.5 - o["far"] * 0.42 + 5,
         noise=_noise("isle", (3, 6, 12, 24, 48)),
         far=_distance(x, y, (WIDTH / 2, HEIGHT / 2)),
     )
@@ -112,7 +111,10 @@ def moon() -> bytes:
     )
     lit = _math(
         lambda o: (o["z"] * 0.55 + ((o["x"] - 360) * -0.75 + (o["y"] - 240) * -0.35) / 190) * (60 + o["noise"] * 1.1),
-        **{"x": x, "y": y, "z": sphere, "noise": _noise("moon", (5, 10, 20, 40, 80))},
+        x=x,
+        y=y,
+        z=sphere,
+        noise=_noise("moon", (5, 10, 20, 40, 80)),
     )
     disc = _math(lambda o: o["z"] * 900, z=sphere).convert("L")
     picture, random = Image.new("L", SIZE, 8), Random("moon")
@@ -219,13 +221,12 @@ def _beads(turn: float) -> Image.Image:
     for bead in range(3 * 72):
         around, spin = bead / 72 * math.tau, (bead / 72 * 8 / 3 + turn / 3) * math.tau
         radius, lift = 1 + 0.36 * math.cos(spin), 0.36 * math.sin(spin)
-        x, y, z = radius * math.cos(around), lift * 0.6 - radius * math.sin(around) * 0.8, 0.0
-        z = lift * 0.8 + radius * math.sin(around) * 0.6
+        x, y, z = radius * math.cos(around), lift, radius * math.sin(around)
+        y, z = z * 0.8 - y * 0.6, z * 0.6 + y * 0.8
         beads.append((z, x, y))
     for z, x, y in sorted(beads):
-        near = 1 / (3.4 - z)
-        tone = (z + 1.2) / 2.4
-        draw.circle((360 + x * 610 * near, 240 + y * 610 * near), 30 * near, fill=_at(DUSK[1:], tone))
+        near = 580 / (3.6 - z)
+        draw.circle((360 + x * near, 215 + y * near), near / 21, fill=_at(DUSK[1:], (z + 1.1) / 2.2))
     return picture
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,7 +25,8 @@ T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
-_LOCK_TRIES = 4
+LOCK_PATIENCE = 10.0
+"""Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
 _NO_SUCH = ("no such table", "no such column", "has no column named")
 _NO_SUCH_STATES = ("42P01", "42703")
 
@@ -132,11 +134,12 @@ class Engine:
         """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first."""
         if self.dialect != "sqlite":
             return
-        for attempt in range(_LOCK_TRIES):
+        give_up = time.monotonic() + LOCK_PATIENCE
+        while True:
             try:
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             except DBAPIError as error:
-                if attempt == _LOCK_TRIES - 1 or "locked" not in str(error.orig):
+                if time.monotonic() > give_up or "locked" not in str(error.orig):
                     raise
                 await connection.rollback()
             else:

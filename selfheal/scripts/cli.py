@@ -26,6 +26,8 @@ from .reporting import Report, megabytes, printable, progress, show, tell
 
 F = TypeVar("F", bound=Callable[..., Any])
 JOBS = click.IntRange(1, 64)
+PATIENCE = 20.0
+"""Seconds that a command gives the database for an answer: more than a server may."""
 
 
 def run(command: str | None = None) -> None:
@@ -312,7 +314,7 @@ T = TypeVar("T")
 
 def _run(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
     async def with_store() -> T:
-        store = UploadStore(settings.directory, settings.database, deadline=60.0)
+        store = UploadStore(settings.directory, settings.database, deadline=PATIENCE)
         async with store:
             return await work(store)
 

@@ -1,0 +1,311 @@
+"""The grammar of names: what is refused, what is good, and the way from a request to a name and back."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import tempfile
+import tracemalloc
+import unicodedata
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from selfheal import InvalidName, UploadStore, names
+
+PREFIX = "/static/uploads"
+
+TRAVERSAL = ["..", "../x.png", "a/../b.png", "a/..", "./a.png", "a/./b.png", ".", "a/.", "..\\x.png", "a\\..\\b.png"]
+ABSOLUTE = [
+    "/etc/passwd",
+    "//etc/passwd",
+    "C:/Windows/win.ini",
+    "c:evil.png",
+    "a/C:/x.png",
+    "\\\\server\\share\\x.png",
+    "http://evil.example/x.png",
+]
+ENCODED_AGAIN = ["%2e%2e/x.png", "%2E%2E", "a%2fb.png", "a%2Fb.png", "%252f", "a%25252Fb.png", "%5cx.png", "x%00.png"]
+CONTROLS = ["a\0.png", "a\n.png", "a\r\nX: y", "\t.png", "a\x1b[2J.png", "a\x7f.png", "a\x85.png", "a\x9f.png", "a\u2028b"]
+NO_ENCODING = ["\ufffd.png", "a\ufffd/b.png", "\ud800.png", "a\udcff.png"]
+EMPTY_PARTS = ["", "/", "a//b.png", "a/", "a.png/", "/a.png"]
+DEVICES = [
+    "CON",
+    "con.png",
+    "nul.png",
+    "NUL",
+    "Aux.tar.gz",
+    "prn",
+    "COM1",
+    "com9.jpg",
+    "LPT1.txt",
+    "lpt0",
+    "COM¹.png",
+    "lpt³",
+    "CONIN$",
+    "conout$.txt",
+    "con .png",
+    "cats/nul.png",
+    "nul/x.png",
+]
+STREAMS = ["a::$DATA", "a.png::$DATA", "a:$I30:b", "dir::$INDEX_ALLOCATION/x.png"]
+DOTS_AND_SPACES = ["a.", "a.png.", "a.png ", "a./b.png", "a /b.png", "a. .", " "]
+HIDDEN = [".env", ".git/config", "a/.htaccess", ".png", "..."]
+OURS = [names.OWN_PREFIX, f"{names.OWN_PREFIX}-x.tmp", f"{names.OWN_PREFIX}/quarantine/a.png", f"a/{names.OWN_PREFIX}.x"]
+TOO_LONG = ["a" * 256, "é" * 128, f"a/{'b' * 256}", "/".join(["a" * 102] * 5), "/".join(["猫" * 34] * 5)]
+REFUSED = [
+    *TRAVERSAL,
+    *ABSOLUTE,
+    *ENCODED_AGAIN,
+    *CONTROLS,
+    *NO_ENCODING,
+    *EMPTY_PARTS,
+    *DEVICES,
+    *STREAMS,
+    *DOTS_AND_SPACES,
+    *HIDDEN,
+    *OURS,
+    *TOO_LONG,
+]
+
+LONGEST = "/".join([*["a" * 102] * 4, "a" * 100])
+GOOD = [
+    "tom.jpg",
+    "cats/tom.jpg",
+    "no extension",
+    "my cat.jpg",
+    "кот/三毛.png",
+    "😀.png",
+    unicodedata.normalize("NFC", "é.png"),
+    unicodedata.normalize("NFD", "é.png"),
+    "a (1).png",
+    "a[1]{2}.png",
+    "logo@2x.png",
+    "100%.png",
+    "100%25.png",
+    "a%20b.png",
+    "%.png",
+    "a?b.png",
+    "a#b.png",
+    "a&b=c;d+e,f.png",
+    "~tom",
+    "-rf",
+    "a..b.png",
+    "a.tar.gz",
+    "$DATA.png",
+    "12:30.png",
+    "console.png",
+    "com10.png",
+    "nullable/auxiliary.png",
+    "COM.png",
+    "uploads_private/x.png",
+    "a" * 255,
+    "猫" * 85,
+    LONGEST,
+]
+
+nasty = st.sampled_from([".", "..", "/", "//", "%", "%2f", "%25", "\\", ":", " ", "con", "nul", "a", "é", "\0", "\ufffd"])
+anything = st.one_of(st.lists(st.one_of(nasty, st.characters()), max_size=12).map("".join), st.text(max_size=40))
+part = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=60)
+valid = st.lists(part, min_size=1, max_size=4).map("/".join).filter(names.is_valid)
+
+
+def requested(raw: str, prefix: str = PREFIX) -> str | None:
+    """The name that a server asks for when `raw` is the target on the wire: decoded once, as uvicorn does."""
+    return names.from_path(unquote(raw), prefix, raw.encode("ascii"))
+
+
+@pytest.mark.parametrize("name", REFUSED, ids=ascii)
+def test_refused_names(name: str) -> None:
+    """What tricks a file system, a cache or a log is not in the grammar, and the error shows the name and says why."""
+    assert not names.is_valid(name)
+    with pytest.raises(InvalidName, match="is not a valid name: .") as caught:
+        names.check(name)
+    assert repr(name) in str(caught.value)
+    assert caught.value.why == names.fault(name) != ""
+    assert names.from_path(f"{PREFIX}/{name}", PREFIX) is None
+
+
+@pytest.mark.parametrize("name", GOOD, ids=lambda name: ascii(name)[:40])
+def test_good_names(name: str) -> None:
+    """Spaces, Unicode, brackets, @2x and percent signs are good; a check changes nothing, and a request finds the name."""
+    assert names.is_valid(name)
+    assert names.fault(name) == ""
+    assert names.check(name) == name
+    assert names.from_path(f"{PREFIX}/{name}", PREFIX) == name
+    assert requested(names.to_path(name, PREFIX)) == name
+
+
+def test_lengths_are_counted_in_bytes() -> None:
+    """A part may have 255 bytes and a name 512, in UTF-8, and not one more."""
+    assert len(LONGEST.encode()) == 512
+    assert names.is_valid(LONGEST)
+    assert not names.is_valid(LONGEST + "a")
+    assert names.is_valid("é" * 127 + "a")
+    assert not names.is_valid("é" * 128)
+
+
+def test_composed_and_decomposed_are_two_names() -> None:
+    """NFC and NFD are two names: nothing is normalised on the way in or out."""
+    composed, decomposed = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    assert requested(names.to_path(composed, PREFIX)) == composed
+    assert requested(names.to_path(decomposed, PREFIX)) == decomposed
+
+
+@pytest.mark.parametrize("control", [chr(code) for code in [*range(0x20), *range(0x7F, 0xA0)]], ids=ascii)
+def test_every_control_character_is_refused(control: str) -> None:
+    """No control character, of ASCII or of Latin-1, is in any name, wherever it stands."""
+    assert not any(names.is_valid(name) for name in (control, f"{control}a", f"a{control}", f"a/b{control}c.png"))
+
+
+@given(anything)
+@example("a/../../etc/passwd")
+@settings(deadline=None, max_examples=500)
+def test_every_valid_name_stays_inside(name: str) -> None:
+    """Joined to a root and normalised, a valid name is the same path, below the root, whatever it is made of."""
+    assume(names.is_valid(name))
+    root = "/srv/uploads"
+    assert posixpath.normpath(posixpath.join(root, name)) == f"{root}/{name}"
+    assert list(PurePosixPath(name).parts) == name.split("/")
+    assert not any(part.startswith(names.OWN_PREFIX) for part in name.split("/"))
+
+
+@given(anything)
+@settings(deadline=None, max_examples=500)
+def test_the_three_answers_agree(name: str) -> None:
+    """`fault`, `is_valid`, `check` and `from_path` never say two things of one string, and nothing else is raised."""
+    good = names.is_valid(name)
+    assert (names.fault(name) == "") == good
+    assert names.from_path(f"{PREFIX}/{name}", PREFIX) == (name if good else None)
+    try:
+        assert names.check(name) is name
+    except InvalidName:
+        assert not good
+
+
+@given(valid)
+@settings(deadline=None, max_examples=100)
+def test_every_valid_name_can_be_a_file(name: str) -> None:
+    """A disk takes every valid name as it is, and lists it as it is: what is listed is valid again."""
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        listed = [os.path.relpath(os.path.join(top, file), root) for top, _, files in os.walk(root) for file in files]
+    assert listed == [name]
+
+
+@given(valid, st.sampled_from([PREFIX, "/u", "/bilder öffentlich"]))
+@settings(deadline=None, max_examples=300)
+def test_to_a_path_and_back(name: str, prefix: str) -> None:
+    """The path of a name is pure ASCII, fit for a URL, and a server that decodes it once asks for that very name."""
+    path = names.to_path(name, prefix)
+    assert re.fullmatch(r"(?:[A-Za-z0-9/_.~-]|%[0-9A-F]{2})+", path)
+    assert requested(path, prefix) == name
+
+
+@given(st.text(st.sampled_from("/.%25efcEFC0aux\\:"), max_size=24))
+@settings(deadline=None, max_examples=500)
+def test_nothing_gets_out_by_encoding(raw: str) -> None:
+    """However a target is encoded, what it asks for holds no step upwards, not even if it were decoded again."""
+    name = requested(f"{PREFIX}/{raw}")
+    assume(name is not None)
+    again = str(name)
+    for _ in range(4):
+        again = unquote(again)
+        assert ".." not in again.replace("\\", "/").split("/")
+        assert "\0" not in again
+    assert again.count("/") == str(name).count("/")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["a%2fb.png", "a%2Fb.png", "..%2f..%2fetc/passwd", "a%252fb.png", "a%25252fb.png", "%2e%2e/x.png", "%5c..%5cx.png"],
+)
+def test_encoded_separators_are_refused(raw: str) -> None:
+    """A slash, backslash or dots that came percent-encoded, once or more often, ask for none of our names."""
+    assert requested(f"{PREFIX}/{raw}") is None
+
+
+def test_a_slash_that_was_encoded_needs_the_raw_path() -> None:
+    """Only the bytes on the wire tell `%2f` from `/`; without them (ASGI allows that) the decoded path is believed."""
+    assert names.from_path(f"{PREFIX}/a/b.png", PREFIX, b"/static/uploads/a%2fb.png") is None
+    assert names.from_path(f"{PREFIX}/a/b.png", PREFIX, b"/static/uploads/a/b.png") == "a/b.png"
+    assert names.from_path(f"{PREFIX}/a b/c.png", PREFIX, b"/static/uploads/a%20b/c.png") == "a b/c.png"
+    assert names.from_path(f"{PREFIX}/a/b.png", PREFIX, None) == "a/b.png"
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    """`%ff` is no UTF-8: servers make U+FFFD of it, which must not become a name."""
+    assert requested(f"{PREFIX}/%ff.png") is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/uploads_private/x.png",
+        "/static/uploads-old/x.png",
+        "/static/uploads.bak",
+        "/static/uploadsx.png",
+        "/static/uploads",
+        "/static/uploads/",
+        "/static/upload/x.png",
+        "/STATIC/UPLOADS/x.png",
+        "/other/static/uploads/x.png",
+        "static/uploads/x.png",
+        "//static/uploads/x.png",
+        "",
+    ],
+)
+def test_a_sibling_of_the_prefix_is_not_below_it(path: str) -> None:
+    """CVE-2023-29159: a path that merely begins with the prefix (`uploads_private`) asks for none of our names."""
+    assert names.from_path(path, PREFIX) is None
+    assert names.from_path(path, PREFIX, path.encode()) is None
+
+
+@pytest.mark.parametrize("path", ["http://host/static/uploads/x.png", "https://host//static/uploads/x.png", "*"])
+def test_absolute_urls_are_not_paths(path: str) -> None:
+    """An absolute URL as path (h11 hands it on as it came) asks for none of our names."""
+    assert names.from_path(path, PREFIX, path.encode()) is None
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_absolute_names_are_refused(name: str) -> None:
+    """CVE-2026-28414: a name that is absolute, here or on Windows, would replace the root it is joined to."""
+    assert not names.is_valid(name)
+    assert requested(f"{PREFIX}/{name}".replace("\\", "%5c")) is None
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_device_names_are_refused(name: str) -> None:
+    """CVE-2025-66221: a device of Windows (with an extension, in a folder, in any case) blocks whoever opens it."""
+    assert not names.is_valid(name)
+
+
+@pytest.mark.parametrize("name", [*TRAVERSAL, *ABSOLUTE])
+async def test_save_does_not_leave_the_root(name: str, sqlite_store: UploadStore, tmp_path: Path) -> None:
+    """CVE-2021-45452: saving, deleting or restoring under a name with a step upwards is refused, and writes nothing."""
+    before = sorted(tmp_path.rglob("*"))
+    for call in (sqlite_store.save(name, b"x"), sqlite_store.delete(name), sqlite_store.restore(name)):
+        with pytest.raises(InvalidName):
+            await call
+    assert sorted(tmp_path.rglob("*")) == before
+    assert await sqlite_store.database.count() == 0
+
+
+def test_long_paths_are_not_remembered() -> None:
+    """Servers bound the length of a path late or never: what can be no name must not fill the memory."""
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            path = f"{PREFIX}/{number}-{'a' * 100_000}"
+            assert names.from_path(path, PREFIX, path.encode()) is None
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 2_000_000
