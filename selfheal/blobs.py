@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Protocol
 from uuid import uuid4
 
-from sqlalchemy import Row, Select, Table, and_, delete, exists, func, select, update
+from sqlalchemy import Select, Table, and_, delete, exists, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -63,8 +63,9 @@ def chunk_rows(key: str, position: int, chunks: Sequence[bytes]) -> list[dict[st
 class Blobs:
     """The tables `image_blob` and `image_chunk`. Every method raises `DatabaseUnavailable` if there is no answer."""
 
-    def __init__(self, engine: Engine, tables: Tables, threads: Threads) -> None:
+    def __init__(self, engine: Engine, tables: Tables, read: Select[Any], threads: Threads) -> None:
         self._engine = engine
+        self._read = read
         self._blobs = tables.blobs
         self._chunks = tables.chunks
         self._threads = threads
@@ -79,12 +80,12 @@ class Blobs:
         count = -(-size // CHUNK)
         for start in range(first, count, READ_AT_ONCE):
             wanted = range(start, min(count, start + READ_AT_ONCE))
-            rows = await self._engine.rows(self._select(sha256, wanted))
+            rows = await self._engine.rows(self._read, sha256=sha256, start=wanted.start, stop=wanted.stop)
             why = await self._threads.run(_fault, rows, wanted, size)
             if why is not None:
                 raise CorruptBlob(name, why)
-            for row in rows:
-                yield row.data
+            for _, _, data in rows:
+                yield data
 
     async def receive(self, write: Write, data: Source, sha256: str | None = None) -> Received:
         """Take bytes in, writing all but the last chunks in transactions of `write`.
@@ -155,24 +156,16 @@ class Blobs:
         """The dialect's own INSERT, which knows ON CONFLICT."""
         return sqlite.insert(table) if self._engine.dialect == "sqlite" else postgresql.insert(table)
 
-    def _select(self, sha256: str, wanted: range) -> Select[Any]:
-        table = self._chunks.c
-        return (
-            select(table.position, table.digest, table.data)
-            .where(table.sha256 == sha256, table.position >= wanted.start, table.position < wanted.stop)
-            .order_by(table.position)
-        )
 
-
-def _fault(rows: Sequence[Row[Any]], wanted: range, size: int) -> str | None:
+def _fault(rows: Sequence[Sequence[Any]], wanted: range, size: int) -> str | None:
     """Why these rows are not the wanted chunks of a blob of `size` bytes; None if they are."""
-    got = {row.position: row for row in rows}
+    got = {position: (digest, data) for position, digest, data in rows}
     for position in wanted:
-        row = got.get(position)
-        if row is None:
+        if position not in got:
             return f"chunk {position} is missing"
-        if len(row.data) != min(CHUNK, size - position * CHUNK):
-            return f"chunk {position} has {len(row.data)} bytes"
-        if chunk_digest(position, row.data) != row.digest:
+        digest, data = got[position]
+        if len(data) != min(CHUNK, size - position * CHUNK):
+            return f"chunk {position} has {len(data)} bytes"
+        if chunk_digest(position, data) != digest:
             return f"chunk {position} does not match its digest"
     return None

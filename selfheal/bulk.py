@@ -5,17 +5,18 @@ Each can be killed and run again: what is done stays done, and is only looked at
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 
 from . import names
 from .disk import Found as Entry
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SchemaError, SelfHealError
-from .landing import BYTES_AT_ONCE, FILES_AT_ONCE, LARGE, Landing, is_sound, read_small
+from .landing import BYTES_AT_ONCE, FILES_AT_ONCE, LARGE, TRIES, Landed, Landing, is_sound, read_small
 from .outcomes import Outcome, Result, each, of_error, problem, sort, split, survey
 from .records import Found, Record
 from .sources import CHUNK
@@ -36,28 +37,47 @@ async def restore(
         async for page in pages:
             valid, results = split(page)
             present, missing, unclear = await store.threads.run(survey, store.disk, valid)
-            results += unclear
-            if dry_run:
-                results += [
-                    Result(record.name, Outcome.RESTORED, record.size, "would be restored") for record in missing
-                ]
-            else:
-                async with aclosing(landing.land(missing)) as landed:
-                    results += [
-                        Result(one.record.name, Outcome.RESTORED, one.record.size)
-                        if one.error is None
-                        else of_error(one.record.name, one.error)
-                        async for one in landed
-                    ]
-            if verify:
-                results += await each(jobs, (_heal(store, record, dry_run=dry_run) for record in present))
-            else:
-                results += [Result(record.name, Outcome.OK, record.size) for record in present]
-            for result in results:
+            for result in results + unclear:
                 yield result
+            async with aclosing(_land(landing, missing, dry_run=dry_run)) as landed:
+                async for result in landed:
+                    yield result
+            async with aclosing(_look_at(store, present, verify=verify, dry_run=dry_run, jobs=jobs)) as looked_at:
+                async for result in looked_at:
+                    yield result
     async with aclosing(_lingering(store)) as lingering:
         async for record in lingering:
             yield await _remove(store, record, dry_run=dry_run)
+
+
+async def _land(landing: Landing, missing: Sequence[Record], *, dry_run: bool) -> AsyncGenerator[Result, None]:
+    if dry_run:
+        for record in missing:
+            yield Result(record.name, Outcome.RESTORED, record.size, "would be restored")
+        return
+    async with aclosing(landing.land(missing)) as landed:
+        async for one in landed:
+            yield _landed(one)
+
+
+def _landed(one: Landed) -> Result:
+    if one.error is None:
+        return Result(one.record.name, Outcome.RESTORED, one.record.size)
+    if isinstance(one.error, NotStored):
+        return Result(one.record.name, Outcome.DELETED, 0, str(one.error))
+    return of_error(one.record.name, one.error)
+
+
+async def _look_at(
+    store: UploadStore, present: Sequence[Record], *, verify: bool, dry_run: bool, jobs: int
+) -> AsyncGenerator[Result, None]:
+    if not verify:
+        for record in present:
+            yield Result(record.name, Outcome.OK, record.size)
+        return
+    async with aclosing(each(jobs, (_heal(store, record, dry_run=dry_run) for record in present))) as healed:
+        async for result in healed:
+            yield result
 
 
 async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:

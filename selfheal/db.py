@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Seque
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, and_, delete, func, select, union, update
+from sqlalchemy import Select, delete, func, select, union, update
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -19,7 +19,8 @@ from .content_types import content_type as type_of
 from .engine import Engine, unavailable
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
-from .records import Found, Purged, Record, SmallFile, Version, contents, to_record, to_utc, to_version
+from .queries import Queries
+from .records import RECORD_COLUMNS, Found, Purged, Record, SmallFile, Version, contents, to_record, to_utc, to_version
 from .sources import Source
 from .tables import SCHEMA_VERSION, define_tables
 from .threads import Threads
@@ -46,7 +47,8 @@ class ImageStorage:
         self.tables = define_tables(MetaData() if metadata is None else metadata)
         self._threads = threads or Threads()
         self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or Tasks())
-        self._blobs = Blobs(self._engine, self.tables, self._threads)
+        self._queries = Queries(self.tables, self._engine.dialect)
+        self._blobs = Blobs(self._engine, self.tables, self._queries.chunks, self._threads)
 
     @property
     def url(self) -> URL:
@@ -57,7 +59,7 @@ class ImageStorage:
         """Make the tables that are not there; two processes may do so at once."""
         for tries_left in (2, 1, 0):
             try:
-                await self._engine.without_checks(self._create_tables)
+                await self._engine.write_schema(self._create_tables)
             except (DatabaseUnavailable, IntegrityError) as error:
                 cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
                 if not tries_left or not isinstance(cause, DBAPIError):
@@ -73,28 +75,17 @@ class ImageStorage:
 
     async def find(self, name: str) -> Record | None:
         """The record of a name (a tombstone if it was deleted); None if the database answered that there is none."""
-        rows = await self._engine.rows(self._select(name))
-        return to_record(rows[0]) if rows else None
+        return (await self.find_many([name])).get(name)
 
     async def find_many(self, wanted: Iterable[str]) -> dict[str, Record]:
         """The records, tombstones among them, of those names that have one."""
-        table = self.tables.records
-        rows = await self._engine.rows(select(table).where(table.c.name.in_(list(wanted))))
-        return {row.name: to_record(row) for row in rows}
+        rows = await self._engine.rows(self._queries.find, wanted=self._queries.as_list(wanted))
+        return {row[0]: to_record(row) for row in rows}
 
     async def fetch(self, wanted: Iterable[str]) -> dict[str, Found]:
         """As `find_many`, with the first chunk of each: one query brings a small image back."""
-        record, chunk, blob = self.tables.records, self.tables.chunks, self.tables.blobs
-        first = and_(chunk.c.sha256 == record.c.sha256, chunk.c.position == 0, record.c.deleted_at.is_(None))
-        of_blob = and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
-        query = (
-            select(record, chunk.c.data, chunk.c.digest, blob.c.chunks)
-            .outerjoin(chunk, first)
-            .outerjoin(blob, of_blob)
-            .where(record.c.name.in_(list(wanted)))
-        )
-        rows = await self._engine.rows(query)
-        return {row.name: Found(to_record(row), row.data, row.digest, row.chunks is not None) for row in rows}
+        rows = await self._engine.rows(self._queries.fetch, wanted=self._queries.as_list(wanted))
+        return {row[0]: _to_found(row) for row in rows}
 
     def read(self, version: Record | Version, first: int = 0) -> AsyncGenerator[bytes, None]:
         """The bytes of a record from chunk number `first` on, chunk by chunk, each checked against its own digest.
@@ -105,26 +96,18 @@ class ImageStorage:
 
     async def history(self, name: str) -> list[Version]:
         """What a name was before, newest first."""
-        table = self.tables.history
-        query = select(table).where(table.c.name == name).order_by(table.c.generation.desc())
-        return [to_version(row) for row in await self._engine.rows(query)]
+        return [to_version(row) for row in await self._engine.rows(self._queries.history, name=name)]
 
     async def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
         """Records without bytes in the order of names, `size` at a time: the living, the deleted, or (None) all."""
-        table = self.tables.records
-        query = select(table).order_by(table.c.name).limit(size)
-        if deleted is not None:
-            query = query.where(table.c.deleted_at.is_not(None) if deleted else table.c.deleted_at.is_(None))
-        after = query
-        while rows := await self._engine.rows(after):
+        query, after = self._queries.pages[deleted], ""
+        while rows := await self._engine.rows(query, after=after, size=size):
             yield [to_record(row) for row in rows]
-            after = query.where(table.c.name > rows[-1].name)
+            after = rows[-1][0]
 
     async def count(self) -> int:
         """How many living records there are."""
-        table = self.tables.records
-        rows = await self._engine.rows(select(func.count()).select_from(table).where(table.c.deleted_at.is_(None)))
-        return int(rows[0][0])
+        return int((await self._engine.rows(self._queries.count))[0][0])
 
     # -- changing -------------------------------------------------------------------------------------------------
 
@@ -321,6 +304,11 @@ def _within(connection: AsyncConnection | AsyncSession) -> Write:
             raise unavailable(error) from error
 
     return write
+
+
+def _to_found(row: Sequence[Any]) -> Found:
+    first, digest, chunks = row[RECORD_COLUMNS:]
+    return Found(to_record(row), first, digest, chunks is not None)
 
 
 def _rows_of_many(files: Sequence[SmallFile]) -> list[dict[str, Any]]:

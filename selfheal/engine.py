@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Row, Select, event, select
+from sqlalchemy import Select, event, select
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -28,12 +29,18 @@ _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
 LOCK_PATIENCE = 10.0
 """Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
 _NO_SUCH = ("no such table", "no such column", "has no column named")
+_KNOWN_DRIVERS = ("aiosqlite", "asyncpg")
+_COMPILED_AT_MOST = 64
 _NO_SUCH_STATES = ("42P01", "42703")
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
     """Whether this SQLite has the fix for the WAL-reset corruption (3.51.3 and later, or 3.50.7, 3.44.6)."""
     return version >= (3, 51, 3) or version[2] >= _SAFE_WAL_PATCHES.get((version[0], version[1]), 1 << 30)
+
+
+class _DeadConnection(ConnectionError):
+    """The server had closed the connection."""
 
 
 class Engine:
@@ -52,6 +59,7 @@ class Engine:
         self._engine: AsyncEngine | None = None
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._checked = False
+        self._compiled: dict[int, tuple[Select[Any], str, Sequence[str], dict[str, Any]]] = {}
 
     @property
     def dialect(self) -> str:
@@ -63,19 +71,16 @@ class Engine:
         try:
             return await self._read(work)
         except DatabaseUnavailable as error:
-            cause = error.__cause__
-            if not (isinstance(cause, DBAPIError) and cause.connection_invalidated):
+            if not _was_dead(error.__cause__):
                 raise
             return await self._read(work)
 
-    async def rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
-        """All rows of a query, read as by `read`."""
+    async def rows(self, query: Select[Any], **values: Any) -> Sequence[Sequence[Any]]:
+        """All rows of a query, read as by `read`; `values` are those of its bound parameters.
 
-        async def work(connection: AsyncConnection) -> Sequence[Row[Any]]:
-            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
-            return rows
-
-        return await self.read(work)
+        Times come as the driver gives them (see `to_utc`). A query that is always the same object is compiled once.
+        """
+        return await self.read(lambda connection: self._fetch(connection, query, values))
 
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
@@ -85,20 +90,16 @@ class Engine:
         async with self._connection() as connection:
             return await work(connection)
 
-    async def _write(self, work: Work[T]) -> T:
-        async with self._connection() as connection:
+    async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
+        async with self._connection(has_tables=has_tables) as connection:
             await self._begin(connection)
             result = await work(connection)
             await connection.commit()
             return result
 
-    async def without_checks(self, work: Work[T]) -> T:
+    async def write_schema(self, work: Work[T]) -> T:
         """As `write`, on a database whose tables may not be there yet."""
-        self._checked = True
-        try:
-            return await self.write(work)
-        finally:
-            self._checked = False
+        return await self._tasks.finish(self._write(work, has_tables=False))
 
     async def close(self) -> None:
         """Close what was opened here; the app's own engine is the app's to close."""
@@ -108,8 +109,35 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    async def _fetch(self, connection: AsyncConnection, query: Select[Any], values: dict[str, Any]) -> Any:
+        """Ask the driver itself, where it is one that we know: one hop to its thread, or one round trip, not five."""
+        driver = (await connection.get_raw_connection()).driver_connection
+        kind = connection.dialect.driver
+        if driver is None or kind not in _KNOWN_DRIVERS:
+            return (await connection.execute(query, values)).all()
+        text, order, constants = self._compile(connection, query)
+        positional = [values[key] if key in values else constants[key] for key in order]
+        if kind == "aiosqlite":
+            return await driver.execute_fetchall(text, positional)
+        try:
+            return await driver.fetch(text, *positional)
+        except Exception as error:
+            if driver.is_closed():
+                await connection.invalidate()
+                raise _DeadConnection(str(error)) from error
+            raise
+
+    def _compile(self, connection: AsyncConnection, query: Select[Any]) -> tuple[str, Sequence[str], dict[str, Any]]:
+        compiled = self._compiled.get(id(query))
+        if compiled is None or compiled[0] is not query:
+            made = query.compile(dialect=connection.dialect)
+            if len(self._compiled) >= _COMPILED_AT_MOST:
+                self._compiled.clear()
+            compiled = self._compiled[id(query)] = (query, str(made), made.positiontup or (), dict(made.params))
+        return compiled[1:]
+
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+    async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
         try:
             connection = await self._get_engine().connect()
         except MissingExtra:
@@ -118,16 +146,17 @@ class Engine:
             raise unavailable(error) from error
         try:
             try:
-                await self._check_schema(connection)
+                if has_tables and not self._checked:
+                    await self._check_schema(connection)
                 yield connection
             except TimeoutError:
                 await connection.invalidate()  # the server is silent: this connection never comes back
                 raise
             finally:
                 await asyncio.shield(self._tasks.start(connection.close()))
-        except (SQLAlchemyError, OSError) as error:
-            if isinstance(error, (IntegrityError, DataError)):
-                raise
+        except (IntegrityError, DataError):
+            raise
+        except _database_errors() as error:
             raise unavailable(error) from error
 
     async def _begin(self, connection: AsyncConnection) -> None:
@@ -146,10 +175,8 @@ class Engine:
                 return
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
-        if self._checked:
-            return
-        version = await connection.scalar(select(self._tables.schema.c.version))
-        await connection.rollback()
+        rows = await self._fetch(connection, select(self._tables.schema.c.version), {})
+        version = rows[0][0] if rows else None
         if version is not None and version > SCHEMA_VERSION:
             raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
         if version is not None and version < SCHEMA_VERSION:
@@ -183,7 +210,8 @@ def _as_url(database: str | URL) -> URL:
 def _make(url: URL, timeout: float) -> AsyncEngine:
     if url.get_backend_name() == "sqlite":
         limits = {} if is_in_memory(url) else {"pool_size": 5, "max_overflow": 5, "pool_timeout": timeout}
-        engine = create_async_engine(url, connect_args={"timeout": timeout}, **limits)
+        # nothing to reset: reads open no transaction, and every write ends its own
+        engine = create_async_engine(url, connect_args={"timeout": timeout}, pool_reset_on_return=None, **limits)
         event.listen(engine.sync_engine, "connect", _tune_sqlite)
         return engine
     try:
@@ -206,6 +234,17 @@ def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:
     if wal_is_safe(sqlite3.sqlite_version_info):
         cursor.execute("PRAGMA journal_mode=WAL")
     cursor.close()
+
+
+def _was_dead(cause: BaseException | None) -> bool:
+    return isinstance(cause, _DeadConnection) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
+
+
+def _database_errors() -> tuple[type[Exception], ...]:
+    """What SQLAlchemy and the drivers raise; asyncpg is an extra, and only there if it was needed."""
+    asyncpg = sys.modules.get("asyncpg")
+    of_asyncpg = () if asyncpg is None else (asyncpg.PostgresError, asyncpg.InterfaceError)
+    return (SQLAlchemyError, OSError, sqlite3.Error, *of_asyncpg)
 
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+import itertools
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from . import names
 from .disk import Found as Entry
 from .disk import UploadsDirectory
-from .errors import CorruptBlob, DatabaseUnavailable, SelfHealError
+from .errors import CorruptBlob, DatabaseUnavailable, NotAFile, SelfHealError
 from .records import Record
 
 T = TypeVar("T")
@@ -52,8 +53,11 @@ def of_error(name: str, error: Exception) -> Result:
     """What an error says of a name. What says something of the whole database is raised again."""
     if isinstance(error, DatabaseUnavailable):
         raise error
-    outcome = Outcome.CORRUPT_IN_DATABASE if isinstance(error, CorruptBlob) else Outcome.FAILED
-    return problem(name, outcome, error.why if isinstance(error, CorruptBlob) else str(error))
+    if isinstance(error, CorruptBlob):
+        return problem(name, Outcome.CORRUPT_IN_DATABASE, error.why)
+    if isinstance(error, NotAFile):
+        return problem(name, Outcome.FAILED, "something that is not a file stands at its name; move it away")
+    return problem(name, Outcome.FAILED, str(error))
 
 
 def sort(entries: Iterable[Entry]) -> tuple[list[Entry], list[Result]]:
@@ -97,20 +101,20 @@ def survey(disk: UploadsDirectory, records: Iterable[Record]) -> tuple[list[Reco
     return present, missing, results
 
 
-async def each(jobs: int, work: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of many awaitables, `jobs` of them at once, as they end."""
-    left, results = iter(work), []
-
-    async def worker() -> None:
-        for one in left:
-            result = await one
-            results.append(result)
-
-    workers = [asyncio.create_task(worker()) for _ in range(jobs)]
+async def each(jobs: int, work: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerator[T, None]:
+    """The results of many coroutines, `jobs` of them at once, as they end."""
+    left = iter(work)
+    running: set[asyncio.Task[T]] = set()
     try:
-        await asyncio.gather(*workers)
+        while True:
+            running |= {asyncio.create_task(one) for one in itertools.islice(left, jobs - len(running))}
+            if not running:
+                return
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                running.discard(task)
+                yield task.result()
     finally:
-        for task in workers:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-    return results
+        await asyncio.gather(*running, return_exceptions=True)

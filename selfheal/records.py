@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row
+RECORD_COLUMNS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +83,17 @@ def contents(version: Record | Version) -> dict[str, Any]:
     }
 
 
-def to_record(row: Row[Any]) -> Record:
-    """A record from a row of `image_storage`."""
-    deleted_at = row.deleted_at
-    return Record(
-        row.name,
-        row.sha256,
-        row.size,
-        row.content_type,
-        row.modified_ns,
-        row.generation,
-        to_utc(row.created_at),
-        to_utc(row.changed_at),
-        None if deleted_at is None else to_utc(deleted_at),
-    )
+def to_record(row: Sequence[Any]) -> Record:
+    """A record from a row that begins with the columns of `image_storage`, in their order."""
+    name, sha256, size, kind, modified_ns, created_at, changed_at, generation, deleted_at = row[:RECORD_COLUMNS]
+    gone = None if deleted_at is None else to_utc(deleted_at)
+    return Record(name, sha256, size, kind, modified_ns, generation, to_utc(created_at), to_utc(changed_at), gone)
 
 
-def to_version(row: Row[Any]) -> Version:
-    """A version from a row of `image_history`."""
-    values = row._asdict()
-    return Version(**values | {"replaced_at": to_utc(values["replaced_at"])})
+def to_version(row: Sequence[Any]) -> Version:
+    """A version from a row of `image_history`, its columns in their order."""
+    name, generation, sha256, size, kind, modified_ns, replaced_at = row
+    return Version(name, generation, sha256, size, kind, modified_ns, to_utc(replaced_at))
 
 
 def to_utc(moment: datetime | str) -> datetime:

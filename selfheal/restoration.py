@@ -75,9 +75,9 @@ class Restorer:
             if self._is_known_absent(name):
                 return None
             answer = await self._join(name)
-            if isinstance(answer, Incoming):
+            if isinstance(answer, Incoming) and not answer.progress.is_over:
                 return answer.hold()
-            if not isinstance(answer, OnDisk):
+            if not isinstance(answer, OnDisk | Incoming):
                 return answer
             file = await self._threads.run(self._disk.open, name)
             if file is not None:
@@ -103,12 +103,31 @@ class Restorer:
         """Publish a staged file in place of what has its name; what is not in the history goes to quarantine."""
         await self._threads.run(self._seal, staged, record)
         if not await self._threads.run(self._publish, staged):
-            there = await self._threads.run(self._disk.stat, record.name)
-            known = {(version.modified_ns, version.size) for version in await self._database.history(record.name)}
-            known.add((record.modified_ns, record.size))
-            if there is not None and (there.st_mtime_ns, there.st_size) not in known:
+            if not await self._is_recorded(record):
                 await self.quarantine(record.name, "other bytes than the recorded ones")
             await self._threads.run(self._replace, staged)
+
+    async def withdraw(self, record: Record) -> None:
+        """The disk did not take a record's file: at least what has its name must not be served for it."""
+        there = await self._threads.run(self._disk.stat, record.name)
+        if there is None or (there.st_mtime_ns, there.st_size) == (record.modified_ns, record.size):
+            return
+        if await self._is_recorded(record):
+            await self._threads.run(self._disk.remove, record.name)
+        else:
+            await self.quarantine(record.name, "other bytes than the recorded ones")
+
+    async def _is_recorded(self, record: Record) -> bool:
+        """Whether the disk copy is this record's, or one that its history holds."""
+        there = await self._threads.run(self._disk.stat, record.name)
+        if there is None:
+            return True
+        try:
+            versions = await self._database.history(record.name)
+        except DatabaseUnavailable:
+            return False
+        known = {(record.modified_ns, record.size), *((version.modified_ns, version.size) for version in versions)}
+        return (there.st_mtime_ns, there.st_size) in known
 
     async def quarantine(self, name: str, why: str) -> None:
         """Move a disk copy to where nobody is served from, and say so."""
@@ -136,6 +155,7 @@ class Restorer:
                 for _ in range(3):
                     with contextlib.suppress(_Gone):
                         await self._restore(name, answer)
+                    if answer.done():
                         break
             if not answer.done():
                 answer.set_result(None)
@@ -158,8 +178,14 @@ class Restorer:
             return
         record = found.record
         try:
-            with await self._threads.run(self._stage, record) as staged:
-                await self._fill(staged, found, answer)
+            if record.size <= CHUNK:
+                await self._look_again(record, published=await self._threads.run(self._land, found))
+            else:
+                with await self._threads.run(self._stage, record) as staged:
+                    await self._fill(staged, record, answer)
+            if not answer.done():
+                answer.set_result(OnDisk())
+            self._events.emit(Kind.RESTORED, name, record.size)
         except CorruptBlob as error:
             await self._raise_if_still(record, error)
         except DiskUnwritable as error:
@@ -168,20 +194,13 @@ class Restorer:
                 answer.set_result(await self._without_disk(found))
             self._events.emit(Kind.STREAMED, name, record.size, str(error))
 
-    async def _fill(self, staged: Staged, found: Found, answer: asyncio.Future[Answer]) -> None:
-        record = found.record
-        if record.size <= CHUNK:
-            await self._threads.run(self._write_first, staged, found)
-            await self._publish_and_look_again(staged, record)
-        elif record.size <= WHOLE_FIRST:
-            async for _ in self._write_all(staged, record):
-                pass
-            await self._publish_and_look_again(staged, record)
-        else:
+    async def _fill(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
+        if record.size > WHOLE_FIRST:
             await self._fill_while_answering(staged, record, answer)
-        if not answer.done():
-            answer.set_result(OnDisk())
-        self._events.emit(Kind.RESTORED, record.name, record.size)
+            return
+        async for _ in self._write_all(staged, record):
+            pass
+        await self._look_again(record, published=await self._threads.run(self._seal_and_publish, staged, record))
 
     async def _fill_while_answering(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
         reader = self._disk.reader(staged, record.name)
@@ -192,7 +211,8 @@ class Restorer:
                 incoming.progress.move(checked)
                 if not answer.done():
                     answer.set_result(incoming)
-            await self._publish_and_look_again(staged, record)
+            published = await self._threads.run(self._seal_and_publish, staged, record)
+            await self._look_again(record, published=published)
         except SelfHealError as failed:
             error = failed
             raise
@@ -210,10 +230,8 @@ class Restorer:
                 await self._threads.run(self._write, staged, chunk)
                 yield staged.size
 
-    async def _publish_and_look_again(self, staged: Staged, record: Record) -> None:
-        """Publish; then look whether the name was deleted or overwritten meanwhile (raises `_Gone`: nothing stays)."""
-        await self._threads.run(self._seal, staged, record)
-        published = await self._threads.run(self._publish, staged)
+    async def _look_again(self, record: Record, *, published: bool) -> None:
+        """Was the name deleted or overwritten meanwhile? Then what was published does not stay (raises `_Gone`)."""
         try:
             now = await self._database.find(record.name)
         except DatabaseUnavailable:
@@ -252,10 +270,18 @@ class Restorer:
         with self._disk.writing():
             staged.write(chunk)
 
-    def _write_first(self, staged: Staged, found: Found) -> None:
-        if found.record.size and found.first is None:
-            raise CorruptBlob(found.record.name, "chunk 0 is missing")
-        self._write(staged, found.first or b"")
+    def _land(self, found: Found) -> bool:
+        """Restore a record of one chunk, all of it in one go; False if its name was taken meanwhile."""
+        record = found.record
+        if record.size and found.first is None:
+            raise CorruptBlob(record.name, "chunk 0 is missing")
+        with self._disk.stage(record.name) as staged:
+            self._write(staged, found.first or b"")
+            return self._seal_and_publish(staged, record)
+
+    def _seal_and_publish(self, staged: Staged, record: Record) -> bool:
+        self._seal(staged, record)
+        return self._publish(staged)
 
     def _seal(self, staged: Staged, record: Record) -> None:
         if staged.size != record.size or staged.sha256 != record.sha256:

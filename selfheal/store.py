@@ -19,8 +19,8 @@ from . import names
 from .bodies import FromDatabase, Incoming, InMemory
 from .db import ImageStorage
 from .disk import UploadsDirectory
-from .errors import DiskUnwritable, NotStored
-from .events import Events, Kind, Listener
+from .errors import DiskUnwritable, NotStored, SelfHealError
+from .events import Events, Kind, Listener, logger
 from .files import OpenFile
 from .flight import Tasks
 from .policy import UploadPolicy
@@ -240,7 +240,7 @@ class UploadStore:
         try:
             staged = await self.threads.run(self.disk.stage, name)
         except DiskUnwritable:
-            return await self.database.store_image(name, source, modified_ns=modified_ns)
+            return await self._save_without_disk(name, source, modified_ns)
         try:
             async with aclosing(chunks_of(source, self.threads)) as chunks:
                 async for chunk in chunks:
@@ -248,13 +248,25 @@ class UploadStore:
                         await self.threads.run(self._write, staged, chunk)
                     except DiskUnwritable:
                         rest = self._read_back(staged, name, chunk, chunks)
-                        record = await self.database.store_image(name, rest, modified_ns=modified_ns)
+                        record = await self._save_without_disk(name, rest, modified_ns)
                         staged.close()
                         return record
         except BaseException:
             staged.close()
             raise
         return await self.tasks.finish(self._commit(name, staged, modified_ns))
+
+    async def _save_without_disk(self, name: str, source: Source, modified_ns: int) -> Record:
+        record = await self.database.store_image(name, source, modified_ns=modified_ns)
+        await self._withdraw(record, "the disk takes no file")
+        return record
+
+    async def _withdraw(self, record: Record, why: str) -> None:
+        self.events.emit(Kind.STREAMED, record.name, record.size, why)
+        try:
+            await self._restorer.withdraw(record)
+        except (SelfHealError, OSError) as error:
+            logger.error("%r: an old copy stays on the disk, and is served: %s", record.name, error)
 
     async def _commit(self, name: str, staged: Staged, modified_ns: int) -> Record:
         """The record first, then the file; then a look whether another process was faster."""
@@ -264,7 +276,7 @@ class UploadStore:
             try:
                 await self._restorer.place(staged, record)
             except DiskUnwritable as error:
-                self.events.emit(Kind.STREAMED, name, record.size, str(error))
+                await self._withdraw(record, str(error))
                 return record
         now = await self.database.find(name)
         if now is None or now.generation != record.generation:
@@ -281,7 +293,7 @@ class UploadStore:
         try:
             await self._restorer.put(record)
         except DiskUnwritable as error:
-            self.events.emit(Kind.STREAMED, name, record.size, str(error))
+            await self._withdraw(record, str(error))
         return record
 
     async def _read_back(

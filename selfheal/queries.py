@@ -1,0 +1,78 @@
+"""What is asked of the catalogue, each question made once: a query that stays the same object is compiled once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Integer,
+    Select,
+    String,
+    and_,
+    any_,
+    bindparam,
+    func,
+    select,
+    true,
+)
+
+from .tables import Tables
+
+
+class Queries:
+    """The questions about records, in the words of one dialect. A record's columns come in the table's order."""
+
+    def __init__(self, tables: Tables, dialect: str) -> None:
+        self._is_sqlite = dialect == "sqlite"
+        record, chunk, blob, version = tables.records, tables.chunks, tables.blobs, tables.history
+        among = self._among(record.c.name)
+        first = and_(chunk.c.sha256 == record.c.sha256, chunk.c.position == 0, record.c.deleted_at.is_(None))
+        of_record = and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
+        alive, dead = record.c.deleted_at.is_(None), record.c.deleted_at.is_not(None)
+        self.find: Select[Any] = select(record).where(among)
+        self.fetch: Select[Any] = (
+            select(record, chunk.c.data, chunk.c.digest, blob.c.chunks)
+            .outerjoin(chunk, first)
+            .outerjoin(blob, of_record)
+            .where(among)
+        )
+        self.history: Select[Any] = (
+            select(version)
+            .where(version.c.name == bindparam("name", type_=String))
+            .order_by(version.c.generation.desc())
+        )
+        page = (
+            select(record)
+            .where(record.c.name > bindparam("after", type_=String))
+            .order_by(record.c.name)
+            .limit(bindparam("size", type_=Integer))
+        )
+        self.pages: dict[bool | None, Select[Any]] = {
+            False: page.where(alive),
+            True: page.where(dead),
+            None: page.where(true()),
+        }
+        self.count: Select[Any] = select(func.count()).select_from(record).where(alive)
+        self.chunks: Select[Any] = (
+            select(chunk.c.position, chunk.c.digest, chunk.c.data)
+            .where(chunk.c.sha256 == bindparam("sha256", type_=String))
+            .where(chunk.c.position >= bindparam("start", type_=BigInteger))
+            .where(chunk.c.position < bindparam("stop", type_=BigInteger))
+            .order_by(chunk.c.position)
+        )
+
+    def as_list(self, wanted: Iterable[str]) -> Any:
+        """Many names as the one value that `find` and `fetch` take."""
+        return json.dumps(list(wanted)) if self._is_sqlite else list(wanted)
+
+    def _among(self, name: ColumnElement[str]) -> ColumnElement[bool]:
+        """Whether a name is among the `wanted` ones: one parameter, however many they are."""
+        if self._is_sqlite:
+            each = func.json_each(bindparam("wanted", type_=String)).table_valued("value")
+            return name.in_(select(each.c.value))
+        return name == any_(bindparam("wanted", type_=ARRAY(String)))
