@@ -58,8 +58,8 @@ def glass() -> bytes:
     random, (x, y) = Random("glass"), _coordinates()
     picture = Image.new("RGB", SIZE)
     nearest = second = Image.new("F", SIZE, 1e6)
-    for cell in range(12 * 8):
-        at = (cell % 12 + random.uniform(0.05, 0.95)) * 60, (cell // 12 + random.uniform(0.05, 0.95)) * 60
+    for cell in range(9 * 6):
+        at = (cell % 9 + random.uniform(0.05, 0.95)) * 80, (cell // 9 + random.uniform(0.05, 0.95)) * 80
         far = _distance(x, y, at)
         nearer = _math(lambda o: (o["nearest"] - o["far"]) * 1e6, nearest=nearest, far=far).convert("L")
         picture.paste(_at(MEADOW, (at[0] / WIDTH + at[1] / HEIGHT) / 2 + random.uniform(-0.2, 0.2)), mask=nearer)
@@ -68,7 +68,7 @@ def glass() -> bytes:
         )
         nearest = _math(lambda o: o["min"](o["nearest"], o["far"]), nearest=nearest, far=far)
     glass = _math(lambda o: (o["second"] - o["nearest"] - 4) * 70, nearest=nearest, second=second).convert("L")
-    light = _math(lambda o: 262 - o["nearest"] * 2.4, nearest=nearest).convert("L")
+    light = _math(lambda o: 262 - o["nearest"] * 1.9, nearest=nearest).convert("L")
     picture = ImageChops.multiply(picture, light.convert("RGB"))
     picture.paste("#12161c", mask=ImageChops.invert(glass))
     return _encoded(picture, "JPEG", quality=82, progressive=True, exif=_exif("Leaded glass"))
@@ -144,7 +144,9 @@ def ripples() -> bytes:
     x, y = _coordinates()
     wave = [round(127.5 + 127.5 * math.sin(step / 128 * math.pi)) for step in range(256)]
     rings = [
-        _math(lambda o, often=256 / length: o["far"] * often % 256.0, far=_distance(x, y, at)).convert("L").point(wave)
+        _math(lambda o: o["far"] / o["length"] * 256 % 256.0, far=_distance(x, y, at), length=length)
+        .convert("L")
+        .point(wave)
         for at, length in (((190, 150), 23), ((560, 330), 31), ((420, -60), 47))
     ]
     water = ImageChops.blend(ImageChops.blend(rings[0], rings[1], 0.5), rings[2], 0.35)
@@ -157,13 +159,12 @@ def ripples() -> bytes:
 
 def sunflower() -> bytes:
     """Seeds at the golden angle, on nothing: PNG with alpha."""
-    side, seeds = 960, 560
-    picture = Image.new("RGBA", (side, side))
+    picture, seeds = Image.new("RGBA", (WIDTH * 2, HEIGHT * 2)), 560
     draw = ImageDraw.Draw(picture)
     for seed in range(seeds):
-        angle, radius = seed * math.pi * (3 - math.sqrt(5)), 19.4 * math.sqrt(seed + 0.5)
-        centre = side / 2 + radius * math.cos(angle), side / 2 + radius * math.sin(angle)
+        angle, radius = seed * math.pi * (3 - math.sqrt(5)), 19 * math.sqrt(seed + 0.5)
         alpha = round(255 * min(1.0, 4 * (1 - seed / seeds)))
+        centre = WIDTH + radius * math.cos(angle), HEIGHT + radius * math.sin(angle)
         draw.circle(centre, 5 + 12 * seed / seeds, fill=(*_at(EMBER[2:-1], seed / seeds), alpha))
     return _encoded(_smoothed(picture), "PNG", optimize=True)
 
@@ -304,12 +305,12 @@ def _noise(seed: str, sizes: tuple[int, ...]) -> Image.Image:
     for size in sizes:
         grain = Image.frombytes("L", (size * 3, size * 2), random.randbytes(size * size * 6))
         grain = grain.convert("F").resize(SIZE, Image.Resampling.BICUBIC)
-        noise = _math(lambda o, weight=weight: o["noise"] + o["grain"] * weight, noise=noise, grain=grain)
+        noise = _math(lambda o: o["noise"] + o["grain"] * o["weight"], noise=noise, grain=grain, weight=weight)
         weight /= 2
     return noise
 
 
-def _math(formula: Callable[[dict[str, Any]], Any], **operands: Image.Image) -> Image.Image:
+def _math(formula: Callable[[dict[str, Any]], Any], **operands: Any) -> Image.Image:
     """A picture computed from pictures, pixel by pixel, at the speed of C."""
     computed: Image.Image = ImageMath.lambda_eval(formula, **operands)
     return computed

@@ -7,7 +7,7 @@ Add pictures, delete their files, reload: they are back. Anybody may add and del
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from html import escape
 from urllib.parse import quote
@@ -19,8 +19,16 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from selfheal import DatabaseUnavailable, InvalidName, NotStored, Record, UploadRefused
-from selfheal import SelfHealMiddleware, Settings, UploadStore
+from selfheal import (
+    DatabaseUnavailable,
+    InvalidName,
+    NotStored,
+    Record,
+    SelfHealMiddleware,
+    Settings,
+    UploadRefused,
+    UploadStore,
+)
 
 uploads = UploadStore.from_env()
 PREFIX = Settings.from_env().prefix
@@ -39,14 +47,14 @@ async def gallery(_: Request) -> Response:
 
 async def upload(request: Request) -> Response:
     """Keep every file of the form but those that are refused: too large, no picture, not whole."""
-    refused: dict[str, UploadRefused] = {}
+    refused = []
     async with request.form() as form:
         for file in form.getlist("pictures"):
             if isinstance(file, UploadFile):
                 try:
                     await uploads.save_uploaded_file(file)
                 except UploadRefused as error:
-                    refused[file.filename or "unnamed"] = error
+                    refused.append((file.filename or "unnamed", error))
     return await page(refused) if refused else RedirectResponse("/", 303)
 
 
@@ -71,27 +79,27 @@ async def unavailable(_: Request, __: Exception) -> Response:
     return PlainTextResponse("The database gives no answer now.\n", 503, {"Retry-After": "2"})
 
 
-async def page(refused: dict[str, UploadRefused] | None = None) -> HTMLResponse:
-    """The whole gallery, newest picture first; above it the files that were refused, with the first one's status."""
-    found = [record async for records in uploads.database.pages() for record in records]
-    living = sorted(found, key=lambda record: record.modified_ns, reverse=True)
+async def page(refused: Sequence[tuple[str, UploadRefused]] = ()) -> HTMLResponse:
+    """The gallery, newest picture first; above it the files that were refused, with the status of the first."""
+    living = [record async for records in uploads.database.pages() for record in records]
+    living.sort(key=lambda record: record.modified_ns, reverse=True)
     deleted = [record async for records in uploads.database.pages(deleted=True) for record in records]
-    alerts = [f"<p role=alert><b>{escape(name)}</b>: {escape(str(error))}" for name, error in (refused or {}).items()]
+    size = sum(record.size for record in living) / 1024
+    alerts = [f"<p role=alert><b>{escape(name)}</b>: {escape(str(error))}" for name, error in refused]
     cards = [card(record, f"picture {number}") for number, record in enumerate(living, 1)]
-    trash = [f"<li>{about(record)}{button('undo', 'Undo', record, about(record))}" for record in deleted]
-    total = sum(record.size for record in living)
-    html = f"""{HEAD}<p>{len(living)} pictures, {total / 1024:,.0f} KB, each of them on disk and in the database</p></div>
+    trash = [f"<li>{about(record)} {button('undo', 'Undo', record, about(record))}" for record in deleted]
+    html = f"""{HEAD}<p>{len(living)} pictures, {size:,.0f} KB, each on disk and in the database</p></div>
 <form action="/upload" method="post" enctype="multipart/form-data">
 <input type="file" name="pictures" multiple required accept="image/*" aria-label="Pictures to add"><button>Add</button>
 </form></header><main>{"".join(alerts)}
 <ul class="grid">{"".join(cards) or "<li class=none>Nothing here yet: add the first picture."}</ul>
 {"<h2>Deleted</h2>" if trash else ""}<ul class="trash">{"".join(trash)}</ul></main>"""
-    return HTMLResponse(html, next((error.status for error in (refused or {}).values()), 200))
+    return HTMLResponse(html, refused[0][1].status if refused else 200)
 
 
 def card(record: Record, title: str) -> str:
     source = escape(f"{PREFIX}/{quote(record.name)}")
-    return f"""<li><a href="{source}"><img src="{source}" alt="{title}" loading="lazy" decoding="async"></a>
+    return f"""<li><a href="{source}"><img src="{source}" alt="{title}" loading="lazy"></a>
 <span>{about(record)}</span>{button("delete", "Delete", record, title)}"""
 
 
@@ -109,30 +117,24 @@ HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Pictures</
 :root { color-scheme: light dark; --paper: light-dark(#f7f4ee, #121316); --card: light-dark(#fff, #1c1e22);
   --ink: light-dark(#22201c, #edeae3); --soft: light-dark(#676157, #a8a297); --line: light-dark(#ddd6c9, #34373d);
   --lead: light-dark(#0b6b62, #6fe0d0); --alarm: light-dark(#a3201d, #ff9c94) }
-* { box-sizing: border-box; margin: 0 }
-body { max-width: 80rem; margin: auto; padding: clamp(1rem, 4vw, 3rem); background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: 1rem 2rem; justify-content: space-between; align-items: end }
-h1 { font: 600 clamp(2rem, 6vw, 3.2rem)/1 Georgia, serif; letter-spacing: -.02em; margin-bottom: .6rem }
-h2 { font: 600 1.3rem/1 Georgia, serif; margin: 2.5rem 0 .8rem }
-header p, span, .none, .trash { color: var(--soft) }
-ul { list-style: none; padding: 0 }
+* { box-sizing: border-box; margin: 0; padding: 0; font: inherit }
+body { font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); color: var(--soft);
+  max-width: 80rem; margin: auto; padding: clamp(1rem, 4vw, 3rem) }
+h1, h2 { font-weight: 700; color: var(--ink); margin: 2rem 0 .5rem } h1 { font-size: 2.6rem; margin: 0 }
+header, header form, li { display: flex; flex-wrap: wrap; gap: .6rem; justify-content: space-between; align-items: end }
 button, ::file-selector-button { font: inherit; color: var(--lead); background: none; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 9px; padding: .3rem .9rem }
+  padding: .3rem .9rem; border: 1px solid var(--line); border-radius: 9px }
 button:hover, ::file-selector-button:hover { border-color: currentColor }
 :focus-visible { outline: 3px solid var(--lead); outline-offset: 2px }
-header form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
-header button { background: var(--lead); color: var(--paper) }
-input { font: inherit; color: var(--soft); max-width: 100% }
-[role=alert] { color: var(--alarm); border-left: 4px solid; padding: .4rem 1rem; margin-top: 1rem }
-.grid { display: grid; gap: 1.4rem; margin-top: 2rem; grid-template-columns: repeat(auto-fill, minmax(min(15.5rem, 100%), 1fr)) }
-.grid li:not(.none) { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center;
-  background: var(--card); border: 1px solid var(--line); border-radius: 16px; overflow: clip }
-.grid a { flex-basis: 100%; overflow: clip }
-.grid img { display: block; width: 100%; aspect-ratio: 3/2; object-fit: cover; transition: scale .3s }
-.grid span, .grid form { padding: .6rem .8rem }
-.trash li { display: flex; gap: 1rem; align-items: center; padding: .4rem 0; border-top: 1px solid var(--line) }
-@media (prefers-reduced-motion: no-preference) { .grid a:hover img { scale: 1.04 } }
+header button { color: var(--paper); background: var(--lead) }
+input { max-width: 100% } b { font-weight: 700 }
+[role=alert] { margin-top: 1rem; padding: .4rem 1rem; border-left: 4px solid; color: var(--alarm) }
+.grid { display: grid; gap: 1.4rem; margin-top: 2rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(15.5rem, 100%), 1fr)) }
+.grid li { align-items: center; gap: 0; background: var(--card); border: 1px solid var(--line); border-radius: 16px }
+.grid a { width: 100% } .grid span, .grid form, .none { padding: .6rem .8rem }
+.grid img { display: block; width: 100%; aspect-ratio: 3/2; object-fit: cover; border-radius: 15px 15px 0 0 }
+.trash li { align-items: center; padding: .4rem 0; border-top: 1px solid var(--line) }
 </style><header><div><h1>Pictures</h1>"""
 
 

@@ -5,21 +5,20 @@ Each can be killed and run again: what is done stays done, and is only looked at
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
 
 from . import names
 from .disk import Found as Entry
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SchemaError, SelfHealError
-from .landing import BYTES_AT_ONCE, FILES_AT_ONCE, LARGE, TRIES, Landed, Landing, is_sound, read_small
+from .landing import BYTES_AT_ONCE, FILES_AT_ONCE, LARGE, Landed, Landing, fault_in_database, read_small
 from .outcomes import Outcome, Result, each, of_error, problem, sort, split, survey
 from .records import Found, Record
-from .sources import CHUNK
 from .store import UploadStore
 
 # -- restore: database → disk ---------------------------------------------------------------------------------------
@@ -37,27 +36,24 @@ async def restore(
         async for page in pages:
             valid, results = split(page)
             present, missing, unclear = await store.threads.run(survey, store.disk, valid)
-            for result in results + unclear:
+            results += unclear
+            if dry_run:
+                results += [Result(one.name, Outcome.RESTORED, one.size, "would be restored") for one in missing]
+            else:
+                async with aclosing(landing.land(missing)) as landed:
+                    async for one in landed:
+                        yield _landed(one)
+            if verify:
+                async with aclosing(each(jobs, (_heal(store, one, dry_run=dry_run) for one in present))) as healed:
+                    async for result in healed:
+                        yield result
+            else:
+                results += [Result(one.name, Outcome.OK, one.size) for one in present]
+            for result in results:
                 yield result
-            async with aclosing(_land(landing, missing, dry_run=dry_run)) as landed:
-                async for result in landed:
-                    yield result
-            async with aclosing(_look_at(store, present, verify=verify, dry_run=dry_run, jobs=jobs)) as looked_at:
-                async for result in looked_at:
-                    yield result
     async with aclosing(_lingering(store)) as lingering:
         async for record in lingering:
             yield await _remove(store, record, dry_run=dry_run)
-
-
-async def _land(landing: Landing, missing: Sequence[Record], *, dry_run: bool) -> AsyncGenerator[Result, None]:
-    if dry_run:
-        for record in missing:
-            yield Result(record.name, Outcome.RESTORED, record.size, "would be restored")
-        return
-    async with aclosing(landing.land(missing)) as landed:
-        async for one in landed:
-            yield _landed(one)
 
 
 def _landed(one: Landed) -> Result:
@@ -68,31 +64,26 @@ def _landed(one: Landed) -> Result:
     return of_error(one.record.name, one.error)
 
 
-async def _look_at(
-    store: UploadStore, present: Sequence[Record], *, verify: bool, dry_run: bool, jobs: int
-) -> AsyncGenerator[Result, None]:
-    if not verify:
-        for record in present:
-            yield Result(record.name, Outcome.OK, record.size)
-        return
-    async with aclosing(each(jobs, (_heal(store, record, dry_run=dry_run) for record in present))) as healed:
-        async for result in healed:
-            yield result
-
-
 async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
+    name = record.name
     try:
-        digest = await store.threads.run(_digest, store.disk, record.name)
-        if digest == record.sha256:
+        is_same = await store.threads.run(_digest, store.disk, name) == record.sha256
+        if not is_same:
+            now = await store.database.find(name)
+            if now is None or now.is_deleted:
+                return Result(name, Outcome.DELETED, 0, "it was deleted meanwhile")
+            if now.generation != record.generation:
+                return await _heal(store, now, dry_run=dry_run)
             if not dry_run:
-                await store.check(record.name)
-            return Result(record.name, Outcome.OK, record.size)
+                await store.heal(record)
         if not dry_run:
-            await store.heal(record)
+            await store.check(name)
     except (SelfHealError, OSError) as error:
-        return of_error(record.name, error)
-    detail = "the disk's bytes differed; they are in quarantine" if not dry_run else "the disk's bytes differ"
-    return Result(record.name, Outcome.RESTORED, record.size, detail)
+        return of_error(name, error)
+    if is_same:
+        return Result(name, Outcome.OK, record.size)
+    detail = "the disk's bytes differ" if dry_run else "the disk's bytes differed; they are in quarantine"
+    return Result(name, Outcome.RESTORED, record.size, detail)
 
 
 async def _remove(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
@@ -101,7 +92,8 @@ async def _remove(store: UploadStore, record: Record, *, dry_run: bool) -> Resul
             await store.check(record.name)
     except (SelfHealError, OSError) as error:
         return of_error(record.name, error)
-    return Result(record.name, Outcome.DELETED, 0, "it was deleted; its file is removed from the disk")
+    detail = "it was deleted; its file would be removed" if dry_run else "it was deleted; its file is removed"
+    return Result(record.name, Outcome.DELETED, 0, detail)
 
 
 # -- migrate: disk → database ---------------------------------------------------------------------------------------
@@ -123,13 +115,17 @@ async def migrate(
         if dry_run:
             results += [Result(entry.name, Outcome.MIGRATED, entry.stat.st_size, "would be migrated") for entry in new]
         else:
-            results += await _bring_in(store, new, jobs)
-        old = [(entry, known[entry.name]) for entry in uploads if entry.name in known]
-        results += await each(
-            jobs, (_compare(store, entry, found, prefer_disk=prefer_disk, dry_run=dry_run) for entry, found in old)
-        )
+            async with aclosing(_bring_in(store, new, jobs)) as brought_in:
+                async for result in brought_in:
+                    yield result
         for result in results:
             yield result
+        compare = partial(_compare, store, prefer_disk=prefer_disk, dry_run=dry_run)
+        old = [entry for entry in uploads if entry.name in known]
+        work = (_settled(store, known[entry.name], partial(compare, entry)) for entry in old)
+        async with aclosing(each(jobs, work)) as compared:
+            async for result in compared:
+                yield result
 
 
 async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dict[str, Found]:
@@ -141,16 +137,23 @@ async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dic
         return {}  # the tables that a real run would make are empty
 
 
-async def _bring_in(store: UploadStore, entries: Sequence[Entry], jobs: int) -> list[Result]:
+async def _bring_in(store: UploadStore, entries: Sequence[Entry], jobs: int) -> AsyncGenerator[Result, None]:
     small = [entry.name for entry in entries if entry.stat.st_size <= LARGE]
     large = [entry.name for entry in entries if entry.stat.st_size > LARGE]
-    read = await each(jobs, (store.threads.run(read_small, store.disk, name) for name in small))
-    files = [one.file for one in read if one.file is not None]
-    results = [of_error(one.name, one.error) for one in read if one.error is not None]
+    files = []
+    async with aclosing(each(jobs, (store.threads.run(read_small, store.disk, name) for name in small))) as reads:
+        async for one in reads:
+            if one.file is not None:
+                files.append(one.file)
+            elif one.error is not None:
+                yield of_error(one.name, one.error)
     if files:
         records = await store.database.store_many(files)
-        results += [_migrated(file.name, file.sha256, records.get(file.name)) for file in files]
-    return results + await each(jobs, (_adopt(store, name) for name in large))
+        for file in files:
+            yield _migrated(file.name, file.sha256, records.get(file.name))
+    async with aclosing(each(jobs, (_adopt(store, name) for name in large))) as adopted:
+        async for result in adopted:
+            yield result
 
 
 def _migrated(name: str, sha256: str, record: Record | None) -> Result:
@@ -168,16 +171,19 @@ async def _adopt(store: UploadStore, name: str) -> Result:
 
 
 async def _compare(store: UploadStore, entry: Entry, found: Found, *, prefer_disk: bool, dry_run: bool) -> Result:
-    record, name = found.record, entry.name
+    record, name, size = found.record, entry.name, entry.stat.st_size
     if record.is_deleted:
         return problem(name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it")
     try:
-        fault = await _fault_in_database(store, found)
-        is_same = (entry.stat.st_mtime_ns, entry.stat.st_size) == (record.modified_ns, record.size)
+        fault = await fault_in_database(store.database, found, store.threads)
+        is_same = (entry.stat.st_mtime_ns, size) == (record.modified_ns, record.size)
         if fault or not is_same:
             is_same = await store.threads.run(_digest, store.disk, name) == record.sha256
         if is_same and not fault:
             return Result(name, Outcome.OK, record.size)
+        if is_same and size != record.size:
+            detail = f"it has {size} bytes, but {record.size} are recorded; delete it and save it anew"
+            return problem(name, Outcome.CORRUPT_IN_DATABASE, detail)
         if not is_same and not prefer_disk:
             detail = fault or "the disk's bytes are not the recorded ones; --prefer disk takes them"
             return problem(name, Outcome.CORRUPT_IN_DATABASE if fault else Outcome.DIFFERS, detail, record.size)
@@ -185,7 +191,7 @@ async def _compare(store: UploadStore, entry: Entry, found: Found, *, prefer_dis
             await (store.mend(record) if is_same else store.take_over(name))
     except (SelfHealError, OSError) as error:
         return of_error(name, error)
-    return Result(name, Outcome.MIGRATED, entry.stat.st_size, "mended" if is_same else "the disk's bytes were taken")
+    return Result(name, Outcome.MIGRATED, size, "mended" if is_same else "the disk's bytes were taken")
 
 
 # -- verify: both sides ---------------------------------------------------------------------------------------------
@@ -196,81 +202,98 @@ async def verify(store: UploadStore, *, drill: bool = False, jobs: int = 4) -> A
 
     Changes nothing. Raises `DatabaseUnavailable`.
     """
-    with tempfile.TemporaryDirectory(prefix="selfheal-drill-") as place:
-        elsewhere = UploadsDirectory(place, threads=store.threads) if drill else None
-        async with aclosing(store.database.pages(size=FILES_AT_ONCE)) as pages:
-            async for page in pages:
-                valid, results = split(page)
-                found = await store.database.fetch(record.name for record in valid)
-                checks = (_verify(store, found[record.name], elsewhere) for record in valid if record.name in found)
-                for result in results + await each(jobs, checks):
-                    yield result
+    async with aclosing(store.database.pages(size=FILES_AT_ONCE)) as pages:
+        async for page in pages:
+            valid, results = split(page)
+            found = await store.database.fetch(record.name for record in valid)
+            wrong = await _drill(store, valid, jobs) if drill else {}
+            checks = (_settled(store, one, partial(_verify, store)) for one in found.values())
+            async with aclosing(each(jobs, checks)) as verified:
+                async for one in verified:
+                    if one is not None:
+                        yield wrong.get(one.name, one)
+            for result in results:
+                yield result
     async for entries in _batches_of_walk(store):
-        uploads, results = sort(entries)
-        records = await store.database.find_many(entry.name for entry in uploads)
-        for result in results + [one for entry in uploads for one in _only_on_disk(entry, records.get(entry.name))]:
+        records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
+        uploads, results = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
+        for result in results + [_only_on_disk(entry, records.get(entry.name)) for entry in uploads]:
             yield result
 
 
-async def _verify(store: UploadStore, found: Found, elsewhere: UploadsDirectory | None) -> Result:
+async def _verify(store: UploadStore, found: Found) -> Result | None:
     record = found.record
+    if record.is_deleted:
+        return None  # meanwhile: the walk finds it if it is still on disk
     try:
-        fault = await _fault_in_database(store, found)
+        fault = await fault_in_database(store.database, found, store.threads)
         if fault:
             return problem(record.name, Outcome.CORRUPT_IN_DATABASE, fault, record.size)
-        if elsewhere is not None:
-            await _drill(store, record, elsewhere)
         digest = await store.threads.run(_digest, store.disk, record.name)
-    except NotStored:
-        return problem(record.name, Outcome.MISSING_ON_DISK, "`selfheal restore` brings it back", record.size)
     except (SelfHealError, OSError) as error:
         return of_error(record.name, error)
+    if digest is None:
+        return problem(record.name, Outcome.MISSING_ON_DISK, "`selfheal restore` brings it back", record.size)
     if digest != record.sha256:
         detail = "the disk's bytes are not the recorded ones; `selfheal restore --verify` heals them"
         return problem(record.name, Outcome.DIFFERS, detail, record.size)
     return Result(record.name, Outcome.OK, record.size)
 
 
-def _only_on_disk(entry: Entry, record: Record | None) -> Iterator[Result]:
-    if record is None:
-        detail = "it is not backed up; `selfheal migrate` brings it in"
-        yield problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.stat.st_size)
-    elif record.is_deleted:
-        yield problem(
-            entry.name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it"
-        )
+async def _drill(store: UploadStore, records: Sequence[Record], jobs: int) -> dict[str, Result]:
+    """Restore records into an empty directory, compare, and throw it away; a result for each name that went wrong."""
+    wrong: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory(prefix="selfheal-drill-") as place:
+        elsewhere = UploadsDirectory(place, threads=store.threads)
+        async with aclosing(Landing(elsewhere, store.database, jobs).land(records)) as landed:
+            async for one in landed:
+                error = one.error or await store.threads.run(_drilled, elsewhere, one.record)
+                if error is not None and not isinstance(error, NotStored):
+                    wrong[one.record.name] = of_error(one.record.name, error)
+    return wrong
 
 
-async def _drill(store: UploadStore, record: Record, elsewhere: UploadsDirectory) -> None:
-    """Restore a record into an empty directory, compare, and throw it away."""
-    async with aclosing(Landing(elsewhere, store.database, 1).land([record])) as landed:
-        async for one in landed:
-            if one.error is not None:
-                raise one.error
-    there = elsewhere.stat(record.name)
-    if await store.threads.run(_digest, elsewhere, record.name) != record.sha256 or there is None:
-        raise CorruptBlob(record.name, "what was restored in the drill has other bytes")
+def _drilled(elsewhere: UploadsDirectory, record: Record) -> Exception | None:
+    """Compare what was restored in a drill, and throw it away."""
+    if _digest(elsewhere, record.name) != record.sha256:
+        return CorruptBlob(record.name, "what was restored in the drill has other bytes")
     elsewhere.remove(record.name)
+    return None
+
+
+def _only_on_disk(entry: Entry, tombstone: Record | None) -> Result:
+    if tombstone is not None:
+        detail = "it was deleted, but is still on disk; `selfheal restore` removes it"
+        return problem(entry.name, Outcome.DELETED, detail)
+    detail = "it is not backed up; `selfheal migrate` brings it in"
+    return problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.stat.st_size)
+
+
+def _is_living(record: Record | None) -> bool:
+    return record is not None and not record.is_deleted
+
+
+def _is_text(name: str) -> bool:
+    """Whether a database can be asked for a name; a file's name may hold bytes that are no text."""
+    return names.is_valid(name) or name.isprintable()
 
 
 # -- shared ---------------------------------------------------------------------------------------------------------
 
 
-async def _fault_in_database(store: UploadStore, found: Found) -> str:
-    """Why the recorded bytes could not be brought back; empty if they could."""
-    record = found.record
-    if record.size <= CHUNK and is_sound(found):
-        return ""
-    whole = hashlib.sha256()
-    try:
-        async with aclosing(store.database.read(record)) as chunks:
-            async for chunk in chunks:
-                await store.threads.run(whole.update, chunk)
-    except CorruptBlob as error:
-        return error.why
-    if whole.hexdigest() != record.sha256:
-        return "the whole does not match its digest"
-    return "" if found.has_blob else "its blob has no row, or another size"
+R = TypeVar("R", Result, Result | None)
+
+
+async def _settled(store: UploadStore, found: Found, look: Callable[[Found], Coroutine[Any, Any, R]]) -> R:
+    """What `look` says; if that is a problem, once more if the record changed meanwhile: an app may be at work."""
+    while True:
+        result = await look(found)
+        if result is None or not result.is_problem:
+            return result
+        now = (await store.database.fetch([found.record.name])).get(found.record.name)
+        if now is None or now.record.generation == found.record.generation:
+            return result
+        found = now
 
 
 async def _lingering(store: UploadStore) -> AsyncGenerator[Record, None]:
@@ -301,9 +324,9 @@ def _next_batch(walk: Iterator[Entry]) -> list[Entry]:
     return batch
 
 
-def _digest(disk: UploadsDirectory, name: str) -> str:
+def _digest(disk: UploadsDirectory, name: str) -> str | None:
     file = disk.open(name)
     if file is None:
-        raise NotStored(f"{name!r} is not on the disk")
+        return None
     with file:
         return file.sha256()

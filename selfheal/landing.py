@@ -17,6 +17,7 @@ from .errors import CorruptBlob, NotAFile, NotStored, SelfHealError, Unsettled
 from .records import Found, Record, SmallFile
 from .sources import CHUNK
 from .staging import Staged
+from .threads import Threads
 
 FILES_AT_ONCE = 256
 BYTES_AT_ONCE = 32 * 1024 * 1024
@@ -212,7 +213,24 @@ def read_small(disk: UploadsDirectory, name: str) -> Read:
         return Read(name, error=error)
 
 
-def is_sound(found: Found) -> bool:
+async def fault_in_database(database: ImageStorage, found: Found, threads: Threads) -> str:
+    """Why the recorded bytes could not be brought back; empty if they could."""
+    record = found.record
+    if record.size <= CHUNK and _is_sound(found):
+        return ""
+    whole = hashlib.sha256()
+    try:
+        async with aclosing(database.read(record)) as chunks:
+            async for chunk in chunks:
+                await threads.run(whole.update, chunk)
+    except CorruptBlob as error:
+        return error.why
+    if whole.hexdigest() != record.sha256:
+        return "the whole does not match its digest"
+    return "" if found.has_blob else "its blob has no row, or another size"
+
+
+def _is_sound(found: Found) -> bool:
     """Whether a record of one chunk, as it was fetched, is whole in the database."""
     record, first = found.record, found.first
     if not found.has_blob:

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
 from typing import Self
 
 from . import syscalls
@@ -17,25 +16,26 @@ from .names import OWN_PREFIX
 TEMPORARY = f"{OWN_PREFIX}-tmp"
 """The directory, directly below the root, in which a file stands that needs a name before its own."""
 
-_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOENT)
+_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
 
 
 class Staged:
     """Bytes on their way to a name. Use as a context manager: what was not published leaves no trace.
 
-    `root` and `parent` are descriptors of directories; both are only used while they are held by the caller.
+    `root` and `parent` are descriptors of directories; they are duplicated.
     """
 
     def __init__(self, root: int, parent: int, name: str) -> None:
         self.size = 0
-        self._hash = hashlib.sha256()
-        self._root = os.dup(root)
-        self._parent = os.dup(parent)
-        self._last = name.rpartition("/")[2]
-        self._temporary: str | None = None
         self.fd = -1
+        self._hash = hashlib.sha256()
+        self._last = name.rpartition("/")[2]
+        self._temporary: _Temporary | None = None
+        self._root = os.dup(root)
+        self._parent = -1
         try:
+            self._parent = os.dup(parent)
             self.fd = self._open()
         except BaseException:
             self.close()
@@ -73,7 +73,10 @@ class Staged:
     def publish(self) -> bool:
         """Give the file its name; False, and no change, if the name is taken."""
         try:
-            self._link(self._parent, self._last)
+            if self._temporary is None:
+                syscalls.name_descriptor(self.fd, self._parent, self._last)
+            else:
+                self._temporary.link(self._parent, self._last)
         except FileExistsError:
             return False
         return True
@@ -82,24 +85,20 @@ class Staged:
         """Give the file its name, in place of whatever file has it: readers see the old or the new one, whole."""
         if self.publish():
             return
-        if self._temporary is not None:
-            self._rename(self._temporary)
-            self._temporary = None
-            return
-        temporary = self._in_temporary_directory(self._link)
-        self._rename(temporary)
+        if self._temporary is None:
+            self._temporary = _Temporary(self._root)
+            syscalls.name_descriptor(self.fd, self._temporary.directory, self._temporary.name)
+        self._temporary.rename(self._parent, self._last)
 
     def close(self) -> None:
         """Close every descriptor; remove what was not published."""
         if self._temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{TEMPORARY}/{self._temporary}", dir_fd=self._root)
-            self._tidy()
+            self._temporary.close(self._root)
+            self._temporary = None
         for fd in (self.fd, self._parent, self._root):
             if fd >= 0:
                 os.close(fd)
         self.fd = self._parent = self._root = -1
-        self._temporary = None
 
     def _open(self) -> int:
         try:
@@ -107,89 +106,108 @@ class Staged:
         except OSError as error:
             if error.errno not in _NO_UNNAMED_FILES:
                 raise
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        opened: list[int] = []
-        self._temporary = self._in_temporary_directory(
-            lambda directory, name: opened.append(os.open(name, flags, 0o600, dir_fd=directory))
-        )
-        fcntl.flock(opened[0], fcntl.LOCK_EX)  # says to a sweep that its owner lives
-        return opened[0]
+        self._temporary = _Temporary(self._root)
+        return self._temporary.create()
 
-    def _link(self, directory: int, name: str) -> None:
-        if self._temporary is None:
-            syscalls.name_descriptor(self.fd, directory, name)
-            return
-        source = f"{TEMPORARY}/{self._temporary}"
+
+class _Temporary:
+    """A name in the temporary directory. Whoever uses that directory holds a shared lock on it; so a lock that nobody
+    else holds says that everything in it was left by the dead.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.name = secrets.token_hex(16)
+        self.directory = _enter(root)
+
+    def create(self) -> int:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(self.name, flags, 0o600, dir_fd=self.directory)
+
+    def link(self, parent: int, last: str) -> None:
         try:
-            os.link(source, name, src_dir_fd=self._root, dst_dir_fd=directory)
+            os.link(self.name, last, src_dir_fd=self.directory, dst_dir_fd=parent)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            self._move(source, directory, name)  # a file system without links (FAT)
+            self._move(parent, last)
 
-    def _move(self, source: str, directory: int, name: str) -> None:
+    def rename(self, parent: int, last: str) -> None:
+        os.rename(self.name, last, src_dir_fd=self.directory, dst_dir_fd=parent)
+
+    def close(self, root: int) -> None:
+        with contextlib.suppress(OSError):  # renamed; or the disk takes no change now, and a later sweep removes it
+            os.unlink(self.name, dir_fd=self.directory)
+        os.close(self.directory)
+        sweep(root)
+
+    def _move(self, parent: int, last: str) -> None:
+        """Publish on a file system without links (FAT); between look and rename another process could be first."""
         with contextlib.suppress(FileNotFoundError):
-            os.stat(name, dir_fd=directory, follow_symlinks=False)
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
-        os.rename(source, name, src_dir_fd=self._root, dst_dir_fd=directory)
-        self._temporary = None
-        self._tidy()
+            os.stat(last, dir_fd=parent, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), last)
+        self.rename(parent, last)
 
-    def _rename(self, temporary: str) -> None:
+
+def _enter(root: int) -> int:
+    """Make and open the temporary directory, which another process may just be removing, and share its lock."""
+    for _ in range(100):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(TEMPORARY, 0o700, dir_fd=root)
         try:
-            os.rename(f"{TEMPORARY}/{temporary}", self._last, src_dir_fd=self._root, dst_dir_fd=self._parent)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(f"{TEMPORARY}/{temporary}", dir_fd=self._root)
-            self._tidy()
+            directory = syscalls.open_directory(root, TEMPORARY)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            _remove(root)
+            raise
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever swept
+            fcntl.flock(directory, fcntl.LOCK_SH)
+        if _is_there(root, directory):
+            return directory
+        os.close(directory)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), TEMPORARY)
 
-    def _in_temporary_directory(self, make: Callable[[int, str], object]) -> str:
-        """Make something under a random name in the temporary directory, which another process may just be removing."""
-        for _ in range(100):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(TEMPORARY, 0o700, dir_fd=self._root)
-            name = secrets.token_hex(16)
-            try:
-                directory = syscalls.open_directory(self._root, TEMPORARY)
-                try:
-                    make(directory, name)
-                finally:
-                    os.close(directory)
-            except FileNotFoundError:
-                continue
-            return name
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), TEMPORARY)
 
-    def _tidy(self) -> None:
-        with contextlib.suppress(OSError):  # others may still be at work in it
-            os.rmdir(TEMPORARY, dir_fd=self._root)
+def _is_there(root: int, directory: int) -> bool:
+    """Whether the open directory still has its name."""
+    try:
+        return os.path.samestat(os.stat(TEMPORARY, dir_fd=root, follow_symlinks=False), os.fstat(directory))
+    except FileNotFoundError:
+        return False
 
 
 def sweep(root: int) -> int:
-    """Remove the temporary files of processes that died; returns how many. `root` is the directory's descriptor."""
+    """Remove the temporary directory, and the files that dead processes left in it, unless somebody is using it.
+
+    `root` is the descriptor of the uploads directory. Returns how many files went.
+    """
     try:
         directory = syscalls.open_directory(root, TEMPORARY)
     except OSError:
         return 0
     try:
-        swept = sum(_sweep_file(directory, name) for name in os.listdir(directory))
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _sweep_locked(root, directory)
+    except BlockingIOError:
+        return 0  # somebody is at work in it
+    except OSError:
+        _remove(root)  # a file system without locks: only an empty directory goes
+        return 0
     finally:
         os.close(directory)
-    with contextlib.suppress(OSError):
-        os.rmdir(TEMPORARY, dir_fd=root)
+
+
+def _sweep_locked(root: int, directory: int) -> int:
+    swept = 0
+    for name in os.listdir(directory):
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory)
+            swept += 1
+    if _is_there(root, directory):
+        _remove(root)
     return swept
 
 
-def _sweep_file(directory: int, name: str) -> bool:
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name, dir_fd=directory)
-    except OSError:
-        return False  # its owner lives, or another sweep was first
-    finally:
-        os.close(fd)
-    return True
+def _remove(root: int) -> None:
+    with contextlib.suppress(OSError):  # not empty, gone already, or the disk takes no change now
+        os.rmdir(TEMPORARY, dir_fd=root)

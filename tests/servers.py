@@ -46,6 +46,7 @@ class Server:
 
     kind: str
     port: int
+    log: Path
 
     def connect(self) -> socket.socket:
         """A connection to it."""
@@ -86,49 +87,51 @@ def parse(data: bytes) -> Reply:
 
 
 @contextmanager
-def running(kind: str, base: Path, dead_port: int) -> Iterator[Server]:
-    """Start one server; at the end stop it, and fail if it said anything of an error or of a leak."""
-    port, log = free_port(), base / f"{kind}.log"
-    module, *arguments = COMMANDS[kind].format(port=port).split(" ")
+def all_running(base: Path, dead_port: int) -> Iterator[dict[str, Server]]:
+    """Every server, side by side; at the end they are stopped, and fail if they said anything of an error or a leak."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(_started(kind, base, dead_port)) for kind in COMMANDS]
+        for server, process in started:
+            _wait_for(server, process)
+        yield {server.kind: server for server, _ in started}
+
+
+@contextmanager
+def _started(kind: str, base: Path, dead_port: int) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
+    server = Server(kind, free_port(), base / f"{kind}.log")
     environment = {**os.environ, "SERVED": str(base), "SERVED_DEAD_PORT": str(dead_port)}
-    with log.open("wb") as output:
+    command = [sys.executable, "-X", "dev", "-m", *COMMANDS[kind].format(port=server.port).split(" ")]
+    with server.log.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-X", "dev", "-m", module, *arguments],
-            cwd=Path(__file__).parent,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            command, cwd=Path(__file__).parent, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
-        try:
-            _wait_for(process, port, log)
-            yield Server(kind, port)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise
-    said = log.read_text()
+    try:
+        yield server, process
+    finally:
+        _stop(process)
+    said = server.log.read_text()
     assert "Traceback" not in said, f"{kind} said:\n{said}"
     assert "ResourceWarning" not in said, f"{kind} said:\n{said}"
 
 
-@contextmanager
-def all_running(base: Path, dead_port: int) -> Iterator[dict[str, Server]]:
-    """Every server, side by side."""
-    with ExitStack() as stack:
-        yield {kind: stack.enter_context(running(kind, base, dead_port)) for kind in COMMANDS}
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
 
 
-def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + SECONDS
     while True:
-        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
+        assert process.poll() is None, f"the server ended:\n{server.log.read_text()}"
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=SECONDS):
-                return
+            server.connect().close()
         except OSError:
-            assert time.monotonic() < end, f"the server never came up:\n{log.read_text()}"
+            assert time.monotonic() < end, f"the server never came up:\n{server.log.read_text()}"
             time.sleep(0.05)
+        else:
+            return

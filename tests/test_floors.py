@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types"},
     {"settings", "names", "sources", "policy"},
     {"staging", "tables", "files", "records"},
-    {"disk", "engine"},
+    {"disk", "engine", "queries"},
     {"blobs", "responses"},
     {"db"},
     {"bodies", "landing", "outcomes"},

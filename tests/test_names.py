@@ -30,7 +30,17 @@ ABSOLUTE = [
     "http://evil.example/x.png",
 ]
 ENCODED_AGAIN = ["%2e%2e/x.png", "%2E%2E", "a%2fb.png", "a%2Fb.png", "%252f", "a%25252Fb.png", "%5cx.png", "x%00.png"]
-CONTROLS = ["a\0.png", "a\n.png", "a\r\nX: y", "\t.png", "a\x1b[2J.png", "a\x7f.png", "a\x85.png", "a\x9f.png", "a\u2028b"]
+CONTROLS = [
+    "a\0.png",
+    "a\n.png",
+    "a\r\nX: y",
+    "\t.png",
+    "a\x1b[2J.png",
+    "a\x7f.png",
+    "a\x85.png",
+    "a\x9f.png",
+    "a\u2028b",
+]
 NO_ENCODING = ["\ufffd.png", "a\ufffd/b.png", "\ud800.png", "a\udcff.png"]
 EMPTY_PARTS = ["", "/", "a//b.png", "a/", "a.png/", "/a.png"]
 DEVICES = [
@@ -55,7 +65,12 @@ DEVICES = [
 STREAMS = ["a::$DATA", "a.png::$DATA", "a:$I30:b", "dir::$INDEX_ALLOCATION/x.png"]
 DOTS_AND_SPACES = ["a.", "a.png.", "a.png ", "a./b.png", "a /b.png", "a. .", " "]
 HIDDEN = [".env", ".git/config", "a/.htaccess", ".png", "..."]
-OURS = [names.OWN_PREFIX, f"{names.OWN_PREFIX}-x.tmp", f"{names.OWN_PREFIX}/quarantine/a.png", f"a/{names.OWN_PREFIX}.x"]
+OURS = [
+    names.OWN_PREFIX,
+    f"{names.OWN_PREFIX}-x.tmp",
+    f"{names.OWN_PREFIX}/quarantine/a.png",
+    f"a/{names.OWN_PREFIX}.x",
+]
 TOO_LONG = ["a" * 256, "é" * 128, f"a/{'b' * 256}", "/".join(["a" * 102] * 5), "/".join(["猫" * 34] * 5)]
 REFUSED = [
     *TRAVERSAL,
@@ -108,7 +123,9 @@ GOOD = [
     LONGEST,
 ]
 
-nasty = st.sampled_from([".", "..", "/", "//", "%", "%2f", "%25", "\\", ":", " ", "con", "nul", "a", "é", "\0", "\ufffd"])
+nasty = st.sampled_from(
+    [".", "..", "/", "//", "%", "%2f", "%25", "\\", ":", " ", "con", "nul", "a", "é", "\0", "\ufffd"]
+)
 anything = st.one_of(st.lists(st.one_of(nasty, st.characters()), max_size=12).map("".join), st.text(max_size=40))
 part = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=60)
 valid = st.lists(part, min_size=1, max_size=4).map("/".join).filter(names.is_valid)
@@ -123,7 +140,7 @@ def requested(raw: str, prefix: str = PREFIX) -> str | None:
 def test_refused_names(name: str) -> None:
     """What tricks a file system, a cache or a log is not in the grammar, and the error shows the name and says why."""
     assert not names.is_valid(name)
-    with pytest.raises(InvalidName, match="is not a valid name: .") as caught:
+    with pytest.raises(InvalidName, match=r"is not a valid name: .") as caught:
         names.check(name)
     assert repr(name) in str(caught.value)
     assert caught.value.why == names.fault(name) != ""
@@ -132,7 +149,7 @@ def test_refused_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOOD, ids=lambda name: ascii(name)[:40])
 def test_good_names(name: str) -> None:
-    """Spaces, Unicode, brackets, @2x and percent signs are good; a check changes nothing, and a request finds the name."""
+    """Spaces, Unicode, brackets, @2x and percent signs are good: a check changes nothing, a request finds the name."""
     assert names.is_valid(name)
     assert names.fault(name) == ""
     assert names.check(name) == name
@@ -163,9 +180,9 @@ def test_every_control_character_is_refused(control: str) -> None:
     assert not any(names.is_valid(name) for name in (control, f"{control}a", f"a{control}", f"a/b{control}c.png"))
 
 
-@given(anything)
+@given(st.one_of(valid, anything))
 @example("a/../../etc/passwd")
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_every_valid_name_stays_inside(name: str) -> None:
     """Joined to a root and normalised, a valid name is the same path, below the root, whatever it is made of."""
     assume(names.is_valid(name))
@@ -176,7 +193,7 @@ def test_every_valid_name_stays_inside(name: str) -> None:
 
 
 @given(anything)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 def test_the_three_answers_agree(name: str) -> None:
     """`fault`, `is_valid`, `check` and `from_path` never say two things of one string, and nothing else is raised."""
     good = names.is_valid(name)
@@ -287,13 +304,13 @@ def test_device_names_are_refused(name: str) -> None:
     assert not names.is_valid(name)
 
 
-@pytest.mark.parametrize("name", [*TRAVERSAL, *ABSOLUTE])
-async def test_save_does_not_leave_the_root(name: str, sqlite_store: UploadStore, tmp_path: Path) -> None:
-    """CVE-2021-45452: saving, deleting or restoring under a name with a step upwards is refused, and writes nothing."""
+async def test_nothing_is_written_outside_the_root(sqlite_store: UploadStore, tmp_path: Path) -> None:
+    """CVE-2021-45452: saving, deleting or restoring under a name with a step upwards is refused and writes nothing."""
     before = sorted(tmp_path.rglob("*"))
-    for call in (sqlite_store.save(name, b"x"), sqlite_store.delete(name), sqlite_store.restore(name)):
-        with pytest.raises(InvalidName):
-            await call
+    for name in (*TRAVERSAL, *ABSOLUTE):
+        for call in (sqlite_store.save(name, b"x"), sqlite_store.delete(name), sqlite_store.restore(name)):
+            with pytest.raises(InvalidName):
+                await call
     assert sorted(tmp_path.rglob("*")) == before
     assert await sqlite_store.database.count() == 0
 

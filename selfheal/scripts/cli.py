@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import os
+import select
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections import ChainMap
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .. import bulk
-from ..errors import DatabaseUnavailable, MissingExtra, NotStored, SelfHealError, SettingsError
+from .. import bulk, names
+from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, NotStored, SelfHealError, SettingsError
 from ..outcomes import Result
 from ..records import Record, Version
 from ..settings import Settings, database_url, sqlite_file
+from ..sources import CHUNK
 from ..store import UploadStore
-from .reporting import Report, megabytes, printable, progress, show, tell
+from .reporting import (
+    Report,
+    answer,
+    megabytes,
+    moment,
+    plain,
+    printable,
+    progress,
+    show,
+    show_failure,
+    tell,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 JOBS = click.IntRange(1, 64)
+DAYS = click.IntRange(0, 36_500)
+GENERATION = click.IntRange(1, 2**63 - 1)
+VARIABLES = {
+    "directory": "SELFHEAL_DIRECTORY",
+    "database": "SELFHEAL_DATABASE_URL",
+    "prefix": "SELFHEAL_PREFIX",
+}
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 PATIENCE = 20.0
 """Seconds that a command gives the database for an answer: more than a server may."""
 
@@ -33,13 +55,16 @@ PATIENCE = 20.0
 def run(command: str | None = None) -> None:
     """Run the command line, or one of its commands under the name of its module; never returns."""
     chosen: click.Command = selfheal if command is None else selfheal.commands[command]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show ends no run
     try:
-        code = chosen.main(standalone_mode=False)
+        code = chosen.main(standalone_mode=False, **HELP)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        code = _complain(f"{error.format_message()}; see --help", 2)
-    except (SettingsError, MissingExtra) as error:
+        code = _complain(f"{error.format_message().rstrip('.')}; see --help", 2)
+    except (SettingsError, MissingExtra, InvalidName) as error:
         code = _complain(error, 2)
     except DatabaseUnavailable as error:
         code = _complain(error, 3)
@@ -51,11 +76,11 @@ def run(command: str | None = None) -> None:
 
 
 def _complain(error: object, code: int) -> int:
-    click.echo(f"selfheal: {error}", err=True)
+    click.echo(f"selfheal: {' '.join(str(error).splitlines())}", err=True)
     return code
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(no_args_is_help=False)
 @click.version_option(package_name="selfheal")
 def selfheal() -> None:
     """Uploads live on disk and in the database; each side brings the other back."""
@@ -66,8 +91,11 @@ def _common(function: F) -> F:
 
     @wraps(function)
     def with_settings(directory: str | None, database: str | None, **rest: Any) -> Any:
-        settings = Settings.from_env().override(directory=directory, database=database)
-        return function(settings=settings, **rest)
+        try:
+            return function(settings=_settings(directory=directory, database=database), **rest)
+        except (SelfHealError, OSError, KeyboardInterrupt) as error:
+            show_failure(str(error) or "stopped by the user", as_json=rest["as_json"], quiet=rest["quiet"])
+            raise
 
     for option in (
         click.option("--quiet", is_flag=True, help="No progress and no summary; errors still on standard error."),
@@ -101,7 +129,7 @@ def migrate(settings: Settings, *, prefer: str | None, dry_run: bool, jobs: int,
     """
     if not settings.directory.is_dir():
         raise SettingsError(f"there is no directory {settings.directory} to migrate from; name it with --directory")
-    if dry_run and _is_missing(settings):
+    if dry_run and _missing_file(settings):
         settings = settings.override(database="sqlite+aiosqlite:///:memory:")
     return _run_bulk(
         settings,
@@ -118,7 +146,6 @@ def migrate(settings: Settings, *, prefer: str | None, dry_run: bool, jobs: int,
 @_bulk
 def verify(settings: Settings, *, drill: bool, dry_run: bool, jobs: int, **output: bool) -> int:
     """Is everything backed up, and can it be brought back? Reads every byte on both sides and changes nothing."""
-    _refuse_missing_database(settings)
     report = Report("verify", dry_run)
     return _run_bulk(settings, report, lambda store: bulk.verify(store, drill=drill, jobs=jobs), **output)
 
@@ -128,7 +155,6 @@ def verify(settings: Settings, *, drill: bool, dry_run: bool, jobs: int, **outpu
 @_bulk
 def restore(settings: Settings, *, compare: bool, dry_run: bool, jobs: int, **output: bool) -> int:
     """Bring back every file that is missing on disk. Run it in deploys."""
-    _refuse_missing_database(settings)
     return _run_bulk(
         settings,
         Report("restore", dry_run),
@@ -145,18 +171,20 @@ def _run_bulk(
     as_json: bool,
     quiet: bool,
 ) -> int:
+    click.get_current_context().obj = report  # whatever ends the run, what it did is told
+    may_change = report.command != "verify" and not report.dry_run
+
     async def work(store: UploadStore) -> None:
+        if may_change:
+            await store.open()
         total = await store.database.count() if report.command != "migrate" else None
         with progress(report.command, total, quiet=quiet) as draw:
             async with aclosing(start(store)) as results:
                 await tell(results, report, draw)
 
-    try:
-        _run(settings, work)
-    except DatabaseUnavailable as error:
-        report.error = str(error)
-        show(report, as_json=as_json, quiet=quiet)
-        raise
+    if report.command != "migrate":
+        _refuse_missing_database(settings)
+    _run(settings, work)
     show(report, as_json=as_json, quiet=quiet)
     return 0 if report.ok else 1
 
@@ -170,31 +198,36 @@ def _run_bulk(
 @_common
 def save(settings: Settings, name: str, file: str, *, as_json: bool, quiet: bool) -> int:
     """Save FILE (- is standard input) under NAME, on both sides."""
+    names.check(name)
     _refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> Record:
-        return await store.save(name, sys.stdin.buffer if file == "-" else Path(file))
+        return await store.save(name, _standard_input() if file == "-" else Path(file))
 
     record = _run(settings, work)
-    _print({"command": "save", "ok": True, **_plain(record)}, f"saved {name}: {megabytes(record.size)}", as_json, quiet)
+    answer({"command": "save", "ok": True, **plain(record)}, f"saved {name}: {megabytes(record.size)}", as_json, quiet)
     return 0
 
 
 @selfheal.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("given", metavar="NAME...", nargs=-1, required=True)
 @_common
-def delete(settings: Settings, names: tuple[str, ...], *, as_json: bool, quiet: bool) -> int:
+def delete(settings: Settings, given: tuple[str, ...], *, as_json: bool, quiet: bool) -> int:
     """Delete names on both sides; nothing brings them back but a new save, or undo."""
+    for name in given:
+        names.check(name)
     _refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> dict[str, bool]:
-        return {name: await store.delete(name) for name in names}
+        return {name: await store.delete(name) for name in given}
 
     done = _run(settings, work)
-    missing = [name for name, deleted in done.items() if not deleted]
-    text = "\n".join(f"{'deleted' if deleted else 'no such name:'} {name}" for name, deleted in done.items())
     deleted = [name for name in done if done[name]]
-    _print({"command": "delete", "ok": not missing, "deleted": deleted, "missing": missing}, text, as_json, quiet)
+    missing = [name for name in done if not done[name]]
+    text = "\n".join(f"deleted {name}" for name in deleted)
+    answer({"command": "delete", "ok": not missing, "deleted": deleted, "missing": missing}, text, as_json, quiet)
+    for name in missing:
+        click.echo(f"no such name: {name}", err=True)
     return 1 if missing else 0
 
 
@@ -211,9 +244,9 @@ def list_names(settings: Settings, *, deleted: bool, as_json: bool, quiet: bool)
             async for page in pages:
                 for record in page:
                     if as_json:
-                        found.append(_plain(record))
+                        found.append(plain(record))
                     elif not quiet:
-                        click.echo(f"{record.size:>12}  {_moment(record.modified_ns)}  {printable(record.name)}")
+                        click.echo(f"{record.size:>12}  {moment(record.modified_ns)}  {printable(record.name)}")
 
     _run(settings, work)
     if as_json:
@@ -226,6 +259,7 @@ def list_names(settings: Settings, *, deleted: bool, as_json: bool, quiet: bool)
 @_common
 def history(settings: Settings, name: str, *, as_json: bool, quiet: bool) -> int:
     """List what NAME was before each overwrite and deletion, newest first."""
+    names.check(name)
     _refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> tuple[Record | None, list[Version]]:
@@ -239,17 +273,18 @@ def history(settings: Settings, name: str, *, as_json: bool, quiet: bool) -> int
     lines += [
         f"{one.generation:>5}  {one.replaced_at:%Y-%m-%d %H:%M:%S}  until then: {one.size} bytes" for one in versions
     ]
-    plain = {"command": "history", "ok": True, "now": _plain(record), "versions": [_plain(one) for one in versions]}
-    _print(plain, "\n".join(lines), as_json, quiet)
+    said = {"command": "history", "ok": True, "now": plain(record), "versions": [plain(one) for one in versions]}
+    answer(said, "\n".join(lines), as_json, quiet)
     return 0
 
 
 @selfheal.command()
 @click.argument("name")
-@click.option("--generation", type=click.IntRange(1), metavar="N", help="Go back to this generation (see history).")
+@click.option("--generation", type=GENERATION, metavar="N", help="Go back to this generation (see history).")
 @_common
 def undo(settings: Settings, name: str, *, generation: int | None, as_json: bool, quiet: bool) -> int:
     """Undo NAME's last overwrite or deletion."""
+    names.check(name)
     _refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> Record:
@@ -257,17 +292,15 @@ def undo(settings: Settings, name: str, *, generation: int | None, as_json: bool
 
     record = _run(settings, work)
     text = f"{name} is back: {megabytes(record.size)}, generation {record.generation}"
-    _print({"command": "undo", "ok": True, **_plain(record)}, text, as_json, quiet)
+    answer({"command": "undo", "ok": True, **plain(record)}, text, as_json, quiet)
     return 0
 
 
 @selfheal.command()
-@click.option(
-    "--keep-days", type=click.FloatRange(0), default=30, show_default=True, metavar="N", help="History to keep."
-)
+@click.option("--keep-days", type=DAYS, default=30, show_default=True, metavar="N", help="History to keep.")
 @click.option("--dry-run", is_flag=True, help="Say what would be dropped, and drop nothing.")
 @_common
-def purge(settings: Settings, *, keep_days: float, dry_run: bool, as_json: bool, quiet: bool) -> int:
+def purge(settings: Settings, *, keep_days: int, dry_run: bool, as_json: bool, quiet: bool) -> int:
     """Drop history older than --keep-days, and the bytes that nothing refers to any more."""
     _refuse_missing_database(settings)
 
@@ -277,8 +310,8 @@ def purge(settings: Settings, *, keep_days: float, dry_run: bool, as_json: bool,
     gone = _run(settings, work)
     mode = "would drop" if dry_run else "dropped"
     text = f"{mode} {gone.versions} old versions and {gone.blobs} blobs, {megabytes(gone.size)}"
-    plain = {"command": "purge", "ok": True, "versions": gone.versions, "blobs": gone.blobs, "bytes": gone.size}
-    _print(plain | ({"dry_run": True} if dry_run else {}), text, as_json, quiet)
+    said = {"command": "purge", "ok": True, "versions": gone.versions, "blobs": gone.blobs, "bytes": gone.size}
+    answer(said | ({"dry_run": True} if dry_run else {}), text, as_json, quiet)
     return 0
 
 
@@ -302,7 +335,7 @@ def serve(
     """Serve an ASGI app with its uploads healed; without an app, the uploads alone."""
     from .serving import serve as run_server  # noqa: PLC0415 - uvicorn is an extra
 
-    settings = Settings.from_env().override(directory=directory, database=database, prefix=prefix)
+    settings = _settings(directory=directory, database=database, prefix=prefix)
     run_server(settings, app, host=host, port=port, workers=workers)
     return 0
 
@@ -312,39 +345,45 @@ def serve(
 T = TypeVar("T")
 
 
+def _settings(**flags: str | None) -> Settings:
+    """What the flags say, and the environment where they are silent."""
+    for flag, value in flags.items():
+        if value is not None and not value.strip():
+            raise SettingsError(f"--{flag} is empty; was it a variable that is not set?")
+    given = {VARIABLES[flag]: value for flag, value in flags.items() if value is not None}
+    return Settings.from_env(ChainMap(given, os.environ))
+
+
 def _run(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
     async def with_store() -> T:
-        store = UploadStore(settings.directory, settings.database, deadline=PATIENCE)
-        async with store:
+        store = UploadStore(settings.directory, settings.database, deadline=60.0)
+        try:
             return await work(store)
+        finally:
+            await store.close()
 
     return asyncio.run(with_store())
 
 
 def _refuse_missing_database(settings: Settings) -> None:
-    if _is_missing(settings):
-        raise DatabaseUnavailable(f"there is no database at {settings.database}; `selfheal migrate` makes it")
+    file = _missing_file(settings)
+    if file is not None:
+        raise DatabaseUnavailable(f"there is no database {file}; `selfheal migrate` makes it")
 
 
-def _is_missing(settings: Settings) -> bool:
-    """Whether there is no such SQLite file; asking SQLite itself would make it."""
+def _missing_file(settings: Settings) -> Path | None:
+    """The SQLite file, if there is none yet; asking SQLite itself would make it."""
     file = sqlite_file(database_url(settings.database))
-    return file is not None and not file.exists()
+    return None if file is None or file.exists() else file
 
 
-def _plain(what: Record | Version) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(what).items() if value is not None}
-    return {key: value if isinstance(value, int | str) else str(value) for key, value in values.items()}
-
-
-def _moment(modified_ns: int) -> str:
-    with contextlib.suppress(ValueError, OverflowError):
-        return f"{datetime.fromtimestamp(modified_ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}"
-    return "?" * 19
-
-
-def _print(plain: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(plain))
-    elif not quiet:
-        click.echo(text)
+async def _standard_input() -> AsyncIterator[bytes]:
+    """What comes on standard input; whoever waits for it can be interrupted."""
+    fd = sys.stdin.fileno()
+    while True:
+        ready, _, _ = await asyncio.to_thread(select.select, [fd], [], [], 0.2)
+        if ready:
+            piece = await asyncio.to_thread(os.read, fd, CHUNK)
+            if not piece:
+                return
+            yield piece

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from ..errors import MissingExtra
 from ..outcomes import Outcome, Result
+from ..records import Record, Version
 
 
 @dataclass
@@ -83,6 +86,37 @@ def show(report: Report, *, as_json: bool, quiet: bool) -> None:
         click.echo(f"{one.outcome.value}: {printable(one.name)}: {one.detail}", err=True)
     if not quiet and not report.error:
         click.echo(report.as_text())
+
+
+def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
+    """Say what a command did until it failed; why it did is said elsewhere, except in JSON."""
+    context = click.get_current_context()
+    if isinstance(context.obj, Report):
+        context.obj.error = why
+        show(context.obj, as_json=as_json, quiet=quiet)
+    elif as_json:
+        click.echo(json.dumps({"command": context.command.name, "ok": False, "error": why}))
+
+
+def answer(said: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
+    """Print what a command about single names did: as JSON, or as text if there is any."""
+    if as_json:
+        click.echo(json.dumps(said))
+    elif text and not quiet:
+        click.echo(text)
+
+
+def plain(what: Record | Version) -> dict[str, Any]:
+    """A record or version as JSON takes it."""
+    values = {key: value for key, value in asdict(what).items() if value is not None}
+    return {key: value if isinstance(value, int | str) else str(value) for key, value in values.items()}
+
+
+def moment(modified_ns: int) -> str:
+    """A time of last modification for people."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return f"{datetime.fromtimestamp(modified_ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}"
+    return "?" * 19
 
 
 def printable(name: str) -> str:

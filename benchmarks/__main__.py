@@ -1,0 +1,65 @@
+"""`python -m benchmarks [GROUP | EXPERIMENT]… [--quick]`: measure, print what was measured, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+from . import report
+from .measure import EXPERIMENTS, Contest, Experiment, Run, machine, save
+
+GROUPS = ("hits", "misses", "bulk", "growth", "peers")
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    for group in GROUPS:
+        importlib.import_module(f"benchmarks.{group}")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    known = [*GROUPS, *(f"{one.group}.{one.name}" for one in EXPERIMENTS)]
+    parser.add_argument("what", nargs="*", metavar="GROUP | EXPERIMENT", help=f"all, or some of: {', '.join(known)}")
+    parser.add_argument("--quick", action="store_true", help="few and small samples: does it run?")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write docs/benchmarks.md anew")
+    asked = parser.parse_args()
+    if unknown := set(asked.what) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    if not asked.report:
+        chosen = [
+            one for one in EXPERIMENTS if not asked.what or {one.group, f"{one.group}.{one.name}"} & set(asked.what)
+        ]
+        print(machine())
+        for one in chosen:
+            perform(one, Run(quick=asked.quick))
+    if not asked.quick:
+        report.write()
+    return 0
+
+
+def perform(one: Experiment, run: Run) -> None:
+    """Measure, print and keep one experiment."""
+    print(f"\n## {one.title}  ({one.group}.{one.name})", flush=True)
+    started = time.monotonic()
+    contests: list[Contest] = []
+    for contest in _until_it_breaks(one, run):
+        contests.append(contest)
+        for line in report.plain(contest):
+            print(line, flush=True)
+    save(one, contests, quick=run.quick)
+    print(f"({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _until_it_breaks(one: Experiment, run: Run) -> Iterator[Contest]:
+    """One experiment that fails does not take the others with it."""
+    try:
+        yield from one.perform(run)
+    except Exception:
+        print(f"{one.group}.{one.name} broke off:", file=sys.stderr)
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

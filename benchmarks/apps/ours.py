@@ -1,0 +1,16 @@
+"""selfheal around the plain app."""
+
+from __future__ import annotations
+
+import os
+
+from selfheal import SelfHealMiddleware, UploadStore
+
+from . import hooks, plain
+
+
+def make() -> SelfHealMiddleware:
+    """The app, with the hooks that `BENCH_HOOKS` names."""
+    hooks.install(os.environ.get("BENCH_HOOKS", ""))
+    plain.state = hooks.COUNTS
+    return SelfHealMiddleware(plain.plain, UploadStore(os.environ["BENCH_DIRECTORY"], os.environ["BENCH_DATABASE"]))

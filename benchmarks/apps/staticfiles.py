@@ -1,0 +1,14 @@
+"""Starlette's own static files."""
+
+from __future__ import annotations
+
+import os
+
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+
+
+def make() -> Starlette:
+    """The app."""
+    return Starlette(routes=[Mount("/static/uploads", StaticFiles(directory=os.environ["BENCH_DIRECTORY"]))])

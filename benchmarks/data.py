@@ -1,0 +1,72 @@
+"""Files to measure with: random bytes, the same names every time, made once."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .measure import BENCH, PROJECT
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+PER_FOLDER = 200
+MODULES = {"migrate": "migrate_images", "verify": "test_image_storage", "restore": "restore_images"}
+
+
+def name_of(index: int) -> str:
+    """The name of the file with this number."""
+    return f"{index // PER_FOLDER:04}/{index:07}.jpg"
+
+
+def files(count: int, size: int) -> Path:
+    """A directory with `count` files of `size` random bytes in folders of 200; do not change it."""
+    place = BENCH / "data" / f"{count}x{size}"
+    if not place.exists():
+        unfinished = place.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        source = random.Random(f"{count}x{size}")
+        for index in range(count):
+            path = unfinished / name_of(index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for start in range(0, size, 4 * MIB):
+                    file.write(source.randbytes(min(4 * MIB, size - start)))
+        unfinished.rename(place)
+    warm(place)
+    return place
+
+
+def warm(place: Path) -> None:
+    """Bring every byte below a directory into memory."""
+    subprocess.run(["find", place, "-type", "f", "-exec", "cat", "{}", "+"], stdout=subprocess.DEVNULL, check=True)
+
+
+def selfheal(command: str, directory: Path, database: str, *arguments: str) -> list[str]:
+    """The command line of one of our bulk runs."""
+    where = ["--directory", str(directory), "--database", database, "--quiet"]
+    return [sys.executable, "-m", f"selfheal.scripts.{MODULES[command]}", *where, *arguments]
+
+
+def migrate(directory: Path, database: str) -> None:
+    """Bring a directory into a database."""
+    subprocess.run(selfheal("migrate", directory, database), check=True, cwd=PROJECT)
+
+
+def sqlite(path: Path) -> str:
+    """The URL of a SQLite database, empty."""
+    for end in ("", "-journal", "-wal", "-shm"):
+        Path(f"{path}{end}").unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite+aiosqlite:///{path}"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, and let the disk come to rest."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    os.sync()

@@ -1,0 +1,179 @@
+"""Experiments and how they are measured: the contestants take turns in one run, and medians are quoted."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import platform
+import sqlite3
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+BENCH = PROJECT / ".bench"
+RESULTS = BENCH / "results"
+OURS = "selfheal"
+
+Measures = dict[str, float]
+"""What one turn of a contestant gave, by unit: `{"seconds": 1.2, "MB": 40.0}`."""
+
+_COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, ">": operator.gt}
+
+
+class Unavailable(Exception):
+    """A contestant cannot take part here; the message says what is missing and the command that brings it."""
+
+
+@dataclass
+class Contest:
+    """One question: what `subject` and the others gave, turn by turn, in `unit`.
+
+    `wants` says by contestant what the ratio subject ÷ contestant is to be (`≥ 12`); by the subject itself, its value.
+    """
+
+    label: str
+    unit: str
+    samples: dict[str, list[Measures]]
+    wants: dict[str, str] = field(default_factory=dict)
+    subject: str = OURS
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def others(self) -> list[str]:
+        """Every contestant but the subject."""
+        return [name for name in self.samples if name != self.subject]
+
+    def values(self, name: str, unit: str | None = None) -> list[float]:
+        """A contestant's samples in one unit."""
+        return [sample[unit or self.unit] for sample in self.samples[name] if (unit or self.unit) in sample]
+
+    def ratios(self, other: str) -> list[float]:
+        """subject ÷ other, turn by turn."""
+        return [mine / yours for mine, yours in zip(self.values(self.subject), self.values(other), strict=True)]
+
+    def is_met(self, name: str) -> bool | None:
+        """Whether what is wanted of the ratio with `name` holds for its median; None if nothing is wanted."""
+        if name not in self.wants or not self.samples.get(name):
+            return None
+        sign, _, bound = self.wants[name].partition(" ")
+        measured = self.values(name) if name == self.subject else self.ratios(name)
+        return bool(_COMPARE[sign](statistics.median(measured), float(bound)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """How much is to be done, and where."""
+
+    quick: bool = False
+    base: Path = BENCH
+
+    def pick(self, full: int, quick: int) -> int:
+        """The one number or the other."""
+        return quick if self.quick else full
+
+    def contest(
+        self,
+        label: str,
+        unit: str,
+        contestants: Mapping[str, Callable[[], Measures | float]],
+        *,
+        turns: int = 7,
+        wants: dict[str, str] | None = None,
+        subject: str = OURS,
+    ) -> Contest:
+        """Let the contestants take turns, A B C and then C B A, so that no place in the order is an advantage."""
+        samples: dict[str, list[Measures]] = {name: [] for name in contestants}
+        for turn in range(min(turns, 3) if self.quick else turns):
+            order = list(contestants.items())
+            for name, measure in order if turn % 2 == 0 else reversed(order):
+                got = measure()
+                samples[name].append(got if isinstance(got, dict) else {unit: got})
+        return Contest(label, unit, samples, wants or {}, subject)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Something to measure: `perform` yields one contest after the other."""
+
+    group: str
+    name: str
+    title: str
+    plot: str
+    perform: Callable[[Run], Iterator[Contest]]
+
+
+EXPERIMENTS: list[Experiment] = []
+
+
+def experiment(
+    title: str, plot: str = "bars"
+) -> Callable[[Callable[[Run], Iterator[Contest]]], Callable[[Run], Iterator[Contest]]]:
+    """Register a generator of contests; `plot` is `bars`, `curves` (labels are numbers) or `none`."""
+
+    def register(perform: Callable[[Run], Iterator[Contest]]) -> Callable[[Run], Iterator[Contest]]:
+        group = perform.__module__.rpartition(".")[2]
+        EXPERIMENTS.append(Experiment(group, perform.__name__, title, plot, perform))
+        return perform
+
+    return register
+
+
+def save(one: Experiment, contests: Sequence[Contest], *, quick: bool) -> None:
+    """Keep an experiment's samples, for the report."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    kept = {
+        "group": one.group,
+        "name": one.name,
+        "title": one.title,
+        "plot": one.plot,
+        "quick": quick,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "contests": [asdict(contest) for contest in contests],
+    }
+    path = RESULTS / f"{one.group}.{one.name}.json"
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
+
+
+def quantity(values: Sequence[float]) -> str:
+    """A median with its spread: `1,234 (1,200–1,300)`."""
+    middle = number(statistics.median(values))
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({number(min(values))}–{number(max(values))})"
+
+
+def number(value: float) -> str:
+    """Three digits that matter."""
+    if abs(value) >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def machine() -> str:
+    """Which machine, and what on it was measured with."""
+    cpu = next(_said(line) for line in (*_lines("/proc/cpuinfo"), f"model name: {platform.machine()}") if "model name" in line)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    BENCH.mkdir(exist_ok=True)
+    place = subprocess.run(["stat", "-f", "-c", "%T", BENCH], capture_output=True, text=True, check=False).stdout.strip()
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {place or '?'}, {platform.system()} "
+        f"{platform.release()}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _said(line: str) -> str:
+    return line.partition(":")[2].strip()

@@ -1,0 +1,60 @@
+"""A PostgreSQL server of our own, with its default settings, for as long as a measurement takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+from .measure import Unavailable
+from .servers import free_port
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """The URL of an empty database; raises `Unavailable`."""
+    with tempfile.TemporaryDirectory(prefix="selfheal-postgres-") as place:
+        Path(place).chmod(0o755)
+        data, port = Path(place, "data"), free_port()
+        data.mkdir()
+        user = _unprivileged()
+        if user is not None:
+            shutil.chown(data, user)
+
+        def call(program: str, *arguments: str) -> None:
+            subprocess.run(
+                [_programs() / program, *arguments], user=user, check=True, cwd="/", stdout=subprocess.DEVNULL
+            )
+
+        call("initdb", "-A", "trust", "-U", "postgres", "-E", "UTF8", "-D", str(data))
+        options = f"-h 127.0.0.1 -p {port} -k {data}"
+        call("pg_ctl", "-D", str(data), "-w", "-l", str(data / "log"), "-o", options, "start")
+        try:
+            name = f"bench{uuid4().hex[:8]}"
+            call("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", name)
+            yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/{name}"
+        finally:
+            call("pg_ctl", "-D", str(data), "-w", "-m", "immediate", "stop")
+
+
+def _programs() -> Path:
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+    found = shutil.which("initdb")
+    if not versions and found is None:
+        raise Unavailable("PostgreSQL is not installed; run: apt-get install postgresql")
+    return versions[-1] if versions else Path(str(found)).parent
+
+
+def _unprivileged() -> str | None:
+    """PostgreSQL refuses to be run by root."""
+    if os.geteuid() != 0:
+        return None
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam("postgres").pw_name
+    return "nobody"

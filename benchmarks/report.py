@@ -1,0 +1,86 @@
+"""The results as text: lines for a terminal, docs/benchmarks.md, and plots as SVG beside it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from . import svg
+from .measure import PROJECT, RESULTS, Contest, number, quantity
+
+PAGE = PROJECT / "docs" / "benchmarks.md"
+PLOTS = PROJECT / "docs" / "benchmarks"
+HEAD = "| | contestant | {unit} | ratio to it | wanted | so? |\n|---|---|---|---|---|---|"
+
+
+def cells(contest: Contest, unit: str = "") -> Iterator[tuple[str, str, str, str, str]]:
+    """One row per contestant: its name, its median and spread, the ratio subject ÷ it, what is wanted, whether so."""
+    for name in (contest.subject, *contest.others):
+        measured = f"{quantity(contest.values(name))} {unit}".rstrip()
+        rest = [f"{_median(contest, name, other)} {other}" for other in contest.samples[name][0] if other != contest.unit]
+        measured += f"; {', '.join(rest)}" if rest else ""
+        is_met = contest.is_met(name)
+        mark = {None: "", True: "yes", False: "**no**"}[is_met]
+        ratio = "" if name == contest.subject else f"{quantity(contest.ratios(name))}"
+        yield name, measured, ratio, contest.wants.get(name, ""), mark
+
+
+def plain(contest: Contest) -> Iterator[str]:
+    """Lines for a terminal."""
+    for name, measured, ratio, wanted, mark in cells(contest, contest.unit):
+        beside = f"  ratio {ratio}" if ratio else ""
+        asked = f"  wanted {wanted}: {mark.strip('*')}" if wanted else ""
+        yield f"  {contest.label:<34} {name:<30} {measured}{beside}{asked}"
+    yield from (f"  ! {note}" for note in contest.notes)
+
+
+def write() -> None:
+    """Write docs/benchmarks.md and its plots from the results of whole runs."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    for old in PLOTS.glob("*.svg"):
+        old.unlink()
+    kept = [one for path in sorted(RESULTS.glob("*.json")) if not (one := json.loads(path.read_text()))["quick"]]
+    order = ("hits", "misses", "bulk", "growth", "peers")
+    kept.sort(key=lambda one: (order.index(one["group"]), one["date"]))
+    PAGE.write_text("\n".join(_page(kept)) + "\n")
+
+
+def _page(kept: list[dict[str, Any]]) -> Iterator[str]:
+    yield "# Benchmarks"
+    yield ""
+    yield (
+        "Written by `make bench`; do not edit. Contestants take turns in one run; a figure is a median, with the smallest"
+        " and the largest in brackets. The ratio is the first contestant ÷ the other one, turn by turn. Ratios and orders"
+        " hold on other machines, absolute figures do not."
+    )
+    for where in sorted({one["machine"] for one in kept}):
+        yield from ("", f"Measured on: {where}.")
+    for one in kept:
+        contests = [Contest(**contest) for contest in one["contests"]]
+        yield from ("", f"## {one['title']}", "")
+        if one["plot"] != "none" and contests:
+            file = PLOTS / f"{one['group']}-{one['name'].replace('_', '-')}.svg"
+            draw = svg.bars if one["plot"] == "bars" else svg.curves
+            file.write_text(draw(contests))
+            yield from (f"![{one['title']}](benchmarks/{file.name})", "")
+        yield from _table(contests)
+        yield from ("", f"`python -m benchmarks {one['group']}.{one['name']}`, {one['date']}")
+
+
+def _table(contests: list[Contest]) -> Iterator[str]:
+    units = {contest.unit for contest in contests}
+    common = units.pop() if len(units) == 1 else ""
+    yield HEAD.format(unit=common)
+    for contest in contests:
+        unit = "" if common else contest.unit
+        for index, (name, measured, ratio, wanted, mark) in enumerate(cells(contest, unit)):
+            label = contest.label if index == 0 else ""
+            yield f"| {label} | {name} | {measured} | {ratio} | {wanted} | {mark} |"
+    notes = dict.fromkeys(note for contest in contests for note in contest.notes)
+    yield from (line for note in notes for line in ("", note))
+
+
+def _median(contest: Contest, name: str, unit: str) -> str:
+    return number(statistics.median(contest.values(name, unit)))

@@ -1,0 +1,205 @@
+"""A photo gallery loses its disk before your eyes, and every picture comes back: `python -m examples.demo`.
+
+A real server, real pictures, real HTTP. What it makes lies in `.demo`, below the current directory. On a terminal the
+gallery stays open until Ctrl-C. Exit 0 only if every byte came back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from examples.pictures import pictures
+
+HOME = Path(".demo")
+UPLOADS = HOME / "uploads"
+DATABASE = HOME / "gallery.db"
+PREFIX = "/static/uploads"
+PATIENCE = 20.0
+"""Seconds that the server is given to answer, and to find out what is to be done behind an answer."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a browser got for a picture; the milliseconds that it took are not compared."""
+
+    status: int
+    sha256: str
+    etag: str | None
+    modified: str | None
+    size: int
+    ms: float = field(compare=False)
+
+
+def wipe() -> None:
+    """The accident: a deploy, a `git clean`, a new node."""
+    shutil.rmtree(UPLOADS)
+
+
+def main(lose: Callable[[], None] = wipe) -> int:
+    """Run the demo with an accident; 0 if everything came back, 1 if not, 130 if it was stopped before the end."""
+    shutil.rmtree(HOME, ignore_errors=True)
+    HOME.mkdir()
+    print(bold("\nselfheal: a photo gallery loses its disk\n"))
+    came_back = False
+    try:
+        with serving() as (server, url), httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False) as browser:
+            came_back = run(browser, lose)
+            print(green("\nEverything came back.\n") if came_back else red("\nNot everything came back.\n"))
+            if came_back and sys.stdout.isatty():
+                stay_open(server, url)
+    except httpx.HTTPError as error:
+        print(red(f"\nThe gallery gives no answer: {error}\n"))
+    except KeyboardInterrupt:
+        return 130
+    return 0 if came_back else 1
+
+
+def run(browser: httpx.Client, lose: Callable[[], None]) -> bool:
+    """The steps of the demo; whether every picture came back, and what was deleted did not."""
+    step(1, f"A real server: examples/starlette_app.py at {browser.base_url}", f"with {UPLOADS} and {DATABASE}")
+    originals = pictures()
+    places = upload(browser, originals)
+    before = look_at_all(browser, places)
+    step(2, f"{len(places)} pictures uploaded through its form, {kb(sum(seen.size for seen in before.values()))}")
+    lose()
+    gone = sum(not file_of(place).exists() for place in places.values())
+    step(3, f"rm -r {UPLOADS}: {gone} of {len(places)} files are gone")
+    step(4, "Every picture is asked for again, over HTTP:\n")
+    after = look_at_all(browser, places)
+    same = show(before, after, look_at_all(browser, places))
+    return same == len(originals) and stays_deleted(browser, "moon.jpg", places["moon.jpg"])
+
+
+@contextmanager
+def serving() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The gallery in a process of its own, and its URL. Who asks before it is ready waits in the socket's queue."""
+    settings = {
+        "SELFHEAL_DIRECTORY": str(UPLOADS),
+        "SELFHEAL_DATABASE_URL": f"sqlite+aiosqlite:///{DATABASE}",
+        "SELFHEAL_PREFIX": PREFIX,
+    }
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvicorn takes an --fd for a Unix socket
+        port, fd = listener.getsockname()[1], listener.fileno()
+        command = [sys.executable, "-m", "uvicorn", "examples.starlette_app:app", "--fd", str(fd)]
+        command += ["--app-dir", str(Path(__file__).parents[1]), "--log-level", "warning"]
+        server = subprocess.Popen(command, env=os.environ | settings, pass_fds=[fd])
+    with server:
+        try:
+            yield server, f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def upload(browser: httpx.Client, originals: dict[str, bytes]) -> dict[str, str]:
+    """Send pictures through the gallery's form; the path of each on its page, found by its bytes."""
+    form = [("pictures", (name, data)) for name, data in reversed(originals.items())]
+    page = browser.post("/upload", files=form, follow_redirects=True).raise_for_status().text
+    names = {hashlib.sha256(data).hexdigest(): name for name, data in originals.items()}
+    paths = re.findall(f'src="({PREFIX}/[^"]+)"', page)
+    return {names[seen.sha256]: path for path in paths if (seen := look(browser, path)).sha256 in names}
+
+
+def look(browser: httpx.Client, place: str) -> Seen:
+    """Ask for a picture as a browser does."""
+    start = time.perf_counter()
+    answer = browser.get(place)
+    ms = (time.perf_counter() - start) * 1000
+    digest, said = hashlib.sha256(answer.content).hexdigest(), answer.headers
+    return Seen(answer.status_code, digest, said.get("ETag"), said.get("Last-Modified"), len(answer.content), ms)
+
+
+def look_at_all(browser: httpx.Client, places: dict[str, str]) -> dict[str, Seen]:
+    return {name: look(browser, place) for name, place in places.items()}
+
+
+def file_of(place: str) -> Path:
+    """The file on disk that is served at a path."""
+    return UPLOADS / place.removeprefix(f"{PREFIX}/")
+
+
+def stays_deleted(browser: httpx.Client, name: str, place: str) -> bool:
+    """Delete a picture, lay its file back by hand, see it go for good; then undo the deletion."""
+    file, before = file_of(place), look(browser, place)
+    data = file.read_bytes()
+    browser.post("/delete", data={"name": file.name})
+    file.write_bytes(data)
+    os.utime(file, (1e9, 1e9))
+    statuses = [browser.get(place).status_code]
+    end = time.monotonic() + PATIENCE
+    while statuses[-1] == 200 and time.monotonic() < end:
+        time.sleep(0.05)
+        statuses.append(browser.get(place).status_code)
+    browser.post("/undo", data={"name": file.name})
+    after = look(browser, place)
+    step(
+        5,
+        f"{name} deleted, and its file laid back by hand, as a deploy does:",
+        f"GET {statuses[0]}, and {statuses[-1]} as soon as the look behind that answer is over",
+        f"after an undo {after.status}, {'the same' if after == before else 'another'} picture",
+    )
+    return statuses[-1] == 404 and after == before
+
+
+def stay_open(server: subprocess.Popen[bytes], url: str) -> None:
+    """Leave the gallery to be looked at until Ctrl-C."""
+    print(f"The gallery: {bold(url)}  (Ctrl-C ends it; delete what you like below {UPLOADS})")
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        print()
+
+
+def step(number: int, title: str, *more: str) -> None:
+    print(f"{bold(str(number))}  {title}", *(f"   {line}" for line in more), sep="\n", flush=True)
+
+
+def show(before: dict[str, Seen], after: dict[str, Seen], again: dict[str, Seen]) -> int:
+    """Print what came back; how many pictures are in every way what they were."""
+    print(bold(f"   {'picture':14} {'GET':>4} {'size':>7} {'time':>8}   bytes  ETag   Last-Modified"))
+    for name, was in before.items():
+        now = after[name]
+        marks = verdict(was.sha256, now.sha256), verdict(was.etag, now.etag), verdict(was.modified, now.modified)
+        print(f"   {name:14} {now.status:>4} {kb(now.size):>7} {now.ms:>5.1f} ms  ", *marks)
+    same = sum(after[name] == was for name, was in before.items())
+    print(f"\n   {same} of {len(before)} came back, {total(after)}; the next time from disk, {total(again)}\n")
+    return same
+
+
+def verdict(was: str | None, now: str | None) -> str:
+    return green("same  ") if was == now else red("OTHER ")
+
+
+def total(seen: dict[str, Seen]) -> str:
+    return f"{kb(sum(one.size for one in seen.values()))} in {sum(one.ms for one in seen.values()):.0f} ms"
+
+
+def kb(size: int) -> str:
+    return f"{size / 1024:.0f} KB"
+
+
+def painted(code: int) -> Callable[[str], str]:
+    """A colour, on terminals only."""
+    return lambda text: f"\x1b[{code}m{text}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+
+
+bold, red, green = painted(1), painted(31), painted(32)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""Settings: the environment, database URLs as hosts hand them out, and one clear line for every bad value."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import PostgresServer
+from sqlalchemy.engine import make_url
+
+from selfheal import Settings, SettingsError, UploadStore
+from selfheal.settings import check_prefix, database_url, is_in_memory, sqlite_file
+
+VARIABLES = ("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SELFHEAL_PREFIX")
+LIBPQ = {
+    "nothing": "",
+    "no TLS": "?sslmode=disable",
+    "TLS if there is": "?sslmode=prefer&channel_binding=prefer",
+    "asyncpg's own word": "?ssl=disable",
+    "a timeout": "?connect_timeout=10",
+    "a name": "?application_name=shop&fallback_application_name=x",
+    "options": "?options=-c%20statement_timeout%3D9000",
+    "certificates": "?sslmode=disable&sslrootcert=/nowhere.pem&sslcert=&sslkey=",
+    "Kerberos": "?gssencmode=disable",
+    "keepalives": "?keepalives=1&keepalives_idle=30&tcp_user_timeout=9000",
+    "which server": "?target_session_attrs=any",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, empty, and an environment that says nothing of selfheal."""
+    monkeypatch.chdir(tmp_path)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
+
+
+# -- database URLs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("postgres://u:p@h:5432/db", "postgresql+asyncpg"),
+        ("postgresql://u:p@h:5432/db", "postgresql+asyncpg"),
+        ("postgresql+asyncpg://u:p@h:5432/db", "postgresql+asyncpg"),
+        ("sqlite:///app.db", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite:///app.db", "sqlite+aiosqlite"),
+        ("sqlite://", "sqlite+aiosqlite"),
+    ],
+)
+def test_urls_as_hosts_hand_them_out(url: str, driver: str) -> None:
+    """Every way to write a URL of a database that is spoken leads to its asynchronous driver; the rest is kept."""
+    understood, given = database_url(url), make_url(url)
+    assert understood.drivername == driver
+    assert understood.set(drivername=given.drivername) == given
+
+
+def test_credentials_survive() -> None:
+    """User, password with reserved characters, host, port and database of a host's URL arrive as they were meant."""
+    url = database_url("postgres://me%40shop:p%40ss%2F%3Aw@db.example:6543/shop?sslmode=require")
+    assert (url.username, url.password, url.host, url.port, url.database) == (
+        "me@shop",
+        "p@ss/:w",
+        "db.example",
+        6543,
+        "shop",
+    )
+
+
+@pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
+def test_sslmode(mode: str) -> None:
+    """libpq's `sslmode` is handed to asyncpg under the word that it knows, and never weakened."""
+    url = database_url(f"postgres://u@h/db?sslmode={mode}&channel_binding=require")
+    assert url.query["ssl"] == mode
+    assert not {"sslmode", "channel_binding"} & set(url.query)
+
+
+@pytest.mark.parametrize("query", LIBPQ.values(), ids=LIBPQ.keys())
+async def test_what_only_libpq_knows(query: str, postgres: PostgresServer, postgres_url: str, directory: Path) -> None:
+    """A `postgres://` URL with libpq's own parameters, as hosts hand it out, connects: nobody has to edit it."""
+    url = postgres_url.replace("postgresql+asyncpg://", "postgres://") + query
+    async with UploadStore(directory, url) as store:
+        await store.database.create_tables()
+        assert await store.database.find("a.png") is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "app.db",
+        "/srv/app.db",
+        "postgres//u:secret@h/db",
+        "postgres://u:secret@h:port/db",
+        "postgres://u:secret@[::1/db",
+        "mssql+pyodbc://u:secret@h/db",
+        "oracle://u:secret@h/db",
+        "mongodb://u:secret@h/db",
+        "postgresql+psycopg2://u:secret@h/db",
+        "http://u:secret@h/db",
+    ],
+)
+def test_urls_that_cannot_be_used(url: str) -> None:
+    """A URL that cannot be read, or is of no database we speak, is one line without the password."""
+    with pytest.raises(SettingsError) as caught:
+        database_url(url)
+    message = str(caught.value)
+    assert "sqlite+aiosqlite" in message
+    assert "\n" not in message
+    assert "secret" not in message
+    with pytest.raises(SettingsError):
+        Settings(database=url)
+
+
+@pytest.mark.parametrize(
+    ("url", "memory"),
+    [
+        ("sqlite+aiosqlite://", True),
+        ("sqlite+aiosqlite:///", True),
+        ("sqlite+aiosqlite:///:memory:", True),
+        ("sqlite+aiosqlite:///file::memory:?cache=shared&uri=true", True),
+        ("sqlite+aiosqlite:///file:shared?mode=memory&cache=shared&uri=true", True),
+        ("sqlite+aiosqlite:///app.db", False),
+        ("sqlite+aiosqlite:///file:app.db?mode=rwc&uri=true", False),
+        ("postgresql+asyncpg://h/memory", False),
+    ],
+)
+def test_databases_in_memory(url: str, memory: bool) -> None:
+    """A database that lives in one process's memory is told from one that several processes can share."""
+    assert is_in_memory(make_url(url)) == memory
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite+aiosqlite:///app.db", "app.db"),
+        ("sqlite+aiosqlite:///data/app.db?timeout=3", "data/app.db"),
+        ("sqlite+aiosqlite:////srv/app.db", "/srv/app.db"),
+        ("sqlite+aiosqlite:///file:app.db?mode=rwc&uri=true", "app.db"),
+        ("sqlite+aiosqlite:///file:/srv/app.db?uri=true", "/srv/app.db"),
+        ("sqlite+aiosqlite:///file:/srv/app.db%3Fmode=rwc", "/srv/app.db"),
+        ("sqlite+aiosqlite://", None),
+        ("sqlite+aiosqlite:///:memory:", None),
+        ("postgresql+asyncpg://h/app.db", None),
+    ],
+)
+def test_the_file_of_a_database(url: str, file: str | None, here: Path) -> None:
+    """SQLite's file is known by its absolute path, however the URL writes it; other databases have none."""
+    assert sqlite_file(make_url(url)) == (None if file is None else here / file)
+
+
+# -- the environment --------------------------------------------------------------------------------------------------
+
+
+def test_an_environment_that_says_nothing(here: Path) -> None:
+    """Without a word in the environment the defaults hold, and the directory is absolute."""
+    settings = Settings.from_env()
+    assert settings == Settings()
+    assert settings.directory == here / "app/static/uploads"
+    assert settings.database == "sqlite+aiosqlite:///selfheal.db"
+    assert settings.prefix == "/static/uploads"
+
+
+def test_an_environment_that_says_all(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directory, database and prefix come from the process's environment as it is when it is read."""
+    monkeypatch.setenv("SELFHEAL_DIRECTORY", "files")
+    monkeypatch.setenv("SELFHEAL_DATABASE_URL", "postgres://h/db")
+    monkeypatch.setenv("SELFHEAL_PREFIX", "/media")
+    assert Settings.from_env() == Settings(here / "files", "postgres://h/db", "/media")
+
+
+@pytest.mark.parametrize(
+    ("environ", "database"),
+    [
+        ({"DATABASE_URL": "postgres://h/shared"}, "postgres://h/shared"),
+        ({"SELFHEAL_DATABASE_URL": "postgres://h/own", "DATABASE_URL": "postgres://h/shared"}, "postgres://h/own"),
+        ({"SELFHEAL_DATABASE_URL": "", "DATABASE_URL": "postgres://h/shared"}, "postgres://h/shared"),
+        ({"SELFHEAL_DATABASE_URL": "", "DATABASE_URL": ""}, "sqlite+aiosqlite:///selfheal.db"),
+    ],
+)
+def test_which_database_wins(environ: dict[str, str], database: str, here: Path) -> None:
+    """`SELFHEAL_DATABASE_URL` wins over `DATABASE_URL`; a variable that is set but empty says nothing."""
+    assert Settings.from_env(environ).database == database
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SELFHEAL_DIRECTORY": "/"},
+        {"SELFHEAL_DATABASE_URL": "nonsense"},
+        {"DATABASE_URL": "mssql://h/db"},
+        {"SELFHEAL_PREFIX": "uploads"},
+    ],
+)
+def test_a_bad_variable(environ: dict[str, str], here: Path) -> None:
+    """A bad value in the environment is a settings error of one line."""
+    with pytest.raises(SettingsError, match=r"\A.+\Z"):
+        Settings.from_env(environ)
+
+
+def test_a_flag_wins(here: Path) -> None:
+    """What a flag says takes the place of what the environment said, is validated too, and leaves the rest alone."""
+    settings = Settings.from_env({"SELFHEAL_DIRECTORY": "files", "DATABASE_URL": "postgres://h/db"})
+    assert settings.override() == settings
+    assert settings.override(directory="other").directory == here / "other"
+    assert settings.override(directory="other").database == "postgres://h/db"
+    assert settings.override(database="postgres://h/else").database == "postgres://h/else"
+    assert settings.override(database="postgres://h/else").directory == here / "files"
+    assert settings.override(prefix="/media").prefix == "/media"
+    for bad in ({"directory": "/"}, {"database": "nonsense"}, {"database": ""}, {"prefix": "media"}):
+        with pytest.raises(SettingsError):
+            settings.override(**bad)
+
+
+# -- directory and prefix ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directory", ["/", "//", "///", "/.", "/tmp/..", "/../..", "link"])
+def test_the_root_of_the_disk(directory: str, here: Path) -> None:
+    """The root of the disk, however it is written or linked to, is never the uploads directory."""
+    (here / "link").symlink_to("/")
+    with pytest.raises(SettingsError, match="cannot be"):
+        Settings(directory=Path(directory), database="postgres://h/db")
+
+
+def test_a_file_as_directory(here: Path) -> None:
+    """A file where the directory should be is refused; a directory that is there, or is not yet, is fine."""
+    (here / "file").write_bytes(b"x")
+    (here / "there").mkdir()
+    with pytest.raises(SettingsError, match="is not a directory"):
+        Settings(directory=Path("file"))
+    assert Settings(directory=Path("there")).directory == here / "there"
+    assert Settings(directory=Path("not/yet")).directory == here / "not" / "yet"
+
+
+@pytest.mark.parametrize(
+    "database",
+    [
+        "sqlite:///uploads/app.db",
+        "sqlite:///uploads/deep/app.db",
+        "sqlite:///other/../uploads/app.db",
+        "sqlite:///file:uploads/app.db?uri=true",
+        "sqlite:///link/app.db",
+        "sqlite:///link.db",
+    ],
+)
+def test_a_database_that_would_be_served(database: str, here: Path) -> None:
+    """A database file inside the directory that is served, also through a link, is refused."""
+    (here / "uploads").mkdir()
+    (here / "link").symlink_to(here / "uploads")
+    (here / "link.db").symlink_to(here / "uploads" / "app.db")
+    with pytest.raises(SettingsError, match="lies in the directory that is served"):
+        Settings(Path("uploads"), database)
+
+
+@pytest.mark.parametrize(
+    "database", ["sqlite:///uploads.db", "sqlite:///uploads_private/app.db", "sqlite://", "postgres://h/uploads/app.db"]
+)
+def test_a_database_beside_the_uploads(database: str, here: Path) -> None:
+    """A database beside the uploads, in memory or on a server is fine, whatever its name begins with."""
+    assert Settings(Path("uploads"), database).database == database
+
+
+@pytest.mark.parametrize("prefix", ["/static/uploads", "/u", "/my files", "/bilder/größe", "/a.b-c_d~e"])
+def test_good_prefixes(prefix: str, here: Path) -> None:
+    """A decoded path without a slash at its end can be a prefix."""
+    assert check_prefix(prefix) == prefix
+    assert Settings(prefix=prefix).prefix == prefix
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "static", "static/uploads", "/static/", "//static", "/a//b", "/a%20b"])
+def test_bad_prefixes(prefix: str, here: Path) -> None:
+    """A prefix that is empty, relative, encoded or has empty parts is one line that shows it and how to write it."""
+    with pytest.raises(SettingsError, match="must be a decoded path like /static/uploads") as caught:
+        check_prefix(prefix)
+    assert repr(prefix) in str(caught.value)
+    with pytest.raises(SettingsError):
+        Settings(prefix=prefix)
+
+
+def test_settings_are_values(here: Path) -> None:
+    """Settings cannot be changed once they are made, so that what was validated stays so."""
+    settings = Settings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.prefix = "/"  # type: ignore[misc]
