@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean system
+.PHONY: demo test check clean system bench
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("selfheal needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
@@ -30,6 +30,11 @@ check: $(READY)
 # Real servers for the tests: installed where that is allowed, used when present, otherwise their tests are skipped.
 system:
 	@sh tests/system.sh
+
+# Peers are installed in environments of their own, below .bench; see benchmarks/README.md.
+bench: $(READY)
+	@sh benchmarks/system.sh
+	@$(BIN)/python -m benchmarks
 
 clean:
 	@rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

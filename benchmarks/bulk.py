@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .data import GIB, KIB, MIB, files, migrate, remove, selfheal, sqlite, warm
-from .measure import BENCH, PROJECT, Contest, Measures, Run, Unavailable, experiment
-from .postgres import postgres
+from .data import GIB, KIB, MIB, files, migrate, remove, scratch, selfheal, sqlite, warm
+from .databases import postgres
+from .measure import PROJECT, Contest, Measures, Run, Unavailable, experiment
 from .servers import program
 
 SETS = {
-    "20,000 × 20 KiB": (20_000, 20 * KIB),
-    "500 × 4 MiB": (500, 4 * MIB),
-    "1 × 2 GiB": (1, 2 * GIB),
+    "20,000 files of 20 KiB": (20_000, 20 * KIB),
+    "500 files of 4 MiB": (500, 4 * MIB),
+    "1 file of 2 GiB": (1, 2 * GIB),
 }
 Task = Callable[[], Measures]
 
 
 def cost(*command: object, cwd: Path = PROJECT, sync: Path | None = None) -> Measures:
     """How long a command takes, to the end of a sync where one is asked for, and its peak of memory."""
-    started = time.monotonic()
+    clock = [sys.executable, "-I", "-S", str(Path(__file__).with_name("clock.py"))]
     environment = {**os.environ, "RESTIC_PASSWORD": "x"}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [str(part) for part in command], cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=said
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {last}")
+    done = subprocess.run([*clock, *map(str, command)], cwd=cwd, env=environment, capture_output=True, check=False)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: {last}")
+    result: Measures = json.loads(done.stdout)
     if sync is not None:
+        started = time.monotonic()
         subprocess.run(["sync", "-f", sync], check=True)
-    return {"seconds": time.monotonic() - started, "MB at most": usage.ru_maxrss * 1024 / 1e6}
+        result["seconds"] += time.monotonic() - started
+    return result
 
 
 def after(prepare: Callable[[], Any], task: Task) -> Task:
@@ -62,14 +59,6 @@ def available(tasks: Mapping[str, Callable[[], Task]]) -> tuple[dict[str, Task],
         except Unavailable as error:
             missing.append(f"{name} did not take part: {error}")
     return ready, missing
-
-
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """An empty directory on the disk that is measured."""
-    BENCH.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="scratch-", dir=BENCH) as place:
-        yield Path(place)
 
 
 def sizes(run: Run) -> Iterator[tuple[str, Path]]:
@@ -169,7 +158,7 @@ def storing(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
 
 @experiment("The same beside itself on PostgreSQL", plot="none")
 def on_postgres(run: Run) -> Iterator[Contest]:
-    """20,000 × 20 KiB, through asyncpg to a server with default settings on the same machine."""
+    """The small files, through asyncpg to a server with default settings on the same machine."""
     label, source = next(sizes(run))
     with scratch() as place, postgres() as url:
         sqlite_url = sqlite(place / "uploads.db")
@@ -177,16 +166,17 @@ def on_postgres(run: Run) -> Iterator[Contest]:
         yield run.contest(f"migrate {label}", "seconds", first, turns=1, subject="PostgreSQL")
         migrate(source, sqlite_url)
         target = place / "out"
-        tasks = {
-            name: after(lambda: remove(target) if target.exists() else None, lambda where=where: cost(*selfheal("restore", target, where), sync=place))
-            for name, where in (("PostgreSQL", url), ("SQLite", sqlite_url))
-        }
+
+        def restoring_from(where: str) -> Task:
+            return after(lambda: remove(target), lambda: cost(*selfheal("restore", target, where), sync=place))
+
+        tasks = {"PostgreSQL": restoring_from(url), "SQLite": restoring_from(sqlite_url)}
         yield run.contest(f"restore {label}", "seconds", tasks, turns=5, subject="PostgreSQL")
 
 
 @experiment("Verify: is everything on disk what was recorded?")
 def verify(run: Run) -> Iterator[Contest]:
-    """2 GiB in 20,000 files in memory. `verify` reads both sides; `restore --verify --dry-run` hashes the disk alone."""
+    """2 GiB in 20,000 files, in memory. `verify` reads both sides, `restore --verify --dry-run` the disk alone."""
     count = 20_000 // run.pick(1, 10)
     source = files(count, 2 * GIB // 20_000)
     with scratch() as place:
@@ -201,7 +191,9 @@ def verify(run: Run) -> Iterator[Contest]:
             "both sides": lambda: cost(*selfheal("verify", source, url, *jobs)),
             "sha256sum": lambda: cost("sh", "-c", hashing, cwd=source),
         }
-        yield run.contest(f"{count:,} files", "seconds", tasks, turns=5, wants={"sha256sum": "< 1"}, subject="disk side")
+        yield run.contest(
+            f"{count:,} files", "seconds", tasks, turns=5, wants={"sha256sum": "< 1"}, subject="disk side"
+        )
 
 
 def same(one: Path, other: Path) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .measure import BENCH, PROJECT
@@ -70,3 +73,11 @@ def remove(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
     os.sync()
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty directory on the disk that is measured."""
+    BENCH.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=BENCH) as place:
+        yield Path(place)

@@ -57,6 +57,11 @@ class Contest:
         """subject ÷ other, turn by turn."""
         return [mine / yours for mine, yours in zip(self.values(self.subject), self.values(other), strict=True)]
 
+    def seen_as(self, label: str, unit: str, wants: dict[str, str]) -> Contest:
+        """The same turns, seen by another of the units that they gave."""
+        samples = {name: [{unit: sample[unit]} for sample in given] for name, given in self.samples.items()}
+        return Contest(label, unit, samples, wants, self.subject)
+
     def is_met(self, name: str) -> bool | None:
         """Whether what is wanted of the ratio with `name` holds for its median; None if nothing is wanted."""
         if name not in self.wants or not self.samples.get(name):
@@ -142,11 +147,11 @@ def save(one: Experiment, contests: Sequence[Contest], *, quick: bool) -> None:
 
 
 def quantity(values: Sequence[float]) -> str:
-    """A median with its spread: `1,234 (1,200–1,300)`."""
+    """A median with its spread: `1,234 (1,200 … 1,300)`."""
     middle = number(statistics.median(values))
     if len(values) == 1:
         return middle
-    return f"{middle} ({number(min(values))}–{number(max(values))})"
+    return f"{middle} ({number(min(values))} … {number(max(values))})"
 
 
 def number(value: float) -> str:
@@ -158,10 +163,14 @@ def number(value: float) -> str:
 
 def machine() -> str:
     """Which machine, and what on it was measured with."""
-    cpu = next(_said(line) for line in (*_lines("/proc/cpuinfo"), f"model name: {platform.machine()}") if "model name" in line)
+    cpu = next(
+        _said(line) for line in (*_lines("/proc/cpuinfo"), f"model name: {platform.machine()}") if "model name" in line
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     BENCH.mkdir(exist_ok=True)
-    place = subprocess.run(["stat", "-f", "-c", "%T", BENCH], capture_output=True, text=True, check=False).stdout.strip()
+    place = subprocess.run(
+        ["stat", "-f", "-c", "%T", BENCH], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return (
         f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {place or '?'}, {platform.system()} "
         f"{platform.release()}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"

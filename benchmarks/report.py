@@ -19,7 +19,9 @@ def cells(contest: Contest, unit: str = "") -> Iterator[tuple[str, str, str, str
     """One row per contestant: its name, its median and spread, the ratio subject ÷ it, what is wanted, whether so."""
     for name in (contest.subject, *contest.others):
         measured = f"{quantity(contest.values(name))} {unit}".rstrip()
-        rest = [f"{_median(contest, name, other)} {other}" for other in contest.samples[name][0] if other != contest.unit]
+        rest = [
+            f"{_median(contest, name, other)} {other}" for other in contest.samples[name][0] if other != contest.unit
+        ]
         measured += f"; {', '.join(rest)}" if rest else ""
         is_met = contest.is_met(name)
         mark = {None: "", True: "yes", False: "**no**"}[is_met]
@@ -51,9 +53,9 @@ def _page(kept: list[dict[str, Any]]) -> Iterator[str]:
     yield "# Benchmarks"
     yield ""
     yield (
-        "Written by `make bench`; do not edit. Contestants take turns in one run; a figure is a median, with the smallest"
-        " and the largest in brackets. The ratio is the first contestant ÷ the other one, turn by turn. Ratios and orders"
-        " hold on other machines, absolute figures do not."
+        "Written by `make bench`; do not edit. Contestants take turns in one run; a figure is a median, with the"
+        " smallest and the largest in brackets. The ratio is the first contestant ÷ the other one, turn by turn."
+        " Ratios and orders hold on other machines, absolute figures do not."
     )
     for where in sorted({one["machine"] for one in kept}):
         yield from ("", f"Measured on: {where}.")

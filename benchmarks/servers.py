@@ -18,12 +18,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .measure import BENCH, PROJECT, Measures, Unavailable
 
 PREFIX = "/static/uploads"
-ONE_CORE = "one core for the server, another for wrk"
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
 
 
@@ -71,22 +70,37 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+UVICORN = ("--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning", "--factory")
+GRANIAN = (
+    "--interface",
+    "asgi",
+    "--workers",
+    "1",
+    "--loop",
+    "uvloop",
+    "--no-ws",
+    "--log-level",
+    "warning",
+    "--factory",
+)
+
+
 def uvicorn(app: str, **environment: object) -> contextlib.AbstractContextManager[Server]:
     """`app:make` on one process of uvicorn, with uvloop and httptools and without an access log."""
-    arguments = "--loop uvloop --http httptools --no-access-log --log-level warning --factory".split()
     python = environment.pop("python", sys.executable)
-    return _running([python, "-m", "uvicorn", *arguments, f"benchmarks.apps.{app}:make", "--port", "{port}"], environment)
+    return _running([python, "-m", "uvicorn", *UVICORN, f"benchmarks.apps.{app}:make", "--port", "{port}"], environment)
 
 
 def granian(app: str, **environment: object) -> contextlib.AbstractContextManager[Server]:
     """`app:make` on one worker of granian."""
-    arguments = "--interface asgi --workers 1 --loop uvloop --no-ws --log-level warning --factory".split()
     return _running(
-        [sys.executable, "-m", "granian", *arguments, f"benchmarks.apps.{app}:make", "--port", "{port}"], environment
+        [sys.executable, "-m", "granian", *GRANIAN, f"benchmarks.apps.{app}:make", "--port", "{port}"], environment
     )
 
 
-def script(python: object, module: str, *arguments: str, **environment: object) -> contextlib.AbstractContextManager[Server]:
+def script(
+    python: object, module: str, *arguments: str, **environment: object
+) -> contextlib.AbstractContextManager[Server]:
     """A module that is a server by itself; one of its arguments is `{port}`."""
     return _running([python, "-m", module, *arguments], environment)
 
@@ -113,31 +127,34 @@ def _running(command: list[object], environment: dict[str, object], port: int | 
     port = port or free_port()
     core = environment.pop("core", 0)
     own = {f"BENCH_{key.upper()}": str(value) for key, value in environment.items()}
-    log = tempfile.TemporaryFile()
-    process = subprocess.Popen(
-        [str(part).format(port=port) for part in command],
-        cwd=PROJECT,
-        env={**os.environ, **own, "PYTHONPATH": str(PROJECT), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: _prepare(core),
-        start_new_session=True,
-    )
-    try:
-        _wait_for(process, port, log)
-        yield Server(port, process.pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [str(part).format(port=port) for part in command],
+            cwd=PROJECT,
+            env={**os.environ, **own, "PYTHONPATH": str(PROJECT), "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        _place(process.pid, core)
         try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.close()
+            _wait_for(process, port, log)
+            yield Server(port, process.pid)
+        finally:
+            _stop(process)
 
 
-def _wait_for(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> None:
     end = time.monotonic() + 30
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -148,12 +165,12 @@ def _wait_for(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
         time.sleep(0.05)
 
 
-def _prepare(core: object) -> None:
-    """In the child: its core (None: any), and as many descriptors as it may have."""
+def _place(pid: int, core: object) -> None:
+    """Give a process that has just begun its core (None: any), and as many descriptors as it may have."""
     if core is not None and (os.cpu_count() or 1) > 1:
-        os.sched_setaffinity(0, {int(str(core))})
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        os.sched_setaffinity(pid, {int(str(core))})
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
 
 
 # -- load -----------------------------------------------------------------------------------------------------------
@@ -171,7 +188,7 @@ def wrk(url: str, *, seconds: float, connections: int = 64) -> Measures:
     rate = float(found[1])
     if rate * seconds < connections and seconds < 60:
         return wrk(url, seconds=seconds * 4, connections=connections)  # too slow to say anything in so little time
-    return {"requests/s": rate, **{f"p{p} ms": _latency(said, p) for p in (50, 99)}}
+    return {"requests/s": rate} | _latencies(said)
 
 
 @contextlib.contextmanager
@@ -182,7 +199,8 @@ def loading(
     command = [program("wrk"), "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "--timeout", "30s"]
     if lua is not None:
         command += ["-s", lua]
-    process = subprocess.Popen([*command, url], stdout=subprocess.PIPE, preexec_fn=lambda: _prepare(1))
+    process = subprocess.Popen([*command, url], stdout=subprocess.PIPE)
+    _place(process.pid, 1)
     try:
         yield process
     finally:
@@ -193,9 +211,10 @@ def loading(
             process.stdout.close()
 
 
-def _latency(said: str, percentile: int) -> float:
-    found = re.search(rf"^\s+{percentile}%\s+([\d.]+)(us|ms|s|m)$", said, re.MULTILINE)
-    return float(found[1]) * _UNITS[found[2]] if found else float("nan")
+def _latencies(said: str) -> Measures:
+    """The median and the 99th percentile in ms; wrk knows none if too few answers came."""
+    found = re.findall(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s|m)\s*$", said, re.MULTILINE)
+    return {f"p{percentile} ms": float(value) * _UNITS[unit] for percentile, value, unit in found}
 
 
 def peer(name: str, *packages: str) -> Path:

@@ -34,22 +34,24 @@ def bars(contests: Sequence[Contest]) -> str:
 
 
 def curves(contests: Sequence[Contest]) -> str:
-    """One curve per contestant; the labels are the numbers of the horizontal axis."""
+    """One curve per contestant over the contests, or one per contest over its contestants: numbers lie across."""
     lines: dict[str, Points] = {}
     for contest in contests:
         for name in contest.samples:
-            point = float(contest.label.replace(",", "")), statistics.median(contest.values(name))
-            lines.setdefault(name, []).append(point)
+            across, line = (contest.label, name) if _is_number(contest.label) else (name, contest.label)
+            point = float(across.replace(",", "")), statistics.median(contest.values(name))
+            lines.setdefault(line, []).append(point)
     points = [point for line in lines.values() for point in line]
-    across, up = _Axis([x for x, _ in points], LEFT / 3, WIDTH - 200), _Axis([y for _, y in points], HEIGHT - BOTTOM, TOP)
+    across = _Axis([x for x, _ in points], LEFT / 3, WIDTH - 200)
+    up = _Axis([y for _, y in points], HEIGHT - BOTTOM, TOP)
     parts = [*_grid(across, up, contests[0].unit)]
-    colours = _colours(contests)
     for index, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[index % len(COLOURS)]
         places = [(across.place(x), up.place(y)) for x, y in sorted(line)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colours[name]}"/>' for x, y in places]
-        parts.append(_text(WIDTH - 190, TOP + 14 + index * ROW, name, fill=colours[name]))
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+        parts.append(_text(WIDTH - 190, TOP + 14 + index * ROW, name, fill=colour))
     return _svg(HEIGHT, parts)
 
 
@@ -99,10 +101,16 @@ def _colours(contests: Sequence[Contest]) -> dict[str, str]:
     return {name: COLOURS[min(index, len(COLOURS) - 1)] for index, name in enumerate(names)}
 
 
+def _is_number(label: str) -> bool:
+    return label.replace(",", "").isdecimal()
+
+
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal", fill: str = "#222") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}">{escape(text)}</text>'
+    looks = f'text-anchor="{anchor}" font-weight="{weight}" fill="{fill}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {looks}>{escape(text)}</text>'
 
 
 def _svg(height: float, parts: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" font-size="12">'
+    size = f'viewBox="0 0 {WIDTH} {height:.0f}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
     return "\n".join([head, f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>', *parts, "</svg>", ""])

@@ -74,7 +74,7 @@ def run(browser: httpx.Client, lose: Callable[[], None]) -> bool:
     originals = pictures()
     places = upload(browser, originals)
     before = look_at_all(browser, places)
-    step(2, f"{len(places)} pictures uploaded through its form, {kb(sum(seen.size for seen in before.values()))}")
+    step(2, f"{len(places)} of {len(originals)} pictures uploaded through its form, {size(before)}")
     lose()
     gone = sum(not file_of(place).exists() for place in places.values())
     step(3, f"rm -r {UPLOADS}: {gone} of {len(places)} files are gone")
@@ -146,12 +146,9 @@ def stays_deleted(browser: httpx.Client, name: str, place: str) -> bool:
         statuses.append(browser.get(place).status_code)
     browser.post("/undo", data={"name": file.name})
     after = look(browser, place)
-    step(
-        5,
-        f"{name} deleted, and its file laid back by hand, as a deploy does:",
-        f"GET {statuses[0]}, and {statuses[-1]} as soon as the look behind that answer is over",
-        f"after an undo {after.status}, {'the same' if after == before else 'another'} picture",
-    )
+    step(5, f"{name} is deleted, and its file laid back by hand, as a deploy does:")
+    print(f"   GET says {statuses[0]}, and soon {statuses[-1]}: the database remembers the deletion")
+    print(f"   and after an undo {after.status}: {'the same' if after == before else 'another'} picture")
     return statuses[-1] == 404 and after == before
 
 
@@ -170,26 +167,31 @@ def step(number: int, title: str, *more: str) -> None:
 
 def show(before: dict[str, Seen], after: dict[str, Seen], again: dict[str, Seen]) -> int:
     """Print what came back; how many pictures are in every way what they were."""
-    print(bold(f"   {'picture':14} {'GET':>4} {'size':>7} {'time':>8}   bytes  ETag   Last-Modified"))
+    print(bold(f"   {'picture':14} {'GET':>4} {'size':>7} {'time':>8}   bytes   ETag   Last-Modified"))
     for name, was in before.items():
         now = after[name]
         marks = verdict(was.sha256, now.sha256), verdict(was.etag, now.etag), verdict(was.modified, now.modified)
-        print(f"   {name:14} {now.status:>4} {kb(now.size):>7} {now.ms:>5.1f} ms  ", *marks)
+        print(f"   {name:14} {now.status:>4} {kb(now.size):>7} {now.ms:>5.1f} ms ", *marks)
     same = sum(after[name] == was for name, was in before.items())
-    print(f"\n   {same} of {len(before)} came back, {total(after)}; the next time from disk, {total(again)}\n")
+    count = f"{same} of {len(before)} came back, {size(after)} in {took(after)}"
+    print(f"\n   {count}; the next time, from disk, in {took(again)}\n")
     return same
 
 
 def verdict(was: str | None, now: str | None) -> str:
-    return green("same  ") if was == now else red("OTHER ")
+    return green(f"{'same':>6}") if was == now else red(f"{'OTHER':>6}")
 
 
-def total(seen: dict[str, Seen]) -> str:
-    return f"{kb(sum(one.size for one in seen.values()))} in {sum(one.ms for one in seen.values()):.0f} ms"
+def size(seen: dict[str, Seen]) -> str:
+    return kb(sum(one.size for one in seen.values()))
 
 
-def kb(size: int) -> str:
-    return f"{size / 1024:.0f} KB"
+def took(seen: dict[str, Seen]) -> str:
+    return f"{sum(one.ms for one in seen.values()):.0f} ms"
+
+
+def kb(count: int) -> str:
+    return f"{count / 1024:.0f} KB"
 
 
 def painted(code: int) -> Callable[[str], str]:

@@ -38,7 +38,7 @@ async def restore(
             present, missing, unclear = await store.threads.run(survey, store.disk, valid)
             results += unclear
             if dry_run:
-                results += [Result(one.name, Outcome.RESTORED, one.size, "would be restored") for one in missing]
+                results += await store.threads.run(_would_land, store.disk, missing)
             else:
                 async with aclosing(landing.land(missing)) as landed:
                     async for one in landed:
@@ -54,6 +54,18 @@ async def restore(
     async with aclosing(_lingering(store)) as lingering:
         async for record in lingering:
             yield await _remove(store, record, dry_run=dry_run)
+
+
+def _would_land(disk: UploadsDirectory, missing: Sequence[Record]) -> list[Result]:
+    results = []
+    for record in missing:
+        try:
+            _digest(disk, record.name)  # says so if something that is not a file has the name
+        except (SelfHealError, OSError) as error:
+            results.append(of_error(record.name, error))
+        else:
+            results.append(Result(record.name, Outcome.RESTORED, record.size, "would be restored"))
+    return results
 
 
 def _landed(one: Landed) -> Result:
@@ -173,7 +185,7 @@ async def _adopt(store: UploadStore, name: str) -> Result:
 async def _compare(store: UploadStore, entry: Entry, found: Found, *, prefer_disk: bool, dry_run: bool) -> Result:
     record, name, size = found.record, entry.name, entry.stat.st_size
     if record.is_deleted:
-        return problem(name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it")
+        return await _still_there(store, name)
     try:
         fault = await fault_in_database(store.database, found, store.threads)
         is_same = (entry.stat.st_mtime_ns, size) == (record.modified_ns, record.size)
@@ -217,8 +229,10 @@ async def verify(store: UploadStore, *, drill: bool = False, jobs: int = 4) -> A
     async for entries in _batches_of_walk(store):
         records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
         uploads, results = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
-        for result in results + [_only_on_disk(entry, records.get(entry.name)) for entry in uploads]:
+        for result in results:
             yield result
+        for entry in uploads:
+            yield await _still_there(store, entry.name) if entry.name in records else _not_backed_up(entry)
 
 
 async def _verify(store: UploadStore, found: Found) -> Result | None:
@@ -261,10 +275,7 @@ def _drilled(elsewhere: UploadsDirectory, record: Record) -> Exception | None:
     return None
 
 
-def _only_on_disk(entry: Entry, tombstone: Record | None) -> Result:
-    if tombstone is not None:
-        detail = "it was deleted, but is still on disk; `selfheal restore` removes it"
-        return problem(entry.name, Outcome.DELETED, detail)
+def _not_backed_up(entry: Entry) -> Result:
     detail = "it is not backed up; `selfheal migrate` brings it in"
     return problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.stat.st_size)
 
@@ -294,6 +305,13 @@ async def _settled(store: UploadStore, found: Found, look: Callable[[Found], Cor
         if now is None or now.record.generation == found.record.generation:
             return result
         found = now
+
+
+async def _still_there(store: UploadStore, name: str) -> Result:
+    """What to say of a deleted name that the walk met."""
+    if await store.threads.run(store.disk.stat, name) is None:
+        return Result(name, Outcome.DELETED, 0, "it was deleted meanwhile")
+    return problem(name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it")
 
 
 async def _lingering(store: UploadStore) -> AsyncGenerator[Record, None]:

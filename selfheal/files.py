@@ -16,6 +16,14 @@ PIECE = 256 * 1024
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
+Identity = tuple[int, int, int, int]
+
+
+def identity_of(measured: os.stat_result) -> Identity:
+    """(mtime in ns, size in bytes, inode, ctime in ns): who lays an old file back can keep all but the last."""
+    return measured.st_mtime_ns, measured.st_size, measured.st_ino, measured.st_ctime_ns
+
+
 class OpenFile:
     """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name."""
 
@@ -34,9 +42,9 @@ class OpenFile:
         self.close()
 
     @property
-    def identity(self) -> tuple[int, int, int]:
-        """What changes whenever the file does: (mtime in ns, size in bytes, inode)."""
-        return self.stat.st_mtime_ns, self.stat.st_size, self.stat.st_ino
+    def identity(self) -> Identity:
+        """What changes whenever the file does."""
+        return identity_of(self.stat)
 
     @property
     def size(self) -> int:

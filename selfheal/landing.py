@@ -14,6 +14,7 @@ from .blobs import chunk_digest
 from .db import ImageStorage
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotAFile, NotStored, SelfHealError, Unsettled
+from .files import identity_of
 from .records import Found, Record, SmallFile
 from .sources import CHUNK
 from .staging import Staged
@@ -204,7 +205,7 @@ def read_small(disk: UploadsDirectory, name: str) -> Read:
         with file:
             data = file.read_waiting(0, min(file.size, LARGE) + 1)
             there = disk.stat(name)
-            if there is None or len(data) != file.size or _identity(there) != file.identity:
+            if there is None or len(data) != file.size or identity_of(there) != file.identity:
                 return Read(name, error=Unsettled("it changed while it was read; run again"))
             chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
             digest = hashlib.sha256(data).hexdigest()
@@ -250,7 +251,3 @@ def _first(record: Record, found: Found | None) -> bytes:
 def _check(staged: Staged, record: Record) -> None:
     if staged.size != record.size or staged.sha256 != record.sha256:
         raise CorruptBlob(record.name, f"its {staged.size} bytes do not match the recorded digest")
-
-
-def _identity(measured: os.stat_result) -> tuple[int, int, int]:
-    return measured.st_mtime_ns, measured.st_size, measured.st_ino

@@ -9,7 +9,7 @@ from .db import ImageStorage
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored, SelfHealError, Unsettled
 from .events import Events, Kind, logger
-from .files import OpenFile
+from .files import Identity, OpenFile, identity_of
 from .flight import Batches, Tasks
 from .records import Record
 from .restoration import Restorer
@@ -20,8 +20,6 @@ QUIET_FOR = 5.0
 """Seconds for which nothing is asked behind hits after the database gave no answer."""
 SEEN_AT_MOST = 200_000
 BEHIND_AT_ONCE = 256
-
-Identity = tuple[int, int, int]
 
 
 class Reconciler:
@@ -173,5 +171,5 @@ class Reconciler:
 
     async def _raise_if_moved(self, name: str, identity: Identity) -> None:
         now = await self._threads.run(self._disk.stat, name)
-        if now is None or (now.st_mtime_ns, now.st_size, now.st_ino) != identity:
+        if now is None or identity_of(now) != identity:
             raise Unsettled(f"{name!r} is still being written")

@@ -21,7 +21,7 @@ from .db import ImageStorage
 from .disk import UploadsDirectory
 from .errors import DiskUnwritable, NotStored, SelfHealError
 from .events import Events, Kind, Listener, logger
-from .files import OpenFile
+from .files import Identity, OpenFile
 from .flight import Tasks
 from .policy import UploadPolicy
 from .reconcile import Reconciler
@@ -229,7 +229,7 @@ class UploadStore:
         """A disk copy that cannot be read goes to quarantine."""
         await self._restorer.quarantine(name, "the disk copy cannot be read")
 
-    def noticed(self, name: str, identity: tuple[int, int, int], *, adopt: bool) -> None:
+    def noticed(self, name: str, identity: Identity, *, adopt: bool) -> None:
         """A hit was answered from the file with this identity; compare it with its record, behind."""
         self._reconciler.noticed(name, identity, adopt=adopt)
 

@@ -19,7 +19,6 @@ class Answer:
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
     messages: list[Message] = field(default_factory=list)
 
     def take(self, message: Message) -> None:
@@ -36,9 +35,12 @@ class Answer:
         else:
             assert self.status, f"{kind} before the start"
             assert not self.is_over, f"{kind} after the end"
-        if kind == "http.response.body":
-            self.body += message.get("body", b"")
         self.messages.append(message)
+
+    @property
+    def body(self) -> bytes:
+        """All that came of it."""
+        return b"".join(message.get("body", b"") for message in self.messages)
 
     @property
     def is_over(self) -> bool:
@@ -91,14 +93,16 @@ async def ask_scope(app: ASGIApp, scope: Scope) -> Answer:
 
 async def ask_and_leave(app: ASGIApp, scope: Scope, *, after: int, fails: bool = False) -> Answer:
     """A client that hangs up once `after` bytes of the body have come: quietly, or (`fails`) so that `send` raises."""
-    answer, gone = Answer(), asyncio.Event()
+    answer, came, gone = Answer(), 0, asyncio.Event()
 
     async def send(message: Message) -> None:
+        nonlocal came
         if gone.is_set() and fails:
             raise OSError("the client is gone")
         if not gone.is_set():
             answer.take(message)
-        if len(answer.body) >= after:
+        came += len(message.get("body", b""))
+        if answer.status and came >= after:
             gone.set()
         await asyncio.sleep(0)  # a server waits here for its socket
 

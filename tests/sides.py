@@ -13,15 +13,17 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import Pool
 
 from selfheal import UploadStore
 from selfheal.settings import sqlite_file
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def noise(size: int) -> bytes:
@@ -116,7 +118,8 @@ async def nothing_is_held_open(path: Path) -> None:
     """What only the garbage collector closes is given its chance, and no more."""
     gc.collect()
     await asyncio.sleep(0.05)
-    assert held_open(path) == []
+    left = held_open(path)
+    assert left == [], left
 
 
 @contextmanager
@@ -223,13 +226,6 @@ class Held:
     def release(self) -> None:
         """Let them all go on."""
         self._released.set()
-
-
-@contextmanager
-def broken_disk() -> Iterator[BrokenDisk]:
-    """A disk that can be broken, mended at the end."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield BrokenDisk(monkeypatch)
 
 
 @asynccontextmanager

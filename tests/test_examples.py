@@ -382,6 +382,7 @@ def test_hostile_names_are_escaped(gallery: Server, originals: dict[str, bytes])
     assert answer.status_code == 415
     assert "<img src=x" not in answer.text
 
+    gallery.directory.mkdir(exist_ok=True)
     (gallery.directory / hostile).write_bytes(originals["tiles.png"])
     os.utime(gallery.directory / hostile, (1e9, 1e9))
     path = f"{PREFIX}/{quote(hostile)}"

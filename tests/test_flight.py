@@ -336,9 +336,22 @@ def ask(batches: Batches[int, int], keys: Iterable[int]) -> list[asyncio.Task[in
 async def test_one_query_for_many_names(database: Database, tasks: Tasks) -> None:
     """What is asked at the same time is asked in one query, each name once; what is not known is None."""
     batches = Batches(database.ask, tasks, size=1000, at_once=1)
-    keys = [*range(100)] * 10
+    keys = [*range(100)] * 5
     assert await outcomes(ask(batches, keys)) == [key * key if key % 2 == 0 else None for key in keys]
     assert [sorted(query) for query in database.queries] == [list(range(100))]
+
+
+async def test_who_is_ready_joins_the_first_query(database: Database, tasks: Tasks) -> None:
+    """Who is about to ask when the first one does (they came in the same turn) is asked for in the same query."""
+    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+
+    async def a_turn_later(key: int) -> int | None:
+        await asyncio.sleep(0)
+        return await batches.get(key)
+
+    askers = [*ask(batches, [0]), *(asyncio.create_task(a_turn_later(key)) for key in (2, 4))]
+    assert await outcomes(askers) == [0, 4, 16]
+    assert database.queries == [[0, 2, 4]]
 
 
 async def test_what_is_asked_meanwhile_waits(database: Database, tasks: Tasks) -> None:

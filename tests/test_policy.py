@@ -431,7 +431,7 @@ async def test_a_picture_with_an_archive_behind_it() -> None:
         ("html", b"<!doctype html>"),
         ("xml", b"<?xml version='1.0'?><a/>"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value if isinstance(value, str) else "beginning",
 )
 def test_bytes_that_are_what_the_extension_says(end: str, head: bytes) -> None:
     """An app that allows more than images: every type of the table is known by its beginning."""

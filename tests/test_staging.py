@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -90,12 +91,19 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def assert_no_more_than(before: int) -> None:
+    """Fail if more descriptors are open than before, once nothing is left that only awaits the garbage collector."""
+    if descriptors() > before:
+        gc.collect()
+    assert descriptors() <= before, "a descriptor was left open"
+
+
 @pytest.fixture(autouse=True)
 def no_leak() -> Iterator[None]:
     """As many descriptors are open after a test as before it."""
     before = descriptors()
     yield
-    assert descriptors() == before, "a descriptor was left open"
+    assert_no_more_than(before)
 
 
 @pytest.fixture
@@ -196,7 +204,7 @@ def test_the_time_is_the_one_given(place: Place) -> None:
     assert os.stat(place.path / "tom.png").st_mtime_ns == MODIFIED
 
 
-ABSURD = [-(2**70), -(2**63), -1, 0, 2**63 - 1, 2**63, 2**70, 253_402_300_800 * 10**9]
+ABSURD = [-(2**100), -(2**70), -(2**63), -1, 0, 2**63 - 1, 2**63, 2**70, 2**100, 253_402_300_800 * 10**9]
 
 
 @pytest.mark.parametrize("modified_ns", ABSURD)
@@ -448,7 +456,7 @@ def die_at(line: int, work: Callable[[], None]) -> bool:
     left = itertools.count(line, -1)
 
     def trace(frame: Any, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in (staging.__file__, syscalls.__file__):
+        if frame.f_code.co_filename != staging.__file__:
             return None
         if event == "line" and next(left) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -462,12 +470,12 @@ def die_at(line: int, work: Callable[[], None]) -> bool:
 
 
 def kill_at_every_line(path: str) -> None:
-    """For each verb, on a free name and on one that is taken: print what kills at every line left behind."""
+    """Publish at a free name, and replace what has a name: print what kills at every line left behind."""
     here = place_at(path)
-    print(json.dumps([kills(here, verb, taken) for verb in (publish_once, replace_once) for taken in (False, True)]))
+    print(json.dumps([kills(here, publish_once, taken=False), kills(here, replace_once, taken=True)]))
 
 
-def kills(here: Place, verb: Callable[[Place], None], taken: bool) -> list[dict[str, Any]]:
+def kills(here: Place, verb: Callable[[Place], None], *, taken: bool) -> list[dict[str, Any]]:
     """Kill a process at each line in turn; what was found at the name, and what was left after a sweep."""
     name = here.path / "tom.png"
     found: list[dict[str, Any]] = []
@@ -497,21 +505,20 @@ def test_a_kill_at_any_line_leaves_a_name_absent_or_whole(place: Place, way: str
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     found = json.loads(out)
-    states = [{"absent", "new"}, {"old"}, {"absent", "new"}, {"old", "new"}]
-    assert [{kill["state"] for kill in case} for case in found] == states
+    assert [{kill["state"] for kill in case} for case in found] == [{"absent", "new"}, {"old", "new"}]
     for kill in itertools.chain(*found):
         wanted = [] if kill["state"] == "absent" else ["tom.png"]
         assert (kill["names"], kill["left"]) == (wanted, wanted)
     swept = [max(kill["swept"] for kill in case) for case in found]
-    assert swept == ([0, 0, 0, 1] if way.startswith("unnamed") else [1, 1, 1, 1]), "what there is to sweep"
+    assert swept == ([0, 1] if way.startswith("unnamed") else [1, 1]), "what there is to sweep"
 
 
 # -- sweeping --------------------------------------------------------------------------------------------------------
 
 
-def leave_litter(place: Place, *names: str) -> None:
+def lay_litter(place: Place, *names: str) -> None:
     """The temporary files of processes that died."""
-    (place.path / TEMPORARY).mkdir(mode=0o700)
+    (place.path / TEMPORARY).mkdir(mode=0o700, exist_ok=True)
     for name in names:
         (place.path / TEMPORARY / name).write_bytes(OLD)
 
@@ -526,7 +533,7 @@ def test_there_may_be_nothing_to_sweep(place: Place) -> None:
 def test_the_litter_of_the_dead_is_swept(place: Place) -> None:
     """Temporary files that nobody works on are removed, and counted; nothing else is."""
     (place.path / "tom.png").write_bytes(NEW)
-    leave_litter(place, "a" * 32, "b" * 32)
+    lay_litter(place, "a" * 32, "b" * 32)
     assert sweep(place.fd) == 2
     assert place.entries() == ["tom.png"]
 
@@ -543,16 +550,16 @@ def test_the_files_of_the_living_are_not_swept(place: Place) -> None:
     assert place.entries() == ["tom.png"]
 
 
-def test_the_dead_are_swept_from_among_the_living(place: Place) -> None:
-    """Only what nobody works on goes."""
+def test_the_dead_are_swept_when_the_living_have_left(place: Place) -> None:
+    """What was left beside the file of somebody who is at work goes at the latest with the first sweep after that."""
     with place.stage() as staged:
         staged.write(NEW)
-        (place.path / TEMPORARY).mkdir(mode=0o700, exist_ok=True)
-        (place.path / TEMPORARY / "dead").write_bytes(OLD)
-        assert sweep(place.fd) == 1
-        assert not (place.path / TEMPORARY / "dead").exists()
+        lay_litter(place, "dead")
+        sweep(place.fd)
         assert staged.publish()
     assert (place.path / "tom.png").read_bytes() == NEW
+    sweep(place.fd)
+    assert place.entries() == ["tom.png"]
 
 
 @pytest.mark.parametrize("call", ["rename", "link"])
@@ -604,18 +611,18 @@ def test_a_sweep_follows_no_link(place: Place, tmp_path: Path) -> None:
     (place.path / TEMPORARY).symlink_to(tmp_path / "elsewhere")
     assert sweep(place.fd) == 0
     (place.path / TEMPORARY).unlink()
-    leave_litter(place)
+    lay_litter(place)
     (place.path / TEMPORARY / "link").symlink_to(tmp_path / "elsewhere" / "a")
     sweep(place.fd)
     assert (tmp_path / "elsewhere" / "a").read_bytes() == OLD
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("way", WAYS[:2], indirect=True)
 @pytest.mark.parametrize("stand", [Path.mkdir, os.mkfifo, make_link])
 def test_a_sweep_is_not_stopped_by_what_is_not_ours(place: Place, stand: Callable[[Path], None]) -> None:
     """A directory, FIFO or link among the temporary files neither blocks nor fails a sweep."""
-    leave_litter(place, "a" * 32, "z" * 32)
+    lay_litter(place, "a" * 32, "z" * 32)
     stand(place.path / TEMPORARY / "strange")
     assert sweep(place.fd) >= 2
     assert not (place.path / TEMPORARY / ("a" * 32)).exists()
@@ -624,7 +631,7 @@ def test_a_sweep_is_not_stopped_by_what_is_not_ours(place: Place, stand: Callabl
 
 def test_two_sweeps_at_once_do_no_harm(place: Place) -> None:
     """Workers that start together sweep together: every file is counted by one of them."""
-    leave_litter(place, *(f"{number:032x}" for number in range(200)))
+    lay_litter(place, *(f"{number:032x}" for number in range(200)))
     swept: list[int] = []
     sweepers = [threading.Thread(target=lambda: swept.append(sweep(place.fd))) for _ in range(4)]
     for sweeper in sweepers:
@@ -787,15 +794,18 @@ def test_too_many_open_files(place: Place, headroom: int) -> None:
     assert place.entries() == ([] if code else ["tom.png"])
 
 
-@named_only
-def test_a_file_system_without_locks_leaks_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some network file systems have no flock (ENOLCK): either it is staged without, or refused without a trace."""
-    monkeypatch.setattr(fcntl, "flock", fails(errno.ENOLCK))
-    before = descriptors()
-    with contextlib.suppress(OSError):
-        place.put(NEW)
-    assert place.entries() in ([], ["tom.png"])
-    assert descriptors() == before
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(place: Place, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Some network file systems have no flock: files arrive all the same, and no sweep takes them from the living."""
+    monkeypatch.setattr(fcntl, "flock", fails(code))
+    place.put(OLD)
+    with place.stage() as staged:
+        staged.write(NEW)
+        sweep(place.fd)
+        staged.seal(MODIFIED, 0o644)
+        staged.replace()
+    assert (place.path / "tom.png").read_bytes() == NEW
+    assert place.entries() == ["tom.png"]
 
 
 def write_past_the_limit(path: str) -> None:
@@ -822,7 +832,9 @@ def passed_in_a_namespace(session: pytest.Session) -> str:
     wanted = [item.nodeid for item in session.items if "mount" in getattr(item, "fixturenames", ())]
     command = ["unshare", "-Urm", sys.executable, "-X", "dev", "-m", "pytest", "-q", "-rp", "-p", "no:randomly"]
     there = session.config.rootpath
-    return subprocess.run([*command, *wanted], cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+    return subprocess.run(
+        [*command, *wanted], cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    ).stdout
 
 
 def in_a_namespace(item: pytest.Item) -> Callable[..., None]:
@@ -845,6 +857,10 @@ class Mount:
     def remount(self, option: str) -> None:
         """Make it read-only (`ro`) or writable (`rw`)."""
         subprocess.run(["mount", "-o", f"remount,{option}", self.path], check=True, capture_output=True)
+
+    def unmount(self) -> None:
+        """Take it away, whoever still has something of it open."""
+        subprocess.run(["umount", "-l", self.path], check=True, capture_output=True)
 
 
 def mounts(item: Any, point: Path) -> Iterator[Callable[[str], Mount]]:

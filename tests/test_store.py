@@ -10,7 +10,7 @@ import random
 import re
 import tempfile
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from conftest import eventually, free_port
 from PIL import Image
 from sides import (
     BrokenDisk,
-    broken_disk,
     brought_back,
     files_below,
     hit,
@@ -92,10 +91,9 @@ async def other_store(store: UploadStore, tmp_path: Path) -> AsyncIterator[Uploa
 
 
 @pytest.fixture
-def disk() -> Iterator[BrokenDisk]:
+def disk(monkeypatch: pytest.MonkeyPatch) -> BrokenDisk:
     """A disk that can be broken and mended."""
-    with broken_disk() as disk:
-        yield disk
+    return BrokenDisk(monkeypatch)
 
 
 # -- save ----------------------------------------------------------------------------------------------------------

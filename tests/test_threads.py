@@ -22,14 +22,16 @@ PATIENCE = 30.0
 """Seconds after which a thread of a test gives up by itself, so that a failure does not hang the run."""
 
 AFTER_A_FORK = """
-import asyncio, os, sys
+import asyncio, os, signal, sys
 from selfheal.threads import Threads
 
 threads = Threads(2)
 assert asyncio.run(threads.run(os.getpid)) == os.getpid()
 child = os.fork()
 if child == 0:
-    threads.close()
+    signal.alarm(20)  # a call that waits for the parent's threads waits for ever
+    if sys.argv[1] == "close":
+        threads.close()
     found = asyncio.run(threads.run(os.getpid))
     os._exit(7 if found == os.getpid() else 1)
 _, status = os.waitpid(child, 0)
@@ -280,8 +282,9 @@ def test_one_pool_for_several_loops() -> None:
     threads.close()
 
 
-def test_each_process_has_its_own() -> None:
+@pytest.mark.parametrize("first", ["run", "close"])
+def test_each_process_has_its_own(first: str) -> None:
     """A child that was forked off has none of its parent's threads: it makes its own, and leaves the parent's alone."""
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", AFTER_A_FORK]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", AFTER_A_FORK, first]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (7, "")

@@ -14,4 +14,6 @@ def main(command: str | None = None) -> None:
     except ImportError as error:
         print(f"selfheal: {MissingExtra('cli', error.name or 'click')}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     cli.run(command)

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own, with its default settings, for as long as a measurement takes."""
+"""Databases to measure with: a SQLite file, and a PostgreSQL server of our own with its default settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
+from .data import scratch, sqlite
 from .measure import Unavailable
 from .servers import free_port
 
@@ -41,6 +42,16 @@ def postgres() -> Iterator[str]:
             yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/{name}"
         finally:
             call("pg_ctl", "-D", str(data), "-w", "-m", "immediate", "stop")
+
+
+@contextlib.contextmanager
+def databases() -> Iterator[dict[str, str]]:
+    """The URLs of empty databases: SQLite and, where it is installed, PostgreSQL."""
+    with scratch() as place, contextlib.ExitStack() as stack:
+        urls = {"SQLite": sqlite(place / "uploads.db")}
+        with contextlib.suppress(Unavailable):
+            urls["PostgreSQL"] = stack.enter_context(postgres())
+        yield urls
 
 
 def _programs() -> Path:

@@ -1,0 +1,409 @@
+"""When the two sides of a name differ: who wins, what is kept of the other, and when nobody may touch anything."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import eventually
+from sides import (
+    execute,
+    files_below,
+    hit,
+    in_database,
+    in_quarantine,
+    locked,
+    looked_behind,
+    noise,
+    on_both_sides,
+    on_disk,
+    statements,
+)
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from selfheal import UploadStore
+from selfheal.errors import Unsettled
+from selfheal.sources import CHUNK
+
+NAME = "cats/tom.jpg"
+OLD, NEW, THIRD = b"the old bytes", b"the new bytes, which are others", b"yet another picture"
+A_DAY = 86_400 * 10**9
+
+
+@pytest.fixture
+async def elsewhere(store: UploadStore, tmp_path: Path) -> AsyncIterator[UploadStore]:
+    """Another node: a disk of its own, the same database."""
+    async with UploadStore(tmp_path / "elsewhere" / "uploads", store.database.url) as other:
+        yield other
+
+
+def laid(store: UploadStore, data: bytes, modified_ns: int, name: str = NAME) -> Path:
+    """A file put on disk by something that is not selfheal, in place of what was there, with an mtime of its own."""
+    path = store.disk.path_of(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    other = path.with_name("being-laid")
+    other.write_bytes(data)
+    os.utime(other, ns=(modified_ns, modified_ns))
+    other.rename(path)
+    return path
+
+
+async def after_start(store: UploadStore) -> int:
+    """A moment after the process began and after every record, which has held still for long enough, in ns."""
+    await asyncio.sleep(0.02)
+    now = time.time_ns()
+    await asyncio.sleep(1.0)
+    return now
+
+
+async def history_of(store: UploadStore, name: str = NAME) -> list[bytes]:
+    """The bytes of what a name was before, newest first."""
+    versions = await store.database.history(name)
+    return [b"".join([chunk async for chunk in store.database.read(version)]) for version in versions]
+
+
+async def generation_of(store: UploadStore, name: str = NAME) -> int:
+    """How often a name was changed; 0 if it has no record."""
+    record = await store.database.find(name)
+    return 0 if record is None else record.generation
+
+
+# -- the database wins ----------------------------------------------------------------------------------------------
+
+LAID: dict[str, Callable[[int], int]] = {
+    "older than the record": lambda recorded: recorded - A_DAY,
+    "newer than the record, older than the process": lambda recorded: recorded + A_DAY // 24,
+    "at the beginning of time": lambda _: 0,
+    "before the beginning of time": lambda _: -A_DAY,
+}
+
+
+@pytest.mark.parametrize("when", LAID.values(), ids=LAID)
+async def test_old_bytes_that_a_deploy_lays_go_to_quarantine(
+    sqlite_store: UploadStore, directory: Path, when: Callable[[int], int]
+) -> None:
+    """A file older than this process is no overwrite, whatever its mtime and size: the record's bytes come back."""
+    recorded = time.time_ns() - A_DAY
+    for data in (THIRD, NEW[::-1], b""):
+        await sqlite_store.database.store_image(NAME, NEW, modified_ns=recorded)
+        laid(sqlite_store, data, when(recorded))
+        async with UploadStore(directory, sqlite_store.database.url) as started_later:
+            await looked_behind(started_later, NAME)
+            assert await on_both_sides(started_later, NAME) == NEW
+            assert data in in_quarantine(started_later)
+            assert started_later.disk.path_of(NAME).stat().st_mtime_ns == recorded
+    assert await generation_of(sqlite_store) == 1
+    assert await history_of(sqlite_store) == []
+
+
+async def test_the_database_wins_over_an_old_copy(store: UploadStore, elsewhere: UploadStore) -> None:
+    """A node that was away holds what was overwritten elsewhere: the newer record comes to its disk."""
+    await store.save(NAME, OLD)
+    await elsewhere.save(NAME, NEW)
+    assert on_disk(store, NAME) == OLD
+    await looked_behind(store, NAME)
+    assert await on_both_sides(store, NAME) == NEW
+    assert await history_of(store) == [OLD]
+    assert await generation_of(store) == 2
+
+
+async def test_the_quarantine_is_private_and_keeps_everything(store: UploadStore) -> None:
+    """It lies outside the uploads with mode 0700, and a second copy of a name does not replace the first."""
+    saved = await store.save(NAME, NEW)
+    for data in (OLD, THIRD):
+        laid(store, data, saved.modified_ns - A_DAY)
+        await looked_behind(store, NAME)
+    assert sorted(in_quarantine(store)) == sorted([OLD, THIRD])
+    assert not store.disk.quarantine_path.is_relative_to(store.disk.path)
+    assert store.disk.quarantine_path.stat().st_mode & 0o7777 == 0o700
+    assert files_below(store.disk.path) == [NAME]
+
+
+async def test_a_disk_copy_damaged_in_size_is_restored(store: UploadStore) -> None:
+    """A file that was cut short, or has grown, goes to quarantine; the whole one is back with its own mtime."""
+    for size in (1000, 11 * CHUNK + 3):
+        saved = await store.save(NAME, noise(size))
+        for damaged in (noise(size)[:-1], b"", noise(size) + b"x"):
+            saved.path.write_bytes(damaged)
+            os.utime(saved.path, ns=(saved.modified_ns, saved.modified_ns))
+            await looked_behind(store, NAME)
+            assert await on_both_sides(store, NAME) == noise(size)
+            assert saved.path.stat().st_mtime_ns == saved.modified_ns
+            assert damaged in in_quarantine(store)
+    assert await generation_of(store) == 2
+
+
+# -- a copy of an earlier generation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("was_hit_before", [False, True])
+async def test_a_stale_copy_never_comes_back_over_a_newer_record(store: UploadStore, was_hit_before: bool) -> None:
+    """The disk still holds the generation before, because the newer one was saved in the app's own transaction."""
+    await store.save(NAME, OLD)
+    if was_hit_before:
+        await looked_behind(store, NAME)
+    engine = create_async_engine(store.database.url)
+    async with engine.begin() as connection:
+        await store.save(NAME, NEW, connection=connection)
+    await engine.dispose()
+    await looked_behind(store, NAME)
+    assert await in_database(store, NAME) == NEW
+    assert await generation_of(store) == 2
+    assert await on_both_sides(store, NAME) == NEW
+
+
+async def test_a_copy_of_any_earlier_generation_is_known(store: UploadStore) -> None:
+    """A backup lays back, with its mtime, what the name was long ago: the record stays, and nothing is set aside."""
+    first = await store.save(NAME, OLD)
+    for data in (THIRD, NEW):
+        await store.save(NAME, data)
+    laid(store, OLD, first.modified_ns)
+    await looked_behind(store, NAME)
+    assert await on_both_sides(store, NAME) == NEW
+    assert await generation_of(store) == 3
+    assert in_quarantine(store) == []
+
+
+async def test_a_copy_saved_after_the_process_began_is_known_too(store: UploadStore) -> None:
+    """An undo goes back to older bytes; the newer copy, laid back with its mtime, does not win over the undo."""
+    await store.save(NAME, OLD)
+    second = await store.save(NAME, NEW)
+    await store.undo(NAME)
+    await asyncio.sleep(0.02)
+    laid(store, NEW, second.modified_ns)
+    await looked_behind(store, NAME)
+    assert await on_both_sides(store, NAME) == OLD
+    assert await generation_of(store) == 3
+
+
+# -- the app's own overwrite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 3 * CHUNK + 5])
+async def test_the_apps_own_overwrite_is_the_next_generation(store: UploadStore, size: int) -> None:
+    """A file modified after this process began was overwritten by the app: it is adopted, the history keeps the old."""
+    await store.save(NAME, OLD)
+    written = laid(store, noise(size), await after_start(store)).stat().st_mtime_ns
+    await looked_behind(store, NAME)
+    assert await on_both_sides(store, NAME) == noise(size)
+    record = await store.database.find(NAME)
+    assert record is not None
+    assert (record.generation, record.modified_ns) == (2, written)
+    assert await history_of(store) == [OLD]
+    assert in_quarantine(store) == []
+
+
+async def test_an_overwrite_that_was_served_before_is_seen(store: UploadStore) -> None:
+    """A name that was compared already is compared anew once its file is another."""
+    await store.save(NAME, OLD)
+    await looked_behind(store, NAME)
+    laid(store, NEW, await after_start(store))
+    await looked_behind(store, NAME)
+    assert await on_both_sides(store, NAME) == NEW
+
+
+async def _append(path: Path) -> None:
+    with path.open("ab", buffering=0) as file:
+        file.write(b"x" * 1000)
+
+
+async def _append_on_a_server_whose_clock_is_ahead(path: Path) -> None:
+    await _append(path)
+    ahead = time.time_ns() + A_DAY
+    os.utime(path, ns=(ahead, ahead))
+
+
+@pytest.mark.parametrize("write", [_append, _append_on_a_server_whose_clock_is_ahead], ids=["here", "clock ahead"])
+@pytest.mark.parametrize("is_new", [False, True], ids=["overwrite", "new"])
+async def test_a_file_is_not_taken_while_it_is_being_written(
+    sqlite_store: UploadStore, write: Callable[[Path], Coroutine[Any, Any, None]], is_new: bool
+) -> None:
+    """However often it is asked for meanwhile, only the whole file becomes a generation."""
+    if not is_new:
+        await sqlite_store.save(NAME, OLD)
+    before = await generation_of(sqlite_store)
+    await asyncio.sleep(0.02)
+    path = laid(sqlite_store, b"", time.time_ns())
+    for _ in range(24):
+        await write(path)
+        hit(sqlite_store, NAME)
+        await asyncio.sleep(0.1)
+    assert await generation_of(sqlite_store) == before
+
+    async def is_taken() -> bool:
+        hit(sqlite_store, NAME)
+        return await in_database(sqlite_store, NAME) == b"x" * 24_000
+
+    await eventually(is_taken)
+    await sqlite_store.tasks.settle(30)
+    assert await generation_of(sqlite_store) == before + 1
+
+
+async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore) -> None:
+    """Whoever wants a file adopted that is replaced at this very moment is told to try again; nothing is stored."""
+    path = laid(sqlite_store, noise(64 * CHUNK), time.time_ns() - A_DAY)
+    adopting = asyncio.create_task(sqlite_store.adopt(NAME))
+    for number in range(200):
+        if adopting.done():
+            break
+        laid(sqlite_store, noise(64 * CHUNK + number + 1), time.time_ns() - A_DAY)
+        await asyncio.sleep(0)
+    with pytest.raises(Unsettled):
+        await adopting
+    assert await sqlite_store.database.find(NAME) is None
+    assert path.exists()
+
+
+# -- the same bytes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [-A_DAY, A_DAY], ids=["earlier", "later"])
+async def test_the_same_bytes_get_the_records_mtime(store: UploadStore, offset: int) -> None:
+    """A copy that differs in nothing but its mtime gets the record's, so that its ETag is the same everywhere."""
+    saved = await store.save(NAME, NEW)
+    laid(store, NEW, saved.modified_ns + offset)
+    await looked_behind(store, NAME)
+    assert saved.path.stat().st_mtime_ns == saved.modified_ns
+    assert await on_both_sides(store, NAME) == NEW
+    assert await generation_of(store) == 1
+    assert in_quarantine(store) == []
+
+
+# -- only one side is sure ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1000, 11 * CHUNK + 3])
+@pytest.mark.parametrize(
+    "damage",
+    ["UPDATE image_chunk SET digest = data, data = digest", "DELETE FROM image_chunk"],
+    ids=["other bytes", "no bytes"],
+)
+async def test_a_disk_copy_is_left_alone_if_the_database_copy_is_damaged(
+    store: UploadStore, size: int, damage: str
+) -> None:
+    """A healer that cannot decide keeps both: the copy that differs stays where it is, as it is, and the record too."""
+    saved = await store.save(NAME, noise(size))
+    await execute(store, damage)
+    for data in (OLD, noise(size)[:-1]):
+        before = laid(store, data, saved.modified_ns - A_DAY).stat()
+        await looked_behind(store, NAME)
+        assert on_disk(store, NAME) == data
+        assert (saved.path.stat().st_ino, saved.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert in_quarantine(store) == []
+    assert files_below(store.disk.path) == [NAME]
+    assert await generation_of(store) == 1
+
+
+async def test_nothing_is_settled_without_an_answer(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that gives no answer changes nothing on disk; asked again later, the two sides agree."""
+    monkeypatch.setattr("selfheal.reconcile.QUIET_FOR", 0.1)
+    saved = await store.save(NAME, NEW)
+    async with UploadStore(store.disk.path, store.database.url, deadline=0.5) as hurried:
+        laid(hurried, OLD, saved.modified_ns - A_DAY)
+        async with locked(store):
+            await looked_behind(hurried, NAME)
+            assert on_disk(hurried, NAME) == OLD
+
+        async def agrees() -> bool:
+            hit(hurried, NAME)
+            return on_disk(hurried, NAME) == NEW
+
+        await eventually(agrees)
+        await hurried.tasks.settle(30)
+    assert in_quarantine(store) == [OLD]
+
+
+async def test_while_the_database_is_quiet_it_is_left_alone(store: UploadStore) -> None:
+    """Once it gave no answer, hits ask it nothing for a while."""
+    await store.save(NAME, NEW)
+    async with UploadStore(store.disk.path, store.database.url, deadline=0.5) as hurried:
+        async with locked(store):
+            await looked_behind(hurried, NAME)
+        with statements() as asked:
+            for _ in range(20):
+                await looked_behind(hurried, NAME)
+        assert asked == []
+
+
+# -- behind hits ----------------------------------------------------------------------------------------------------
+
+
+async def test_what_agrees_is_asked_about_once(store: UploadStore) -> None:
+    """A file that this process has seen is never asked about again, however often it is hit."""
+    await store.save(NAME, NEW)
+    await looked_behind(store, NAME)
+    with statements() as asked:
+        for _ in range(50):
+            await looked_behind(store, NAME)
+    assert asked == []
+    assert await on_both_sides(store, NAME) == NEW
+
+
+async def test_many_files_are_asked_about_together(store: UploadStore) -> None:
+    """The first hits of many files are few questions."""
+    for number in range(40):
+        await store.save(f"{number}.jpg", b"%d" % number)
+    with statements() as asked:
+        for number in range(40):
+            hit(store, f"{number}.jpg")
+        await store.tasks.settle(30)
+    assert len(asked) < 20
+
+
+@pytest.mark.parametrize("adopt", [True, False])
+async def test_a_file_that_only_the_disk_has(store: UploadStore, adopt: bool) -> None:
+    """It is adopted behind its first hit, with its mtime, unless that is not wanted; the file itself stays as it is."""
+    before = laid(store, NEW, time.time_ns() - A_DAY).stat()
+    file = store.disk.open(NAME)
+    assert file is not None
+    file.close()
+    store.noticed(NAME, file.identity, adopt=adopt)
+    await store.tasks.settle(30)
+    assert await in_database(store, NAME) == (NEW if adopt else None)
+    after = store.disk.path_of(NAME).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+async def test_two_nodes_adopt_one_name(store: UploadStore, elsewhere: UploadStore) -> None:
+    """Two disks with other bytes under one new name: one of them is the record, the other is kept in quarantine."""
+    laid(store, OLD, time.time_ns() - A_DAY)
+    laid(elsewhere, NEW, time.time_ns() - A_DAY)
+    await asyncio.gather(looked_behind(store, NAME), looked_behind(elsewhere, NAME))
+    for node in (store, elsewhere):
+        await node.check(NAME)
+    final = await on_both_sides(store, NAME)
+    assert final in (OLD, NEW)
+    assert await on_both_sides(elsewhere, NAME) == final
+    kept = in_quarantine(store) + in_quarantine(elsewhere) + await history_of(store)
+    assert kept == [OLD if final == NEW else NEW]
+
+
+async def test_a_file_that_vanishes_is_nobodys_harm(store: UploadStore) -> None:
+    """A hit whose file is gone by the time it is looked at changes nothing in the database."""
+    saved = await store.save(NAME, NEW)
+    hit(store, NAME)
+    saved.path.unlink()
+    await store.tasks.settle(30)
+    assert await in_database(store, NAME) == NEW
+    assert await generation_of(store) == 1
+
+
+async def test_no_healing_on_a_disk_that_takes_no_file(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the right bytes cannot be written, the wrong copy is not taken away for nothing, nor adopted."""
+    saved = await store.save(NAME, NEW)
+    laid(store, OLD, saved.modified_ns - A_DAY)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        await looked_behind(store, NAME)
+    assert await in_database(store, NAME) == NEW
+    assert OLD in [on_disk(store, NAME), *in_quarantine(store)]
+    assert await generation_of(store) == 1
