@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 import traceback
@@ -42,13 +43,14 @@ def main() -> int:
 def perform(one: Experiment, run: Run) -> None:
     """Measure, print and keep one experiment."""
     print(f"\n## {one.title}  ({one.group}.{one.name})", flush=True)
-    started = time.monotonic()
+    started, load = time.monotonic(), os.getloadavg()[0]
     contests: list[Contest] = []
     for contest in _until_it_breaks(one, run):
         contests.append(contest)
         for line in report.plain(contest):
             print(line, flush=True)
-    save(one, contests, quick=run.quick)
+    if contests:
+        save(one, contests, quick=run.quick, load=load)
     print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 

@@ -129,8 +129,8 @@ def experiment(
     return register
 
 
-def save(one: Experiment, contests: Sequence[Contest], *, quick: bool) -> None:
-    """Keep an experiment's samples, for the report."""
+def save(one: Experiment, contests: Sequence[Contest], *, quick: bool, load: float) -> None:
+    """Keep an experiment's samples, for the report; those of a quick run beside those of whole ones."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     kept = {
         "group": one.group,
@@ -140,9 +140,10 @@ def save(one: Experiment, contests: Sequence[Contest], *, quick: bool) -> None:
         "quick": quick,
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
+        "load": load,
         "contests": [asdict(contest) for contest in contests],
     }
-    path = RESULTS / f"{one.group}.{one.name}.json"
+    path = RESULTS / f"{one.group}.{one.name}{'.quick' if quick else ''}.json"
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
 
 

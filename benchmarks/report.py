@@ -12,6 +12,8 @@ from .measure import PROJECT, RESULTS, Contest, number, quantity
 
 PAGE = PROJECT / "docs" / "benchmarks.md"
 PLOTS = PROJECT / "docs" / "benchmarks"
+BUSY = 1.5
+"""The load average at the start of an experiment from which its figures are not to be trusted."""
 HEAD = "| | contestant | {unit} | ratio to it | wanted | so? |\n|---|---|---|---|---|---|"
 
 
@@ -68,7 +70,8 @@ def _page(kept: list[dict[str, Any]]) -> Iterator[str]:
             file.write_text(draw(contests))
             yield from (f"![{one['title']}](benchmarks/{file.name})", "")
         yield from _table(contests)
-        yield from ("", f"`python -m benchmarks {one['group']}.{one['name']}`, {one['date']}")
+        busy = f"; the machine was busy with something else (load {one['load']:.1f})" if one["load"] > BUSY else ""
+        yield from ("", f"`python -m benchmarks {one['group']}.{one['name']}`, {one['date']}{busy}")
 
 
 def _table(contests: list[Contest]) -> Iterator[str]:

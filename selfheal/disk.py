@@ -25,7 +25,9 @@ from .threads import Threads
 
 QUARANTINE = f"{OWN_PREFIX}-quarantine"
 MARKER = f"{OWN_PREFIX}-marker"
-PUBLIC_DIRECTORIES = ("static", "public", "www", "htdocs", "assets", "media")
+PUBLIC_DIRECTORIES = ("static", "public", "www", "html", "public_html", "htdocs", "assets", "media")
+LOOK_EVERY = 1.0
+"""Seconds after which it is looked again whether the path still leads to the same directory."""
 REFUSED_FOR = 30.0
 """Seconds for which no write is tried after the disk said that it takes none."""
 
@@ -83,6 +85,7 @@ class UploadsDirectory:
         self.threads = threads or Threads()
         self._prefix = f"{self.path}/"
         self._root: _Root | None = None
+        self._looked = 0.0
         self._refused = ("", -REFUSED_FOR)
 
     def path_of(self, name: str) -> Path:
@@ -94,12 +97,13 @@ class UploadsDirectory:
     def open_cached(self, name: str) -> OpenFile | None:
         """As `open`, but raises `BlockingIOError` wherever a disk might have to be waited for."""
         root = self._root
-        if root is None:
+        if root is None or time.monotonic() - self._looked > LOOK_EVERY:
             raise BlockingIOError
         try:
             return self._measure(syscalls.open_cached(root.fd, name), name)
         except OSError as error:
-            _raise_unless_absent(error, name)
+            if not _is_absent(error, name):
+                raise
             return None
 
     def open(self, name: str) -> OpenFile | None:
@@ -113,24 +117,25 @@ class UploadsDirectory:
         try:
             return self._measure(syscalls.open_file(root.fd, name), name)
         except OSError as error:
-            _raise_unless_absent(error, name)
+            if not _is_absent(error, name):
+                raise
             return None
 
     def stat(self, name: str) -> os.stat_result | None:
-        """The stat of a name's file, following no link at the last part; None if there is no regular file."""
-        root = self.root()
-        if root is None:
-            return None
+        """The stat of a name's file, following no link anywhere; None if there is no regular file."""
         try:
-            found = os.stat(name, dir_fd=root.fd, follow_symlinks=False)
+            with self._parent_of(name) as parent:
+                found = os.stat(_last(name), dir_fd=parent, follow_symlinks=False)
         except OSError as error:
-            _raise_unless_absent(error, name)
+            if error.errno not in (*_ABSENT, *_NOT_A_FILE):
+                raise
             return None
         return found if stat.S_ISREG(found.st_mode) else None
 
     def root(self) -> _Root | None:
         """The root as it is now: the path may lead elsewhere since (deleted, mounted over, a link switched)."""
         root = self._root
+        self._looked = time.monotonic()
         try:
             if root is None or root.identity != _identity(os.stat(self.path)):
                 root = self._root = _Root(self.path)
@@ -172,7 +177,7 @@ class UploadsDirectory:
         except OSError as error:
             if error.errno in _OUT_OF_RESOURCES:
                 raise
-            why = f"{self.path} takes no file: {os.strerror(error.errno or 0)}"
+            why = f"{self.path} takes no file: {error.strerror or error}"
             if error.errno in _FOR_GOOD:
                 self._refused = (why, time.monotonic())
             raise DiskUnwritable(why) from error
@@ -185,7 +190,7 @@ class UploadsDirectory:
 
     def set_modified(self, name: str, modified_ns: int) -> None:
         """Set a file's time of last modification, in ns since the epoch."""
-        with self._parent_of(name) as parent:
+        with self._parent_of(name) as parent, contextlib.suppress(OverflowError):
             os.utime(_last(name), ns=(modified_ns, modified_ns), dir_fd=parent, follow_symlinks=False)
 
     def remove(self, name: str) -> bool:
@@ -211,7 +216,7 @@ class UploadsDirectory:
 
     def mark(self) -> None:
         """Make the marker file, by which a mounted uploads directory is told from an empty mount point."""
-        os.makedirs(self.path, self.directory_mode, exist_ok=True)
+        self._make_root()
         (self.path / MARKER).touch(0o644)
 
     def sweep(self) -> int:
@@ -238,14 +243,17 @@ class UploadsDirectory:
             raise OSError(errno.EROFS, "the marker file is gone: the mount may be lost")
         root = self.root()
         if root is None:
-            os.makedirs(self.path.parent, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self.path)
-                os.chmod(self.path, self.directory_mode)
+            self._make_root()
             root = self.root()
         if root is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         return root
+
+    def _make_root(self) -> None:
+        os.makedirs(self.path.parent, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.path, self.directory_mode & 0o777)
+            os.chmod(self.path, self.directory_mode)
 
     def _make_parents(self, root: _Root, name: str) -> int:
         parents = name.rpartition("/")[0]
@@ -257,7 +265,7 @@ class UploadsDirectory:
         for part in parents.split("/"):
             try:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=here)
+                    os.mkdir(part, self.directory_mode & 0o777, dir_fd=here)
                     os.chmod(part, self.directory_mode, dir_fd=here)
                 below = syscalls.open_directory(here, part)
             finally:
@@ -282,8 +290,13 @@ class UploadsDirectory:
         for place in (self.quarantine_path, self.path / QUARANTINE):
             target = place / stamp / name
             try:
-                place.mkdir(mode=0o700, exist_ok=True)
+                _make_private(place, may_be_link=place == self.quarantine_path)
                 target.parent.mkdir(mode=0o700, parents=True)
+            except OSError:
+                if place != self.quarantine_path:
+                    raise
+                continue
+            try:
                 os.rename(_last(name), target, src_dir_fd=parent)
             except OSError as error:
                 if error.errno == errno.ENOENT or place != self.quarantine_path:
@@ -295,12 +308,14 @@ class UploadsDirectory:
     def _walk(self, root: _Root, directory: str) -> Iterator[Found]:
         try:
             fd = syscalls.open_directory(root.fd, directory.rstrip("/"))
-        except FileNotFoundError:
-            return
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory a moment ago
+                return
+            raise
         try:
             with os.scandir(fd) as scan:
                 entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
-            entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * entry[1]))
+            entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * (entry[1] and entry[0][0] != ".")))
             for last, is_directory in entries:
                 name = directory + last
                 if last in _NOISE or (not directory and last.startswith(OWN_PREFIX)):
@@ -324,12 +339,10 @@ def _found(name: str, measured: os.stat_result) -> Found:
     return Found(name, measured, "not a regular file")
 
 
-def _raise_unless_absent(error: OSError, name: str) -> None:
-    if error.errno in _ABSENT:
-        return
+def _is_absent(error: OSError, name: str) -> bool:
     if error.errno in _NOT_A_FILE:
         raise NotAFile(name) from error
-    raise error
+    return error.errno in _ABSENT
 
 
 def _identity(measured: os.stat_result) -> tuple[int, int]:
@@ -340,9 +353,18 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+def _make_private(place: Path, *, may_be_link: bool) -> None:
+    if place.is_symlink() and not may_be_link:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(place))
+    os.makedirs(place, 0o700, exist_ok=True)
+
+
 def _beside(path: Path) -> Path:
     """Where a server of static files does not reach: beside the uploads, or beside the public directory above them."""
     place = path.parent
-    while place.name in PUBLIC_DIRECTORIES:
-        place = place.parent
+    public = next((above for above in (place, *place.parents) if above.name in PUBLIC_DIRECTORIES), None)
+    if public is not None:
+        place = public.parent
+        while place.name in PUBLIC_DIRECTORIES:
+            place = place.parent
     return place / f"{QUARANTINE}-{path.name}"

@@ -104,6 +104,8 @@ class Staged:
         try:
             return syscalls.open_unnamed(self._parent)
         except OSError as error:
+            if error.errno == errno.EPERM and not os.fstat(self._parent).st_nlink:  # ext4: the directory was removed
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._last) from None
             if error.errno not in _NO_UNNAMED_FILES:
                 raise
         self._temporary = _Temporary(self._root)

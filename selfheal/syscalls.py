@@ -35,6 +35,8 @@ _syscall.restype = ctypes.c_long
 
 
 def _openat2(root: int, path: str, how: _OpenHow) -> int:
+    if "\0" in path:
+        raise ValueError("embedded null byte")  # C would end the name there
     fd: int = _syscall(
         ctypes.c_long(_OPENAT2),
         ctypes.c_int(root),
@@ -77,7 +79,12 @@ def open_cached(root: int, name: str) -> int:
     """
     if not HAS_OPENAT2:
         raise BlockingIOError
-    return _openat2(root, name, _HOW_CACHED)
+    try:
+        return _openat2(root, name, _HOW_CACHED)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # Linux 5.6 to 5.11 has openat2, but not RESOLVE_CACHED
+            raise BlockingIOError from None
+        raise
 
 
 def open_file(root: int, name: str) -> int:
@@ -95,7 +102,9 @@ def open_directory(root: int, name: str) -> int:
 def _open_beneath(root: int, name: str, how: _OpenHow) -> int:
     if HAS_OPENAT2:
         return _openat2(root, name, how)
-    *parents, last = name.split("/")
+    *parents, last = parts = name.split("/")
+    if ".." in parts:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)  # as RESOLVE_BENEATH does
     here = os.dup(root)
     try:
         for part in parents:
