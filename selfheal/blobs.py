@@ -21,6 +21,7 @@ from .sources import chunks as chunks_of
 from .tables import Tables
 from .threads import Threads
 
+_SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 READ_AT_ONCE = 8
 """Chunks in one query (2 MiB): what one reader holds in memory."""
 WRITE_AT_ONCE = 16
@@ -75,24 +76,25 @@ class Blobs:
 
         No connection is held between chunks. Raises `CorruptBlob`, of `name`; the whole digest is the reader's care.
         """
-        if size < 0:
+        if size < 0 or (size == 0 and sha256 != _SHA256_OF_NOTHING):
             raise CorruptBlob(name, f"its size is {size}")
         count = -(-size // CHUNK)
         for start in range(first, count, READ_AT_ONCE):
             wanted = range(start, min(count, start + READ_AT_ONCE))
-            rows = await self._engine.rows(self._read, sha256=sha256, start=wanted.start, stop=wanted.stop)
+            stop = wanted.stop + (wanted.stop == count)  # one more than the last: there must be none
+            rows = await self._engine.rows(self._read, sha256=sha256, start=wanted.start, stop=stop)
             why = await self._threads.run(_fault, rows, wanted, size)
             if why is not None:
                 raise CorruptBlob(name, why)
             for _, _, data in rows:
                 yield data
 
-    async def receive(self, write: Write, data: Source, sha256: str | None = None) -> Received:
+    async def receive(self, write: Write, data: Source) -> Received:
         """Take bytes in, writing all but the last chunks in transactions of `write`.
 
-        With `sha256` they stand under it as they come; without, under a name of their own until `finish`.
+        Until `finish` they stand under a key of their own: nobody knows yet whether they are what was promised.
         """
-        key = sha256 or f"upload-{uuid4().hex}"
+        key = f"upload-{uuid4().hex}"
         whole, size, position = hashlib.sha256(), 0, 0
         held: list[bytes] = []
         async with aclosing(chunks_of(data, self._threads)) as source:
@@ -110,15 +112,17 @@ class Blobs:
         return Received(key, digest, size, position + len(rows), rows)
 
     async def finish(self, connection: AsyncConnection, received: Received) -> None:
-        """Make a received blob whole: its last chunks, then its row."""
-        await self.put_chunks(connection, received.rows)
-        if received.key != received.sha256:
-            chunks = self._chunks.c
-            await connection.execute(delete(self._chunks).where(chunks.sha256 == received.sha256))
-            moved = update(self._chunks).where(chunks.sha256 == received.key).values(sha256=received.sha256)
-            await connection.execute(moved)
+        """Make a received blob whole. Its row comes first: who stores, or purges, the same bytes waits there."""
+        chunks = self._chunks.c
         blob = {"sha256": received.sha256, "size": received.size, "chunks": received.chunks}
         await self.put_blobs(connection, [blob])
+        await self.put_chunks(connection, received.rows)
+        moves = received.key != received.sha256
+        stale = and_(chunks.sha256 == received.sha256, chunks.position >= (0 if moves else received.chunks))
+        await connection.execute(delete(self._chunks).where(stale))
+        if moves:
+            moved = update(self._chunks).where(chunks.sha256 == received.key).values(sha256=received.sha256)
+            await connection.execute(moved)
 
     async def put_chunks(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
         """Write chunks. Those that are there are written again: that mends them, and tells a purge they are wanted."""
@@ -160,10 +164,14 @@ class Blobs:
 def _fault(rows: Sequence[Sequence[Any]], wanted: range, size: int) -> str | None:
     """Why these rows are not the wanted chunks of a blob of `size` bytes; None if they are."""
     got = {position: (digest, data) for position, digest, data in rows}
+    if len(got) > len(wanted):
+        return f"there are more chunks than its {size} bytes need"
     for position in wanted:
         if position not in got:
             return f"chunk {position} is missing"
         digest, data = got[position]
+        if not isinstance(data, bytes):
+            return f"chunk {position} is not bytes"
         if len(data) != min(CHUNK, size - position * CHUNK):
             return f"chunk {position} has {len(data)} bytes"
         if chunk_digest(position, data) != digest:

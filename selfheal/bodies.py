@@ -38,6 +38,12 @@ class FromDatabase:
                 if at >= stop:
                     return
 
+    async def check(self) -> None:
+        """Read it all, and raise `CorruptBlob` if the whole is not what was recorded."""
+        async with aclosing(self.pieces(0, self.size)) as pieces:
+            async for _ in pieces:
+                pass
+
     def close(self) -> None:
         """Nothing is held between pieces."""
 
@@ -125,18 +131,20 @@ class Incoming:
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """From the staged file as it grows, from the database what lies far ahead or no longer fits the disk."""
-        if start <= self.progress.checked + CHUNK:
-            while start < stop and not isinstance(self.progress.error, DiskUnwritable):
-                if self.progress.error is not None:
-                    raise self.progress.error
-                ready = min(stop, self._ready())
-                if start >= ready:
-                    await self.progress.wait(self._patience)
-                    continue
-                piece = await self._staged.read(start, min(CHUNK, ready - start))
-                start += len(piece)
-                yield piece
+        is_ahead = start > self.progress.checked + CHUNK
+        while start < stop and not is_ahead and not isinstance(self.progress.error, DiskUnwritable):
+            if self.progress.error is not None:
+                raise self.progress.error
+            ready = min(stop, self._ready())
+            if start >= ready:
+                await self.progress.wait(self._patience)
+                continue
+            piece = await self._staged.read(start, min(CHUNK, ready - start))
+            start += len(piece)
+            yield piece
         if start < stop:
+            if not is_ahead:
+                await self._rest.check()
             async with aclosing(self._rest.pieces(start, stop)) as rest:
                 async for piece in rest:
                     yield piece

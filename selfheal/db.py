@@ -16,7 +16,7 @@ from sqlalchemy.schema import MetaData
 from . import names
 from .blobs import Blobs, Write, chunk_rows
 from .content_types import content_type as type_of
-from .engine import Engine, unavailable
+from .engine import Engine, check_version, unavailable
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
 from .queries import Queries
@@ -130,7 +130,7 @@ class ImageStorage:
         """
         names.check(name)
         write: Write = self._engine.write if connection is None else _within(connection)
-        received = await self._blobs.receive(write, data, sha256)
+        received = await self._blobs.receive(write, data)
         if sha256 not in (None, received.sha256):
             raise CorruptBlob(name, "the bytes that came are not the ones that were promised")
         values = {
@@ -142,14 +142,18 @@ class ImageStorage:
         }
 
         async def work(connection: AsyncConnection) -> Record:
+            # everybody locks in this order (record, history, blob, chunks), so that nobody waits in a circle
+            record = await self._put_record(connection, values, only_new=only_new)
             await self._blobs.finish(connection, received)
-            return await self._put_record(connection, values, only_new=only_new)
+            return record
 
         record: Record = await write(work)
         return record
 
     async def store_many(self, files: Sequence[SmallFile]) -> dict[str, Record]:
         """Store files whose names are new, in one transaction; returns the records that those names have now."""
+        if not files:
+            return {}
         rows = await self._threads.run(_rows_of_many, files)
         blobs = {file.sha256: {"sha256": file.sha256, "size": file.size, "chunks": len(file.chunks)} for file in files}
         values = [
@@ -160,13 +164,13 @@ class ImageStorage:
                 "content_type": type_of(file.name),
                 "modified_ns": file.modified_ns,
             }
-            for file in files
+            for file in sorted(files, key=lambda file: file.name)
         ]
 
         async def work(connection: AsyncConnection) -> None:
-            await self._blobs.put_chunks(connection, rows)
-            await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
             await connection.execute(self._blobs.insert(self.tables.records).on_conflict_do_nothing(), values)
+            await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
+            await self._blobs.put_chunks(connection, rows)
 
         await self._engine.write(work)
         return await self.find_many(file.name for file in files)
@@ -239,8 +243,10 @@ class ImageStorage:
     async def _create_tables(self, connection: AsyncConnection) -> None:
         for table in self.tables.all():
             await connection.run_sync(table.create, checkfirst=True)
-        version = self._blobs.insert(self.tables.schema).values(version=SCHEMA_VERSION)
-        await connection.execute(version.on_conflict_do_nothing())
+        version = (await connection.execute(select(func.max(self.tables.schema.c.version)))).scalar_one()
+        check_version(version)
+        ours = self._blobs.insert(self.tables.schema).values(version=SCHEMA_VERSION)
+        await connection.execute(ours.on_conflict_do_nothing())
 
     async def _put_record(self, connection: AsyncConnection, values: dict[str, Any], *, only_new: bool) -> Record:
         name = values["name"]

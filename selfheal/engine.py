@@ -31,6 +31,7 @@ LOCK_PATIENCE = 10.0
 _NO_SUCH = ("no such table", "no such column", "has no column named")
 _KNOWN_DRIVERS = ("aiosqlite", "asyncpg")
 _COMPILED_AT_MOST = 64
+_POOL_AT_MOST = 10
 _NO_SUCH_STATES = ("42P01", "42703")
 
 
@@ -67,13 +68,14 @@ class Engine:
         return self.url.get_backend_name()
 
     async def read(self, work: Work[T]) -> T:
-        """Run `work` on a connection; once more if that connection turned out to be dead."""
-        try:
-            return await self._read(work)
-        except DatabaseUnavailable as error:
-            if not _was_dead(error.__cause__):
-                raise
-            return await self._read(work)
+        """Run `work` on a connection; anew for as long as the pool hands out connections that have died."""
+        for _ in range(_POOL_AT_MOST):
+            try:
+                return await self._read(work)
+            except DatabaseUnavailable as error:
+                if not _was_dead(error.__cause__):
+                    raise
+        return await self._read(work)
 
     async def rows(self, query: Select[Any], **values: Any) -> Sequence[Sequence[Any]]:
         """All rows of a query, read as by `read`; `values` are those of its bound parameters.
@@ -176,11 +178,7 @@ class Engine:
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
         rows = await self._fetch(connection, select(self._tables.schema.c.version), {})
-        version = rows[0][0] if rows else None
-        if version is not None and version > SCHEMA_VERSION:
-            raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
-        if version is not None and version < SCHEMA_VERSION:
-            raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
+        check_version(max((row[0] for row in rows), default=None))
         self._checked = True
 
     def _is_ours(self) -> bool:
@@ -201,6 +199,14 @@ class Engine:
         self._owner = (os.getpid(), asyncio.get_running_loop())
         self._checked = False
         return self._engine
+
+
+def check_version(version: int | None) -> None:
+    """Raise `SchemaError` unless the tables are of our version, or nobody said of which (a migration made them)."""
+    if version is not None and version > SCHEMA_VERSION:
+        raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
+    if version is not None and version < SCHEMA_VERSION:
+        raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
 
 
 def _as_url(database: str | URL) -> URL:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import resource
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .sources import CHUNK
 from .staging import Staged
 from .threads import Threads
 
-FILES_AT_ONCE = 256
+FILES_AT_ONCE = max(16, min(256, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128) // 4))
 BYTES_AT_ONCE = 32 * 1024 * 1024
 """How much is staged, or read, before it is synced or committed."""
 LARGE = 4 * 1024 * 1024

@@ -60,7 +60,10 @@ class SelfHealMiddleware:
         if root and path.startswith(f"{root}/"):
             path = path[len(root) :]
         if not path.startswith(self._below) or scope["method"] not in ("GET", "HEAD"):
-            await self.app(scope, receive, send)
+            if _OURS in path:
+                await self._refuse(scope, send, 404)
+            else:
+                await self.app(scope, receive, send)
             return
         name = names.from_path(path, self._prefix, scope.get("raw_path"))
         if name is not None:
@@ -80,7 +83,7 @@ class SelfHealMiddleware:
                 await self._refuse_failed(scope, receive, send, name, error)
                 return
             file = None
-            await self.store.set_aside(name)
+            await self._set_aside(name)
         if file is None:
             await self._miss(scope, receive, send, name)
             return
@@ -97,11 +100,22 @@ class SelfHealMiddleware:
         except OSError as error:
             if not _is_broken(error):
                 raise
-            await self.store.set_aside(name)
+            await self._set_aside(name)
             await self._miss(scope, receive, send, name)
             return
-        await self._responder.send_file(scope, receive, send, file, plan, first)
+        try:
+            await self._responder.send_file(scope, receive, send, file, plan, first)
+        except OSError as error:
+            if _is_broken(error):
+                await self._set_aside(name)
+            raise
         self.store.events.emit(Kind.HIT, name, file.size)
+
+    async def _set_aside(self, name: str) -> None:
+        try:
+            await self.store.set_aside(name)
+        except OSError as error:
+            logger.error("%r cannot be read, nor moved away: %s", name, error)
 
     async def _miss(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
         try:

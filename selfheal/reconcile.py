@@ -18,6 +18,9 @@ SETTLED_AFTER = 1.0
 """Seconds for which a file must have held still before it is taken for whole."""
 QUIET_FOR = 5.0
 """Seconds for which nothing is asked behind hits after the database gave no answer."""
+CHANGING_FOR = 60.0
+"""Seconds for which every hit of a changed name is compared: how long a caller's own transaction may take."""
+CHANGING_AT_MOST = 10_000
 SEEN_AT_MOST = 200_000
 BEHIND_AT_ONCE = 256
 
@@ -37,6 +40,7 @@ class Reconciler:
         self._threads = disk.threads
         self._records: Batches[str, Record] = Batches(database.find_many, tasks, size=256, at_once=1)
         self._seen: dict[str, Identity] = {}
+        self._changing: dict[str, float] = {}
         self._behind: set[str] = set()
         self._quiet_until = 0.0
 
@@ -49,8 +53,19 @@ class Reconciler:
         self._behind.add(name)
         self._tasks.start(self._look_behind(name, identity, adopt=adopt))
 
+    def forget(self, name: str) -> None:
+        """A name was changed: what was seen of it says nothing any more. The change may be committed a while later."""
+        self._seen.pop(name, None)
+        now = time.monotonic()
+        if len(self._changing) >= CHANGING_AT_MOST:
+            self._changing = {name: until for name, until in self._changing.items() if until > now}
+        self._changing[name] = now + CHANGING_FOR
+
     def saw(self, name: str, identity: Identity) -> None:
         """Remember that this file is what its record says."""
+        if self._changing.get(name, 0.0) > time.monotonic():
+            return
+        self._changing.pop(name, None)
         if len(self._seen) >= SEEN_AT_MOST:
             self._seen.clear()
         self._seen[name] = identity
@@ -103,12 +118,7 @@ class Reconciler:
 
     async def _drop(self, name: str, record: Record) -> None:
         """A deleted name is still on disk: bytes that the history holds go, others go to quarantine."""
-        file = await self._threads.run(self._disk.open, name)
-        if file is None:
-            return
-        with file:
-            digest = await self._threads.run(file.sha256)
-        if digest in {record.sha256, *(version.sha256 for version in await self._database.history(name))}:
+        if await self._restorer.is_recorded(record):
             await self._threads.run(self._disk.remove, name)
         else:
             await self._restorer.quarantine(name, "deleted, and its bytes are not the recorded ones")
@@ -165,8 +175,8 @@ class Reconciler:
 
     async def _settled(self, name: str, identity: Identity) -> None:
         age = (time.time_ns() - identity[0]) / 1e9
-        if 0 <= age < SETTLED_AFTER:
-            await asyncio.sleep(SETTLED_AFTER - age)
+        if age < SETTLED_AFTER:  # or of the future, which says nothing
+            await asyncio.sleep(min(SETTLED_AFTER, SETTLED_AFTER - age))
             await self._raise_if_moved(name, identity)
 
     async def _raise_if_moved(self, name: str, identity: Identity) -> None:

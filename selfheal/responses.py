@@ -8,8 +8,10 @@ import re
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from email.utils import formatdate, mktime_tz, parsedate_tz
+from datetime import UTC, datetime
+from email.utils import formatdate, parsedate_tz
 from http import HTTPStatus
+from math import floor
 from typing import Protocol, Self
 
 from starlette.types import Message, Receive, Scope, Send
@@ -22,6 +24,7 @@ Headers = list[tuple[bytes, bytes]]
 SANDBOX = b"sandbox; default-src 'none'; style-src 'unsafe-inline'"
 RETRY_AFTER = b"2"
 HEADS_AT_MOST = 4096
+FIRST_DATE = -62135596800
 LAST_DATE = 253402300799
 """9999-12-31T23:59:59Z, the last second that an HTTP date can say, in seconds since the epoch (CVE-2017-20005)."""
 WATCH_FROM = 4 * PIECE
@@ -31,7 +34,14 @@ _CONDITIONS = frozenset({b"if-match", b"if-none-match", b"if-modified-since", b"
 _RANGES = frozenset({b"range", b"if-range"})
 _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 _STRONG_TAG = re.compile(r'(W/)?"([^"]*)"')
-_RANGE = re.compile(r"([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
+_RANGE = re.compile(r"([0-9]*)-([0-9]*)", re.ASCII)
+_DATE = re.compile(
+    r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"
+    r"|[A-Z][a-z]{2,5}day, \d\d-[A-Z][a-z]{2}-\d\d \d\d:\d\d:\d\d GMT"
+    r"|[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}",
+    re.ASCII,
+)
+"""The three formats of an HTTP date (RFC 9110, section 5.6.7)."""
 
 
 class Body(Protocol):
@@ -116,8 +126,8 @@ class Responder:
 def make_head(name: str, modified_ns: int, size: int, cache_control: bytes | None = None) -> Head:
     """The validators and headers of a file, as Starlette's `FileResponse` computes them from its stat."""
     seconds, rest = divmod(modified_ns, 10**9)
-    modified = min(max(seconds, 0), LAST_DATE)
     mtime = seconds + 1e-9 * rest  # the float that os.stat makes of it
+    modified = floor(round(min(max(mtime, FIRST_DATE), LAST_DATE), 6))  # as a date rounds it
     etag = f'"{hashlib.md5(f"{mtime}-{size}".encode(), usedforsecurity=False).hexdigest()}"'
     last_modified = formatdate(modified, usegmt=True)
     kind = content_type(name)
@@ -265,12 +275,12 @@ def _is_unmodified(asked: dict[bytes, str], head: Head) -> bool:
 
 def _date(said: str | None) -> int | None:
     """An HTTP date in seconds since the epoch; None if it is none (RFC 9110, section 13.1.3: then it is ignored)."""
-    parsed = None if said is None else parsedate_tz(said)
-    if parsed is None or parsed[9] is None:
+    parsed = parsedate_tz(said) if said is not None and _DATE.fullmatch(said) else None
+    if parsed is None:
         return None
     try:
-        return int(mktime_tz(parsed))
-    except (ValueError, OverflowError):
+        return int(datetime(*parsed[:6], tzinfo=UTC).timestamp())
+    except ValueError:
         return None
 
 
@@ -289,10 +299,16 @@ def _range(asked: dict[bytes, str], head: Head, size: int) -> range | None:
     match = _RANGE.fullmatch(specs.strip(" \t"))
     if match is None or match[0] == "-":
         return None
-    first, last = match[1], match[2]
-    if not first:
-        suffix = int(last)
+    if not match[1]:
+        suffix = _number(match[2])
         return range(max(size - suffix, 0) if suffix else size, size)
-    if last and int(last) < int(first):
+    first, last = _number(match[1]), _number(match[2]) if match[2] else size
+    if last < first and match[2]:
         return None
-    return range(int(first), min(int(last) + 1, size) if last else size)
+    return range(first, min(last + 1, size))
+
+
+def _number(digits: str) -> int:
+    """As many digits as a client likes to send: what needs more than 18 of them is past every end (CVE-2017-7529)."""
+    bare = digits.lstrip("0") or "0"
+    return int(bare) if len(bare) <= 18 else 10**18

@@ -103,7 +103,7 @@ class Restorer:
         """Publish a staged file in place of what has its name; what is not in the history goes to quarantine."""
         await self._threads.run(self._seal, staged, record)
         if not await self._threads.run(self._publish, staged):
-            if not await self._is_recorded(record):
+            if not await self.is_recorded(record):
                 await self.quarantine(record.name, "other bytes than the recorded ones")
             await self._threads.run(self._replace, staged)
 
@@ -112,22 +112,23 @@ class Restorer:
         there = await self._threads.run(self._disk.stat, record.name)
         if there is None or (there.st_mtime_ns, there.st_size) == (record.modified_ns, record.size):
             return
-        if await self._is_recorded(record):
+        if await self.is_recorded(record):
             await self._threads.run(self._disk.remove, record.name)
         else:
             await self.quarantine(record.name, "other bytes than the recorded ones")
 
-    async def _is_recorded(self, record: Record) -> bool:
-        """Whether the disk copy is this record's, or one that its history holds."""
-        there = await self._threads.run(self._disk.stat, record.name)
-        if there is None:
+    async def is_recorded(self, record: Record) -> bool:
+        """Whether the bytes on disk are this record's, or some that its history holds; then they can go."""
+        file = await self._threads.run(self._disk.open, record.name)
+        if file is None:
             return True
         try:
+            with file:
+                digest = await self._threads.run(file.sha256)
             versions = await self._database.history(record.name)
-        except DatabaseUnavailable:
+        except (DatabaseUnavailable, OSError):
             return False
-        known = {(record.modified_ns, record.size), *((version.modified_ns, version.size) for version in versions)}
-        return (there.st_mtime_ns, there.st_size) in known
+        return digest in {record.sha256, *(version.sha256 for version in versions)}
 
     async def quarantine(self, name: str, why: str) -> None:
         """Move a disk copy to where nobody is served from, and say so."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import aclosing
 from typing import Any, Protocol, runtime_checkable
 
 from .threads import Threads
@@ -27,11 +28,12 @@ Source = bytes | bytearray | memoryview | str | os.PathLike[str] | Readable | As
 async def chunks(source: Source, threads: Threads) -> AsyncGenerator[bytes, None]:
     """The bytes of `source` in pieces of exactly `CHUNK` bytes, the last one shorter; one piece is held at a time."""
     buffer = bytearray()
-    async for piece in _pieces(source, threads):
-        buffer += piece
-        while len(buffer) >= CHUNK:
-            yield bytes(buffer[:CHUNK])
-            del buffer[:CHUNK]
+    async with aclosing(_pieces(source, threads)) as pieces:
+        async for piece in pieces:
+            buffer += piece
+            while len(buffer) >= CHUNK:
+                yield bytes(buffer[:CHUNK])
+                del buffer[:CHUNK]
     if buffer:
         yield bytes(buffer)
 

@@ -140,7 +140,7 @@ class UploadStore:
             record = await self._save(name, source)
         else:
             record = await self.database.store_image(name, source, connection=connection)
-        self._restorer.forget(name)
+        self._forget(name)
         self.events.emit(Kind.SAVED, name, record.size)
         return self._saved(record)
 
@@ -247,8 +247,8 @@ class UploadStore:
                     try:
                         await self.threads.run(self._write, staged, chunk)
                     except DiskUnwritable:
-                        rest = self._read_back(staged, name, chunk, chunks)
-                        record = await self._save_without_disk(name, rest, modified_ns)
+                        async with aclosing(self._read_back(staged, name, chunk, chunks)) as rest:
+                            record = await self._save_without_disk(name, rest, modified_ns)
                         staged.close()
                         return record
         except BaseException:
@@ -271,8 +271,8 @@ class UploadStore:
     async def _commit(self, name: str, staged: Staged, modified_ns: int) -> Record:
         """The record first, then the file; then a look whether another process was faster."""
         with staged:
-            bytes_again = self._read_back(staged, name)
-            record = await self.database.store_image(name, bytes_again, modified_ns=modified_ns, sha256=staged.sha256)
+            async with aclosing(self._read_back(staged, name)) as source:
+                record = await self.database.store_image(name, source, modified_ns=modified_ns, sha256=staged.sha256)
             try:
                 await self._restorer.place(staged, record)
             except DiskUnwritable as error:
@@ -283,13 +283,18 @@ class UploadStore:
             await self._reconciler.check(name)
         return record
 
+    def _forget(self, name: str) -> None:
+        self._restorer.forget(name)
+        self._reconciler.forget(name)
+
     async def _delete(self, name: str) -> None:
         await self.database.bury(name)
+        self._forget(name)
         await self.threads.run(self.disk.remove, name)
 
     async def _undo(self, name: str, generation: int | None) -> Record:
         record = await self.database.undo(name, generation)
-        self._restorer.forget(name)
+        self._forget(name)
         try:
             await self._restorer.put(record)
         except DiskUnwritable as error:

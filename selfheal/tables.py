@@ -42,9 +42,10 @@ class Tables:
 
 def define_tables(metadata: MetaData) -> Tables:
     """Define the catalogue's tables in `metadata`, or return the ones that are defined there."""
-    if "image_storage" in metadata.tables:
-        names = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
-        return Tables(*(metadata.tables[name] for name in names))
+    names = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
+    keys = [name if metadata.schema is None else f"{metadata.schema}.{name}" for name in names]
+    if keys[0] in metadata.tables:
+        return Tables(*(metadata.tables[key] for key in keys))
     now = func.now()
     records = Table(
         "image_storage",
@@ -89,6 +90,6 @@ def define_tables(metadata: MetaData) -> Tables:
     )
     schema = Table("image_schema", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
     # images do not compress: PostgreSQL would try on every chunk, and then could not read a part of one
-    external = DDL("ALTER TABLE image_chunk ALTER COLUMN data SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
+    external = DDL("ALTER TABLE %(fullname)s ALTER COLUMN data SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
     event.listen(chunks, "after_create", external.execute_if(dialect="postgresql"))
     return Tables(records, blobs, chunks, history, schema)

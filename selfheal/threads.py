@@ -35,7 +35,9 @@ class Threads:
             while not call.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait((call,))
-            call.exception()  # read: whoever asked has gone
+            close = None if call.exception() is not None else getattr(call.result(), "close", None)
+            if close is not None:
+                close()  # whoever was to close it has gone
             raise
 
     def close(self) -> None:

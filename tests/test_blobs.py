@@ -336,7 +336,7 @@ async def test_memory_does_not_grow_with_the_file(images: ImageStorage) -> None:
     finally:
         tracemalloc.stop()
     assert size == record.size == 32_000_000
-    print('PEAK',peak)
+    print("PEAK", peak)
     assert peak < 24_000_000
 
 

@@ -372,6 +372,15 @@ def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresS
     server.control("stop", "-m", "immediate")
 
 
+def control(server: PostgresServer, verb: str) -> None:
+    """Restart, stop or start a server; its log goes to a file, for a pipe of ours would stay open with the server."""
+    run = server.data.parent / "run"
+    log = ("-l", str(run / "log"))
+    crash = ("-m", "immediate")
+    options = ("-o", f"-h 127.0.0.1 -p {server.port} -k {run} -c fsync=off -c max_connections=200")
+    server.control(verb, *{"restart": (*log, *crash), "stop": crash, "start": (*log, *options)}[verb])
+
+
 async def warm(images: ImageStorage) -> None:
     """Have several connections open in the pool."""
     await asyncio.gather(*(images.find("a.png") for _ in range(10)))
@@ -383,9 +392,9 @@ async def test_a_restart(own_postgres: PostgresServer, noticed: bool) -> None:
     async with prepared(own_postgres.url("postgres"), timeout=5) as images:
         await warm(images)
         if noticed:
-            await anyio.to_thread.run_sync(own_postgres.control, "restart", "-m", "immediate")
+            await anyio.to_thread.run_sync(control, own_postgres, "restart")
         else:
-            own_postgres.control("restart", "-m", "immediate")  # the loop stands still, and sees nothing of it
+            control(own_postgres, "restart")  # the loop stands still, and sees nothing of it
         answers = await asyncio.gather(*(images.find("a.png") for _ in range(5)))
         assert {None if answer is None else answer.name for answer in answers} == {"a.png"}
         assert await bytes_of(images, "a.png") is not None
@@ -397,18 +406,11 @@ async def test_down_and_up_again(own_postgres: PostgresServer) -> None:
     """While the server is down every question is unknown; when it is up again there are answers."""
     async with prepared(own_postgres.url("postgres"), timeout=5) as images:
         await warm(images)
-        await anyio.to_thread.run_sync(own_postgres.control, "stop", "-m", "immediate")
+        await anyio.to_thread.run_sync(control, own_postgres, "stop")
         try:
             await check_unknown(images, ASKING, DatabaseUnavailable)
         finally:
-            await anyio.to_thread.run_sync(
-                own_postgres.control,
-                "start",
-                "-l",
-                str(own_postgres.data / "log"),
-                "-o",
-                f"-h 127.0.0.1 -p {own_postgres.port} -k {own_postgres.data.parent}/run",
-            )
+            await anyio.to_thread.run_sync(control, own_postgres, "start")
         assert await bytes_of(images, "a.png") is not None
         await images.store_image("a.png", b"again")
 

@@ -28,6 +28,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfheal import SelfHealMiddleware, SettingsError, UploadStore
+from selfheal.blobs import chunk_digest
+from selfheal.sources import CHUNK
 
 PREFIX = "/static/uploads"
 SECONDS = 1_700_000_000
@@ -234,28 +236,40 @@ async def test_damaged_in_the_database(
     assert await sqlite_store.database.find("a.png")
 
 
-async def test_damaged_large_file_is_never_sent_whole(sqlite_store: UploadStore, sqlite_url: str) -> None:
-    """Where the answer begins before the end is known, damage at the end breaks it off: no copy looks complete."""
-    path = await put(sqlite_store, "film.mp4", FILM, on_disk=False)
-    with sqlite3.connect(sqlite_url.partition("///")[2]) as other:
-        other.execute("UPDATE image_chunk SET data = zeroblob(length(data)) WHERE position = 66")
-    other.close()
-    answer = Answer()
+@pytest.mark.parametrize("place", ["only in the database", "past a disk that takes no file"])
+@pytest.mark.parametrize("forged", [False, True])
+async def test_damaged_large_file_is_never_sent_whole(
+    directory: Path, sqlite_url: str, place: str, forged: bool
+) -> None:
+    """Where the answer begins before the end is known, damage at the end breaks it off: no copy looks complete.
 
-    async def send(message: Message) -> None:
-        answer.take(message)
+    Not even damage that only the whole digest tells: a last chunk that is good in itself, and another file's.
+    """
+    async with UploadStore(directory, sqlite_url, require_marker=place.startswith("past")) as store:
+        await store.database.create_tables()
+        path = await put(store, "film.mp4", FILM, on_disk=False)
+        position = len(FILM) // CHUNK - 1
+        data = bytes(CHUNK)
+        digest = chunk_digest(position, data) if forged else bytes(32)
+        with sqlite3.connect(sqlite_url.partition("///")[2]) as other:
+            other.execute("UPDATE image_chunk SET data = ?, digest = ? WHERE position = ?", (data, digest, position))
+        other.close()
+        answer = Answer()
 
-    async def receive() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
+        async def send(message: Message) -> None:
+            answer.take(message)
 
-    with pytest.raises(Exception, match="damaged"):
-        await wrapping(sqlite_store, True)(scope_of(f"{PREFIX}/film.mp4"), receive, send)
-    assert len(answer.body) < len(FILM)
-    assert not answer.is_over
-    await sqlite_store.tasks.settle(10)
-    assert not path.exists()
-    assert open_below(sqlite_store.disk.path) == []
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        with pytest.raises(Exception, match="damaged"):
+            await wrapping(store, True)(scope_of(f"{PREFIX}/film.mp4"), receive, send)
+        assert len(answer.body) < len(FILM)
+        assert not answer.is_over
+        await store.tasks.settle(10)
+        assert not path.exists()
+        assert open_below(directory) == []
 
 
 async def test_disk_takes_no_file(directory: Path, sqlite_url: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -14,7 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -628,7 +627,7 @@ def test_a_failure_in_json(strewn: Site, command: str) -> None:
     """With --json a run that fails says so in the one object on standard output too, and in one line beside it."""
     for database in (f"postgres://u:{PASSWORD}@127.0.0.1:1/d", f"sqlite:///{strewn.home}/none.db"):
         done = strewn.forks(*command.split(), "--json", "--database", database, cwd=strewn.home)
-        assert (done.code, done.json["ok"], done.json["command"]) == (3, False, command.split()[0])
+        assert (done.code, done.json["ok"], done.json["command"]) == (3, False, command.split(maxsplit=1)[0])
         assert done.json["error"] in done.complaint
 
 

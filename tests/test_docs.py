@@ -1,0 +1,148 @@
+"""The documents say what the commands do: nothing is left out, and nothing is made up."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from selfheal.outcomes import Outcome
+from selfheal.scripts.cli import selfheal
+from selfheal.scripts.reporting import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+README = (ROOT / "README.md").read_text()
+RUNS = ("migrate", "verify", "restore")
+GROUPS = {
+    "Every command": tuple(selfheal.commands),
+    "Every command but serve": tuple(name for name in selfheal.commands if name != "serve"),
+    "The three runs": RUNS,
+}
+
+
+def sections(text: str) -> dict[str, str]:
+    """What stands below each heading, up to the next one."""
+    parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def table(section: str) -> dict[str, str]:
+    """The first table of a section: the second cell by the first."""
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first.strip("`"): second for first, second, *_ in cells}
+
+
+def fences(text: str, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def heading(name: str) -> str:
+    """The heading of a command: how it is typed."""
+    arguments = [one for one in selfheal.commands[name].params if isinstance(one, click.Argument)]
+    return f"`{' '.join(['selfheal', name, *(one.metavar or str(one.name).upper() for one in arguments)])}`"
+
+
+def options(name: str) -> dict[str, click.Option]:
+    """The flags of a command, by how they are typed."""
+    return {one.opts[0]: one for one in selfheal.commands[name].params if isinstance(one, click.Option)}
+
+
+def documented(name: str) -> dict[str, str]:
+    """The flags that the document gives a command: in its own section, and in those of many commands."""
+    found = sections(COMMANDS)
+    rows = table(found[heading(name)])
+    for group, members in GROUPS.items():
+        if name in members:
+            rows |= table(found[group])
+    return rows
+
+
+def test_every_command_has_its_section() -> None:
+    """The commands of the document are those that there are, with the arguments that they take."""
+    written = {title for title in sections(COMMANDS) if title.startswith("`selfheal ")}
+    assert written == {heading(name) for name in selfheal.commands}
+
+
+@pytest.mark.parametrize("name", sorted(selfheal.commands))
+def test_a_command_is_described_as_in_its_help(name: str) -> None:
+    """A section begins with the command's own help."""
+    said = " ".join(sections(COMMANDS)[heading(name)].split())
+    assert said.startswith(" ".join((selfheal.commands[name].help or "?").split()))
+
+
+@pytest.mark.parametrize("name", sorted(selfheal.commands))
+def test_every_flag_is_documented_with_its_help(name: str) -> None:
+    """A command has the flags that the document gives it and no others, each with its help and its default."""
+    written = {flag.split()[0]: (flag, text) for flag, text in documented(name).items()}
+    flags = options(name)
+    assert written.keys() == flags.keys()
+    for flag, option in flags.items():
+        typed, text = written[flag]
+        assert (len(typed.split()) == 1) is option.is_flag, f"{flag}: does it take a value?"
+        default = f" Default: {option.default}." if option.show_default else ""
+        assert text == f"{option.help}{default}"
+
+
+def test_help_and_version_are_documented() -> None:
+    """The flags that click adds by itself are in the document too."""
+    for flag in ("`-h`", "`--help`", "`selfheal --version`"):
+        assert flag in COMMANDS
+
+
+def test_every_module_is_named() -> None:
+    """The document names the module of each of the three runs, and each is there."""
+    modules = re.findall(r"`python -m selfheal\.scripts\.(\w+)`", COMMANDS)
+    assert modules == ["migrate_images", "test_image_storage", "restore_images"]
+    assert all((ROOT / "selfheal" / "scripts" / f"{module}.py").is_file() for module in modules)
+
+
+def test_the_examples_can_be_typed() -> None:
+    """Every `selfheal …` of the examples parses: no flag in them is made up."""
+    lines = [line for block in fences(COMMANDS, "sh") for line in block.splitlines()]
+    typed = [match[1] for line in lines if (match := re.search(r"(?:^|&& )selfheal ([^|;&>]+)", line))]
+    assert {line.split()[0] for line in typed} >= {*RUNS, "undo", "serve"}
+    for line in typed:
+        name, *arguments = shlex.split(line)
+        selfheal.commands[name].make_context(name, arguments)
+
+
+def test_the_exit_codes() -> None:
+    """The five exit codes of the contract are documented."""
+    assert list(table(sections(COMMANDS)["Exit codes"])) == ["0", "1", "2", "3", "130"]
+
+
+def test_the_outcomes() -> None:
+    """The outcomes of the document are those that a run can tell."""
+    assert list(table(sections(COMMANDS)["The JSON"])) == [outcome.value for outcome in Outcome]
+
+
+def test_the_json_example() -> None:
+    """The example has the keys that a run prints."""
+    (example,) = (json.loads(block) for block in fences(COMMANDS, "json"))
+    assert list(example) == list(Report("verify").as_json())
+    assert {tuple(problem) for problem in example["problems"]} == {("name", "outcome", "detail")}
+    assert {*example["counts"], *(one["outcome"] for one in example["problems"])} <= {one.value for one in Outcome}
+    assert sum(example["counts"].values()) == example["examined"]
+
+
+def test_the_environment() -> None:
+    """The variables of the document are those that the settings read, and no page names another."""
+    source = (ROOT / "selfheal" / "settings.py").read_text()
+    read = set(re.findall(r'environ\.get\("(\w+)"\)', source))
+    assert set(table(sections(COMMANDS)["The environment"])) == read
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert set(re.findall(r"\bSELFHEAL_[A-Z_]+\b", page.read_text())) <= read, page.name
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_readme_shows_how_to_begin(target: str) -> None:
+    """The README shows `make demo` and `make test`, and the Makefile has them."""
+    assert any(re.search(rf"^make {target}\b", block, re.MULTILINE) for block in fences(README, "\\w*"))
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
