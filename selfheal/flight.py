@@ -32,8 +32,10 @@ class Tasks:
 
     async def settle(self, grace: float) -> None:
         """Wait up to `grace` seconds for what is running; cancel the rest."""
-        if self._running:
-            _, late = await asyncio.wait(set(self._running), timeout=grace)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace
+        while self._running:  # what ends may have started more
+            _, late = await asyncio.wait(set(self._running), timeout=max(0.0, end - loop.time()))
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -81,19 +83,28 @@ class Batches(Generic[K, T]):
         answer = self._waiting.get(key)
         if answer is None:
             answer = self._waiting[key] = asyncio.get_running_loop().create_future()
-            if self._free:
-                self._free -= 1
-                self._tasks.start(self._drain())
+            self._start()
         return await asyncio.shield(answer)
 
+    def _start(self) -> None:
+        if self._free:
+            self._free -= 1
+            self._tasks.start(self._drain()).add_done_callback(self._drained)
+
+    def _drained(self, drain: asyncio.Task[None]) -> None:
+        self._free += 1
+        if drain.cancelled():  # nobody else will ask for those who wait
+            waiting, self._waiting = self._waiting, {}
+            for future in waiting.values():
+                future.cancel()
+        elif self._waiting:
+            self._start()
+
     async def _drain(self) -> None:
-        try:
-            await asyncio.sleep(0)  # let everybody who is ready to ask join the first query
-            while self._waiting:
-                keys = list(self._waiting)[: self._size]
-                await self._answer({key: self._waiting.pop(key) for key in keys})
-        finally:
-            self._free += 1
+        await asyncio.sleep(0)  # let everybody who is ready to ask join the first query
+        while self._waiting:
+            keys = list(self._waiting)[: self._size]
+            await self._answer({key: self._waiting.pop(key) for key in keys})
 
     async def _answer(self, waiting: dict[K, asyncio.Future[T | None]]) -> None:
         try:

@@ -15,6 +15,8 @@ from .errors import InvalidName
 
 MAX_NAME_BYTES = 512
 MAX_PART_BYTES = 255
+MAX_RAW_BYTES = 8192
+"""As long as a request's percent-encoded path may be; servers and proxies allow no more."""
 OWN_PREFIX = ".selfheal"
 """Every file and directory that selfheal itself keeps on disk begins so; as a dotfile it is never a name."""
 
@@ -37,13 +39,19 @@ def is_valid(name: str) -> bool:
     return not fault(name)
 
 
-@lru_cache(maxsize=8192)
 def from_path(path: str, prefix: str, raw_path: bytes | None = None) -> str | None:
     """The name that a request asks for, or None if it asks for none of ours.
 
     `path` is ASGI's decoded path, `raw_path` the bytes on the wire: only they tell `%2f` from `/`. `prefix` has no
     trailing slash; a sibling such as `/static/uploads_private` is not below it (CVE-2023-29159).
     """
+    if len(path) > len(prefix) + 1 + MAX_NAME_BYTES or len(raw_path or b"") > MAX_RAW_BYTES:
+        return None  # before the cache: servers bound a path late or never, and the cache must stay small
+    return _from_path(path, prefix, raw_path)
+
+
+@lru_cache(maxsize=8192)
+def _from_path(path: str, prefix: str, raw_path: bytes | None) -> str | None:
     if not path.startswith(prefix + "/"):
         return None
     if raw_path is not None and b"%" in raw_path and b"%2f" in raw_path.lower():
@@ -54,7 +62,7 @@ def from_path(path: str, prefix: str, raw_path: bytes | None = None) -> str | No
 
 def to_path(name: str, prefix: str) -> str:
     """The URL path at which `name` is served, percent-encoded."""
-    return f"{prefix}/{quote(name)}"
+    return quote(f"{prefix}/{name}")
 
 
 def fault(name: str) -> str:

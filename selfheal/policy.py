@@ -9,19 +9,35 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from .content_types import IMAGE_EXTENSIONS, content_type, extension
+from .content_types import IMAGE_EXTENSIONS, UNKNOWN, content_type, extension
+from .endings import Ending
 from .errors import MissingExtra, UploadIncomplete, UploadTooLarge, UploadTypeRefused
 
 MIB = 1024 * 1024
 _HEAD = 8192
-_TAIL = 64
 _SAME = {
+    "application/font-sfnt": "font/sfnt",
+    "application/font-woff": "font/woff",
+    "audio/webm": "video/webm",
     "audio/x-flac": "audio/flac",
     "audio/x-wav": "audio/wav",
+    "font/otf": "font/sfnt",
+    "font/ttf": "font/sfnt",
+    "font/woff2": "font/woff",
     "image/apng": "image/png",
     "image/heif": "image/heic",
     "video/x-m4v": "video/mp4",
 }
+_BEGINNINGS = [
+    (0, b"\xff\x0a", "image/jxl"),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "image/jxl"),
+    (0, b"II+\0", "image/tiff"),
+    (0, b"MM\0+", "image/tiff"),
+    (4, b"ftypavis", "image/avif"),
+    (4, b"ftypheix", "image/heic"),
+    (4, b"ftyphevc", "image/heic"),
+]
+"""What `filetype` does not know."""
 _DECLARES = {"image/svg+xml": b"<svg"}
 
 
@@ -51,18 +67,18 @@ class UploadPolicy:
 
         Raises `UploadTooLarge`, `UploadTypeRefused` or `UploadIncomplete`; what raised has stored nothing.
         """
-        size, end_mark = 0, _EndMark(_kind(end))
+        size, ending = 0, Ending(_kind(end))
         async for chunk in chunks:
             if not size and self.check_contents:
                 check_head(end, chunk[:_HEAD])
             size += len(chunk)
             if size > self.max_bytes:
                 raise UploadTooLarge(f"the upload is larger than {self.max_bytes} bytes")
-            end_mark.feed(chunk)
+            ending.feed(chunk)
             yield chunk
         if not size:
             raise UploadIncomplete("the upload is empty")
-        if self.check_contents and not end_mark.reached():
+        if self.check_contents and not ending.is_reached:
             raise UploadIncomplete("the upload is not whole: its end is missing")
 
 
@@ -72,45 +88,20 @@ def check_head(end: str, head: bytes) -> None:
         import filetype  # noqa: PLC0415 - an extra, imported where it is used
     except ImportError as error:
         raise MissingExtra("validate", "filetype") from error
-    said, guess = _kind(end), filetype.guess(head)
-    found = None if guess is None else _SAME.get(guess.mime, guess.mime)
+    said = _kind(end)
+    if said == UNKNOWN:
+        return  # it says nothing that the bytes could contradict
+    found = _beginning(head) or getattr(filetype.guess(head), "mime", None)
     if found is None:
-        known = {_SAME.get(known.mime, known.mime) for known in filetype.types}
+        known = {_SAME.get(known.mime, known.mime) for known in filetype.types} | {kind for _, _, kind in _BEGINNINGS}
         if said in known or _DECLARES.get(said, b"") not in head.lower():
             raise UploadTypeRefused(f"the bytes are not {said}")
-    elif found != said:
+    elif _SAME.get(found, found) != said:
         raise UploadTypeRefused(f"the bytes are {found}, not {said}")
 
 
-class _EndMark:
-    """Looks, without decoding, for the mark by which a format says that it has ended."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._size = 0
-        self._head = b""
-        self._tail = b""
-        self._jpeg_starts = self._jpeg_ends = 0
-
-    def feed(self, chunk: bytes) -> None:
-        if self._kind == "image/jpeg":
-            seam = self._tail[-1:] + chunk
-            self._jpeg_starts += seam.count(b"\xff\xd8")
-            self._jpeg_ends += seam.count(b"\xff\xd9")
-        self._size += len(chunk)
-        self._head = self._head or chunk[:16]
-        self._tail = (self._tail + chunk[-_TAIL:])[-_TAIL:]
-
-    def reached(self) -> bool:
-        if self._kind == "image/jpeg":  # a thumbnail ends inside the picture; phones append films after its end
-            return self._jpeg_ends >= min(self._jpeg_starts, 2)
-        if self._kind == "image/png":
-            return b"IEND\xaeB`\x82" in self._tail
-        if self._kind == "image/gif":
-            return self._tail.rstrip(b"\0\r\n").endswith(b";")
-        if self._kind == "image/webp":
-            return self._size >= int.from_bytes(self._head[4:8], "little") + 8
-        return True
+def _beginning(head: bytes) -> str | None:
+    return next((kind for at, mark, kind in _BEGINNINGS if head.startswith(mark, at)), None)
 
 
 def _kind(end: str) -> str:

@@ -54,8 +54,12 @@ class Reconciler:
         self._tasks.start(self._look_behind(name, identity, adopt=adopt))
 
     def forget(self, name: str) -> None:
-        """A name was changed: what was seen of it says nothing any more. The change may be committed a while later."""
+        """A name was changed: what was seen of it says nothing any more."""
         self._seen.pop(name, None)
+
+    def expect(self, name: str) -> None:
+        """A name will be changed when somebody else's transaction is committed."""
+        self.forget(name)
         now = time.monotonic()
         if len(self._changing) >= CHANGING_AT_MOST:
             self._changing = {name: until for name, until in self._changing.items() if until > now}

@@ -21,6 +21,17 @@ _ASYNC_DRIVERS = {
     "postgres": "postgresql+asyncpg",
     "postgresql": "postgresql+asyncpg",
 }
+_ASYNCPG = {
+    "command_timeout",
+    "host",
+    "passfile",
+    "port",
+    "prepared_statement_cache_size",
+    "ssl",
+    "statement_cache_size",
+    "target_session_attrs",
+    "timeout",
+}
 _SPOKEN = ("sqlite+aiosqlite", "postgresql+asyncpg")
 
 
@@ -58,7 +69,7 @@ def is_in_memory(url: URL) -> bool:
 
 def _for_asyncpg(url: URL) -> URL:
     """libpq's `sslmode` is asyncpg's `ssl`; what only libpq knows is left out."""
-    query = {key: value for key, value in url.query.items() if key not in ("sslmode", "channel_binding")}
+    query = {key: value for key, value in url.query.items() if key in _ASYNCPG}
     if "sslmode" in url.query:
         query["ssl"] = url.query["sslmode"]
     return url.set(query=query)
@@ -74,7 +85,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         directory = Path(self.directory).absolute()
-        if directory.resolve() == Path(directory.anchor):
+        if directory.resolve().parent == directory.resolve():
             raise SettingsError(f"the uploads directory cannot be {directory}; name a directory of its own")
         if directory.exists() and not directory.is_dir():
             raise SettingsError(f"{directory} is not a directory")

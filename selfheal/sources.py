@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import AsyncGenerator, AsyncIterable
-from contextlib import aclosing
-from typing import Any, Protocol, runtime_checkable
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, Protocol, TypeGuard
 
 from .threads import Threads
 
@@ -14,7 +14,6 @@ CHUNK = 256 * 1024
 """Bytes in every chunk but the last: as fast as any size on SQLite and PostgreSQL, and small enough to hold."""
 
 
-@runtime_checkable
 class Readable(Protocol):
     """A file object (`read` returns bytes) or an UploadFile (`read` returns an awaitable of bytes)."""
 
@@ -40,22 +39,28 @@ async def chunks(source: Source, threads: Threads) -> AsyncGenerator[bytes, None
 
 async def _pieces(source: Source, threads: Threads) -> AsyncGenerator[bytes, None]:
     if isinstance(source, (bytes, bytearray, memoryview)):
-        view = memoryview(source).cast("B")
+        view = memoryview(source)
+        view = memoryview(view.tobytes()) if not view.c_contiguous else view.cast("B")
         for start in range(0, len(view), CHUNK):
             yield bytes(view[start : start + CHUNK])
     elif isinstance(source, (str, os.PathLike)):
         file = await threads.run(open, source, "rb")
         try:
-            async for piece in _read(file, threads):
-                yield piece
+            async with aclosing(_read(file, threads)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             await threads.run(file.close)
-    elif isinstance(source, Readable):
-        async for piece in _read(source, threads):
-            yield piece
+    elif _is_readable(source):
+        async with aclosing(_read(source, threads)) as pieces:
+            async for piece in pieces:
+                yield piece
     elif isinstance(source, AsyncIterable):
-        async for piece in source:
-            yield piece
+        async with AsyncExitStack() as closing:
+            if isinstance(source, AsyncGenerator):
+                await closing.enter_async_context(aclosing(source))
+            async for piece in source:
+                yield piece
     else:
         raise TypeError(
             f"cannot save a {type(source).__name__}: give bytes, a path, a file, an async iterator or an UploadFile"
@@ -70,3 +75,8 @@ async def _read(file: Readable, threads: Threads) -> AsyncGenerator[bytes, None]
         if not isinstance(piece, bytes):
             raise TypeError("the file object reads text; open it in binary mode")
         yield piece
+
+
+def _is_readable(source: object) -> TypeGuard[Readable]:
+    """Not `isinstance`: from Python 3.12 on that does not see what a wrapper (Flask's, `tempfile`'s) hands on."""
+    return hasattr(source, "read")

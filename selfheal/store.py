@@ -140,6 +140,7 @@ class UploadStore:
             record = await self._save(name, source)
         else:
             record = await self.database.store_image(name, source, connection=connection)
+            self._reconciler.expect(name)
         self._forget(name)
         self.events.emit(Kind.SAVED, name, record.size)
         return self._saved(record)

@@ -9,7 +9,7 @@ import selfheal
 
 PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
-    {"errors", "events", "flight", "threads", "syscalls", "content_types"},
+    {"errors", "events", "flight", "threads", "syscalls", "content_types", "endings"},
     {"settings", "names", "sources", "policy"},
     {"staging", "tables", "files", "records"},
     {"disk", "engine", "queries"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -208,14 +209,18 @@ IMAGES = {"a.png": noise(5000), "cats/tom.jpg": noise(2 * CHUNK + 5), "empty.gif
 
 
 @pytest.fixture
-async def full(site: Site) -> Site:
+def full(site: Site) -> Site:
     """A site whose uploads are the same on both sides."""
     for name, data in IMAGES.items():
         lay(site.directory, name, data)
-    async with UploadStore(site.directory, site.database) as store:
-        await store.database.create_tables()
-        for name in IMAGES:
-            await store.adopt(name)
+
+    async def migrate() -> None:
+        async with UploadStore(site.directory, site.database) as store:
+            await store.database.create_tables()
+            for name in IMAGES:
+                await store.adopt(name)
+
+    asyncio.run(migrate())
     return site
 
 
@@ -377,7 +382,7 @@ async def test_few_descriptors_are_enough(full: Site) -> None:
 
 
 def test_progress_only_on_a_terminal(full: Site) -> None:
-    """Progress is drawn on standard error if that is a terminal and nobody asked for quiet; never on standard output."""
+    """Progress is drawn on standard error if that is a terminal and nobody asked for quiet; never on the output."""
     for arguments, drawn in ((("--json",), True), ((), True), (("--json", "--quiet"), False)):
         main, terminal = pty.openpty()
         try:
@@ -692,7 +697,7 @@ def crowd() -> dict[str, bytes]:
 
 
 @pytest.fixture
-async def crowded(site: Site) -> Site:
+def crowded(site: Site) -> Site:
     """Many records, and no file on disk."""
     for name, data in crowd().items():
         lay(site.directory, name, data)
