@@ -20,7 +20,7 @@ demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY) system check
-	@$(BIN)/python -X dev -m pytest
+	@$(BIN)/python -X dev -m pytest -n auto --dist loadfile
 
 check: $(READY)
 	@$(BIN)/ruff check --quiet .

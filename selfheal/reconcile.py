@@ -106,8 +106,9 @@ class Reconciler:
 
     async def _look_behind(self, name: str, identity: Identity, *, adopt: bool) -> None:
         try:
-            await self._settled(name, identity)
-            await self.check(name, adopt=adopt)
+            if not await self._agrees(name, identity):
+                await self._settled(name, identity)
+                await self.check(name, adopt=adopt)
         except Unsettled:
             pass  # the next hit asks again
         except DatabaseUnavailable:
@@ -176,6 +177,10 @@ class Reconciler:
         )
         self._events.emit(Kind.ADOPTED, name, file.size)
         return record
+
+    async def _agrees(self, name: str, identity: Identity) -> bool:
+        record = await self._records.get(name)
+        return record is not None and not record.is_deleted and (record.modified_ns, record.size) == identity[:2]
 
     async def _settled(self, name: str, identity: Identity) -> None:
         age = (time.time_ns() - identity[0]) / 1e9

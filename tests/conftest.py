@@ -63,12 +63,13 @@ class PostgresServer:
         return done.stdout
 
     def control(self, *arguments: str) -> None:
-        """Run pg_ctl, for instance `restart -m immediate`."""
+        """Run pg_ctl, for instance `restart -m immediate`. A server it starts would keep a pipe of ours open."""
         subprocess.run(
             [str(self.programs / "pg_ctl"), "-D", str(self.data), "-w", *arguments],
             user=self.user,
             check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             cwd="/",
         )
 
