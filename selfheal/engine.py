@@ -60,6 +60,7 @@ class Engine:
         self._engine: AsyncEngine | None = None
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._checked = False
+        self._left: list[object] = []
         self._compiled: dict[int, tuple[Select[Any], str, Sequence[str], dict[str, Any]]] = {}
 
     @property
@@ -190,15 +191,20 @@ class Engine:
             return self._engine
         if self._given is not None:
             if self._owner is not None and self._owner[0] != os.getpid():
-                self._given.sync_engine.dispose(close=False)
+                self._leave(self._given)
             self._engine = self._given
         else:
             if self._engine is not None:
-                self._engine.sync_engine.dispose(close=False)
+                self._leave(self._engine)
             self._engine = _make(self.url, self.timeout)
         self._owner = (os.getpid(), asyncio.get_running_loop())
         self._checked = False
         return self._engine
+
+    def _leave(self, engine: AsyncEngine) -> None:
+        """Its connections belong to a parent process, or to a loop that has ended: not to be used, nor to be closed."""
+        self._left.append(engine.sync_engine.pool)
+        engine.sync_engine.dispose(close=False)
 
 
 def check_version(version: int | None) -> None:

@@ -230,6 +230,7 @@ class CommitsUnheard:
             while piece := await reader.read(65536):
                 if self.is_armed and b"COMMIT" in piece:
                     answers.cancel()
+                    await asyncio.gather(answers, return_exceptions=True)
                     server_writer.write(piece)
                     await server_reader.read(65536)  # it has committed
                     self.broken += 1
@@ -245,6 +246,7 @@ class CommitsUnheard:
         while piece := await reader.read(65536):
             writer.write(piece)
             await writer.drain()
+        writer.close()  # what the server ends is ended
 
 
 class Gate:

@@ -800,6 +800,10 @@ async def test_slow_client(tmp_path: Path, postgres_store: UploadStore, distant:
             async def holds_no_connection() -> bool:
                 return (await server.state())["connections"] == 0
 
+            async def is_restored() -> bool:
+                return case == "from the database" or on_disk(postgres_store, name) is not None
+
+            await eventually(is_restored, 30)
             await eventually(holds_no_connection)
             for _ in range(10):
                 assert await holds_no_connection()
