@@ -21,7 +21,7 @@ from .sources import CHUNK
 from .staging import Staged
 from .threads import Threads
 
-FILES_AT_ONCE = max(16, min(256, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128) // 4))
+FILES_AT_ONCE = 256
 BYTES_AT_ONCE = 32 * 1024 * 1024
 """How much is staged, or read, before it is synced or committed."""
 LARGE = 4 * 1024 * 1024
@@ -186,10 +186,12 @@ class Landing:
 
 def in_batches(records: Sequence[Record]) -> list[list[Record]]:
     """Records in lists of at most `FILES_AT_ONCE`, and of about `BYTES_AT_ONCE` bytes."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = max(1, min(FILES_AT_ONCE, (descriptors - 128) // 4))  # a staged file holds three
     batches: list[list[Record]] = [[]]
     size = 0
     for record in records:
-        if len(batches[-1]) == FILES_AT_ONCE or (batches[-1] and size + record.size > BYTES_AT_ONCE):
+        if len(batches[-1]) == most or (batches[-1] and size + record.size > BYTES_AT_ONCE):
             batches.append([])
             size = 0
         batches[-1].append(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -14,7 +15,7 @@ from datetime import timedelta
 from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -56,8 +57,10 @@ def run(command: str | None = None) -> None:
     """Run the command line, or one of its commands under the name of its module; never returns."""
     chosen: click.Command = selfheal if command is None else selfheal.commands[command]
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show ends no run
+        with contextlib.suppress(OSError):  # a terminal that was opened to be read as well cannot be changed
+            cast(TextIOWrapper, stream).reconfigure(
+                errors="backslashreplace"
+            )  # a name that this terminal cannot show ends no run
     try:
         code = chosen.main(standalone_mode=False, **HELP)
     except click.exceptions.Exit as stop:
