@@ -1,12 +1,14 @@
 # make demo   see a lost disk come back       make test   everything that CI runs
 # make check  lint and types only             make clean  remove what was made here
+# make bench  measure beside the peers        make campaign  kill, damage and fuzz it for hours
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CAMPAIGN := tests/test_kills.py tests/test_leaks.py tests/test_model.py tests/test_damage.py tests/test_fuzz.py tests/test_uploads.py
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean system bench
+.PHONY: demo test check campaign clean system bench
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("selfheal needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
@@ -21,6 +23,10 @@ demo: $(READY)
 
 test: $(READY) system check
 	@$(BIN)/python -X dev -m pytest -n auto --dist loadfile
+
+# Hours of faults, kills, damage and random input; docs/reliability.md says what each promises.
+campaign: $(READY) system
+	@$(BIN)/python -m pytest --campaign --timeout 14400 -p no:randomly $(CAMPAIGN)
 
 check: $(READY)
 	@$(BIN)/ruff check --quiet .

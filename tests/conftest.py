@@ -20,20 +20,33 @@ import pytest
 
 from selfheal import UploadStore
 
-NEEDS: dict[str, str] = {}
-"""What was missing on this machine, and the command that brings it; listed at the end of the run."""
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--campaign` lets the tests of faults, damage and random input run for as long as `make campaign` wants."""
+    parser.addoption("--campaign", action="store_true", help="run the long campaigns, not their quick versions")
 
 
 def needs(thing: str, command: str) -> None:
     """Skip the test, and say at the end of the run what would have let it run."""
-    NEEDS[thing] = command
     pytest.skip(f"{thing} is not installed; run: {command}")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """List what was skipped for want of something this machine lacks."""
-    for thing, command in sorted(NEEDS.items()):
-        terminalreporter.write_line(f"skipped for want of {thing}; to run these tests: {command}")
+    """List what was skipped for want of something this machine lacks, and the figures that the campaigns recorded."""
+    skipped = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])}
+    for reason in sorted(skipped):
+        if "is not installed; run: " in reason:
+            terminalreporter.write_line(reason)
+    for report in terminalreporter.stats.get("passed", []):
+        for thing, figure in getattr(report, "user_properties", []):
+            terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {thing}: {figure}")
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often to try: the first number in `make test`, the second in a campaign."""
+    is_campaign = request.config.getoption("--campaign")
+    return lambda quick, campaign: campaign if is_campaign else quick
 
 
 def free_port() -> int:
