@@ -11,11 +11,13 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from sqlalchemy import Select, Table, and_, delete, exists, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from .digests import Digests, chunk_digest
 from .engine import Engine
-from .errors import CorruptBlob
+from .errors import CorruptBlob, Unsettled
+from .flight import ahead
 from .sources import CHUNK, Source
 from .sources import chunks as chunks_of
 from .tables import Tables
@@ -46,13 +48,6 @@ class Received:
     rows: list[dict[str, Any]]
 
 
-def chunk_digest(position: int, data: bytes) -> bytes:
-    """The digest by which a chunk is trusted before the last one has come; it binds the chunk to its position."""
-    digest = hashlib.sha256(position.to_bytes(8, "big"))
-    digest.update(data)
-    return digest.digest()
-
-
 def chunk_rows(key: str, position: int, chunks: Sequence[bytes]) -> list[dict[str, Any]]:
     """Rows for consecutive chunks, the first of them at `position`."""
     return [
@@ -71,10 +66,10 @@ class Blobs:
         self._chunks = tables.chunks
         self._threads = threads
 
-    async def read(self, name: str, sha256: str, size: int, first: int = 0) -> AsyncGenerator[bytes, None]:
-        """The chunks of a blob of `size` bytes from number `first` on, each checked against its own digest.
+    async def read(self, name: str, sha256: str, size: int, first: int = 0) -> AsyncGenerator[list[bytes], None]:
+        """The chunks of a blob of `size` bytes from number `first` on, a few at a time, each checked by its digest.
 
-        No connection is held between chunks. Raises `CorruptBlob`, of `name`; the whole digest is the reader's care.
+        No connection is held between them. Raises `CorruptBlob`, of `name`; the whole digest is the reader's care.
         """
         if size < 0 or (size == 0 and sha256 != _SHA256_OF_NOTHING):
             raise CorruptBlob(name, f"its size is {size}")
@@ -86,30 +81,22 @@ class Blobs:
             why = await self._threads.run(_fault, rows, wanted, size)
             if why is not None:
                 raise CorruptBlob(name, why)
-            for _, _, data in rows:
-                yield data
+            yield [data for _, _, data in rows]
 
-    async def receive(self, write: Write, data: Source) -> Received:
+    async def receive(self, write: Write, data: Source, known: Digests | None = None) -> Received:
         """Take bytes in, writing all but the last chunks in transactions of `write`.
 
-        Until `finish` they stand under a key of their own: nobody knows yet whether they are what was promised.
+        If their digests are `known`, each chunk is compared (`Unsettled` if it differs) and goes where it belongs. If
+        not, they stand under a key of their own until `finish`: moving them costs SQLite as much as writing them.
         """
-        key = f"upload-{uuid4().hex}"
-        whole, size, position = hashlib.sha256(), 0, 0
-        held: list[bytes] = []
-        async with aclosing(chunks_of(data, self._threads)) as source:
-            async for chunk in source:
-                if len(held) == WRITE_AT_ONCE:
-                    rows = await self._threads.run(chunk_rows, key, position, held)
+        taken = _Taken(known)
+        rows: list[dict[str, Any]] = []
+        async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads)))) as handfuls:
+            async for chunks in handfuls:
+                if rows:
                     await write(lambda connection, rows=rows: self.put_chunks(connection, rows))  # type: ignore[misc]
-                    position, held = position + len(held), []
-                await self._threads.run(whole.update, chunk)
-                size += len(chunk)
-                held.append(chunk)
-        digest = whole.hexdigest()
-        key = key if position else digest
-        rows = await self._threads.run(chunk_rows, key, position, held)
-        return Received(key, digest, size, position + len(rows), rows)
+                rows = await self._threads.run(taken.rows, chunks)
+        return taken.received(rows)
 
     async def finish(self, connection: AsyncConnection, received: Received) -> None:
         """Make a received blob whole. Its row comes first: who stores, or purges, the same bytes waits there."""
@@ -158,7 +145,55 @@ class Blobs:
 
     def insert(self, table: Table) -> Any:
         """The dialect's own INSERT, which knows ON CONFLICT."""
-        return sqlite.insert(table) if self._engine.dialect == "sqlite" else postgresql.insert(table)
+        if self._engine.dialect == "sqlite":
+            return sqlite.insert(table)
+        from sqlalchemy.dialects import postgresql  # noqa: PLC0415 - a tenth of a second that SQLite's users keep
+
+        return postgresql.insert(table)
+
+
+class _Taken:
+    """What was taken in so far."""
+
+    def __init__(self, known: Digests | None) -> None:
+        self._known = known
+        self._key = known.whole if known is not None else f"upload-{uuid4().hex}"
+        self._whole = hashlib.sha256()
+        self._size = self._chunks = 0
+
+    def rows(self, chunks: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The next chunks as rows."""
+        rows = chunk_rows(self._key, self._chunks, chunks)
+        if self._known is None:
+            for chunk in chunks:
+                self._whole.update(chunk)
+        elif [row["digest"] for row in rows] != self._known.chunks[self._chunks : self._chunks + len(rows)]:
+            raise Unsettled("the bytes changed while they were read; try again once they hold still")
+        self._size += sum(map(len, chunks))
+        self._chunks += len(rows)
+        return rows
+
+    def received(self, last: list[dict[str, Any]]) -> Received:
+        """All of it; the `last` rows are not written yet."""
+        if self._known is not None and self._chunks != len(self._known.chunks):
+            raise Unsettled("the bytes became fewer while they were read; try again once they hold still")
+        digest = self._whole.hexdigest() if self._known is None else self._known.whole
+        if len(last) == self._chunks:  # nothing was written under another key
+            return Received(digest, digest, self._size, self._chunks, [row | {"sha256": digest} for row in last])
+        return Received(self._key, digest, self._size, self._chunks, last)
+
+
+async def _in_handfuls(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[list[bytes], None]:
+    """As many chunks as are written in one transaction."""
+    held: list[bytes] = []
+    async with aclosing(source):
+        async for chunk in source:
+            held.append(chunk)
+            if len(held) == WRITE_AT_ONCE:
+                yield held
+                held = []
+    if held:
+        yield held
 
 
 def _fault(rows: Sequence[Sequence[Any]], wanted: range, size: int) -> str | None:

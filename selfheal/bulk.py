@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from . import names
-from .disk import Found as Entry
 from .disk import UploadsDirectory
-from .errors import CorruptBlob, NotStored, SchemaError, SelfHealError
-from .landing import BYTES_AT_ONCE, FILES_AT_ONCE, LARGE, Landed, Landing, fault_in_database, read_small
-from .outcomes import Outcome, Result, each, of_error, problem, sort, split, survey
+from .errors import CorruptBlob, NotStored, SchemaError, SelfHealError, Unsettled
+from .flight import ahead
+from .gathering import LARGE, Read, fault_in_database, read_small
+from .landing import FILES_AT_ONCE, SMALL_AT_ONCE, Landed, Landing, Wanted, in_batches
+from .listing import Entry, Listing, walk
+from .outcomes import Outcome, Result, Survey, each, of_error, problem, sort, split, survey
 from .records import Found, Record
+from .sources import CHUNK
 from .store import UploadStore
+
+NAMES_AT_ONCE = 4096
+"""Names in one query, without their bytes."""
+ENTRIES_AT_ONCE = 1024
+"""Files that are looked up, read and stored together."""
 
 # -- restore: database → disk ---------------------------------------------------------------------------------------
 
@@ -32,48 +41,74 @@ async def restore(
     What was deleted and is still on disk is removed. Raises `DatabaseUnavailable`.
     """
     landing = Landing(store.disk, store.database, jobs)
-    async with aclosing(store.database.pages()) as pages:
-        async for page in pages:
-            valid, results = split(page)
-            present, missing, unclear = await store.threads.run(survey, store.disk, valid)
-            results += unclear
-            if dry_run:
-                results += await store.threads.run(_would_land, store.disk, missing)
-            else:
-                async with aclosing(landing.land(missing)) as landed:
-                    async for one in landed:
-                        yield _landed(one)
+    async with aclosing(ahead(_surveys(store))) as surveys:
+        async for found in surveys:
+            for result in found.wrong:
+                yield result
+            async with aclosing(_land(store, landing, found.missing, dry_run=dry_run)) as landed:
+                async for result in landed:
+                    yield result
             if verify:
-                async with aclosing(each(jobs, (_heal(store, one, dry_run=dry_run) for one in present))) as healed:
+                async with aclosing(_heal_all(store, found.present, jobs, dry_run=dry_run)) as healed:
                     async for result in healed:
                         yield result
-            else:
-                results += [Result(one.name, Outcome.OK, one.size) for one in present]
-            for result in results:
-                yield result
+            elif found.present:
+                size = sum(size for _, size in found.present)
+                yield Result("", Outcome.OK, size, count=len(found.present))
     async with aclosing(_lingering(store)) as lingering:
-        async for record in lingering:
-            yield await _remove(store, record, dry_run=dry_run)
+        async for name in lingering:
+            yield await _remove(store, name, dry_run=dry_run)
 
 
-def _would_land(disk: UploadsDirectory, missing: Sequence[Record]) -> list[Result]:
+async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerator[Survey, None]:
+    listing = Listing(store.disk)
+    async with aclosing(ahead(store.database.names(deleted=deleted, size=NAMES_AT_ONCE))) as pages:
+        async for page in pages:
+            yield await store.threads.run(survey, listing, page)
+
+
+async def _land(
+    store: UploadStore, landing: Landing, missing: list[Wanted], *, dry_run: bool
+) -> AsyncGenerator[Result, None]:
+    if dry_run:
+        for result in await store.threads.run(_would_land, store.disk, missing):
+            yield result
+        return
+    async with aclosing(landing.land(missing)) as batches:
+        async for batch in batches:
+            for one in batch:
+                yield _landed(one)
+
+
+async def _heal_all(
+    store: UploadStore, present: list[Wanted], jobs: int, *, dry_run: bool
+) -> AsyncGenerator[Result, None]:
+    for start in range(0, len(present), FILES_AT_ONCE):
+        records = await store.database.find_many(name for name, _ in present[start : start + FILES_AT_ONCE])
+        work = (_heal(store, record, dry_run=dry_run) for record in records.values())
+        async with aclosing(each(jobs, work)) as healed:
+            async for result in healed:
+                yield result
+
+
+def _would_land(disk: UploadsDirectory, missing: Iterable[Wanted]) -> list[Result]:
     results = []
-    for record in missing:
+    for name, size in missing:
         try:
-            _digest(disk, record.name)  # says so if something that is not a file has the name
+            _digest(disk, name)  # says so if something that is not a file has the name
         except (SelfHealError, OSError) as error:
-            results.append(of_error(record.name, error))
+            results.append(of_error(name, error))
         else:
-            results.append(Result(record.name, Outcome.RESTORED, record.size, "would be restored"))
+            results.append(Result(name, Outcome.RESTORED, size, "would be restored"))
     return results
 
 
 def _landed(one: Landed) -> Result:
-    if one.error is None:
-        return Result(one.record.name, Outcome.RESTORED, one.record.size)
+    if one.record is not None and one.error is None:
+        return Result(one.name, Outcome.RESTORED, one.record.size)
     if isinstance(one.error, NotStored):
-        return Result(one.record.name, Outcome.DELETED, 0, str(one.error))
-    return of_error(one.record.name, one.error)
+        return Result(one.name, Outcome.DELETED, 0, str(one.error))
+    return of_error(one.name, one.error or Unsettled("it changed while it was restored"))
 
 
 async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
@@ -98,14 +133,14 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
     return Result(name, Outcome.RESTORED, record.size, detail)
 
 
-async def _remove(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
+async def _remove(store: UploadStore, name: str, *, dry_run: bool) -> Result:
     try:
         if not dry_run:
-            await store.check(record.name)
+            await store.check(name)
     except (SelfHealError, OSError) as error:
-        return of_error(record.name, error)
+        return of_error(name, error)
     detail = "it was deleted; its file would be removed" if dry_run else "it was deleted; its file is removed"
-    return Result(record.name, Outcome.DELETED, 0, detail)
+    return Result(name, Outcome.DELETED, 0, detail)
 
 
 # -- migrate: disk → database ---------------------------------------------------------------------------------------
@@ -120,24 +155,48 @@ async def migrate(
     """
     if not dry_run:
         await store.database.create_tables()
-    async for entries in _batches_of_walk(store):
-        uploads, results = sort(entries)
-        known = await _known(store, [entry.name for entry in uploads], dry_run=dry_run)
-        new = [entry for entry in uploads if entry.name not in known]
-        if dry_run:
-            results += [Result(entry.name, Outcome.MIGRATED, entry.stat.st_size, "would be migrated") for entry in new]
-        else:
-            async with aclosing(_bring_in(store, new, jobs)) as brought_in:
+    compare = partial(_compare, store, prefer_disk=prefer_disk, dry_run=dry_run)
+    async with aclosing(ahead(_gather(store, dry_run=dry_run))) as batches:
+        async for batch in batches:
+            for result in batch.results:
+                yield result
+            async with aclosing(_bring_in(store, batch, jobs)) as brought_in:
                 async for result in brought_in:
                     yield result
-        for result in results:
-            yield result
-        compare = partial(_compare, store, prefer_disk=prefer_disk, dry_run=dry_run)
-        old = [entry for entry in uploads if entry.name in known]
-        work = (_settled(store, known[entry.name], partial(compare, entry)) for entry in old)
-        async with aclosing(each(jobs, work)) as compared:
-            async for result in compared:
-                yield result
+            work = (_settled(store, batch.known[entry.name], partial(compare, entry)) for entry in batch.old)
+            async with aclosing(each(jobs, work)) as compared:
+                async for result in compared:
+                    yield result
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some of the files on disk: those that the database knows, new ones as they were read, and names of large ones."""
+
+    results: list[Result]
+    known: dict[str, Found]
+    old: list[Entry]
+    small: list[Read]
+    large: list[str]
+
+
+async def _gather(store: UploadStore, *, dry_run: bool) -> AsyncGenerator[_Batch, None]:
+    async with aclosing(_entries(store)) as batches:
+        async for entries in batches:
+            uploads, results = sort(entries)
+            known = await _known(store, [entry.name for entry in uploads], dry_run=dry_run)
+            old = [entry for entry in uploads if entry.name in known]
+            new = [entry for entry in uploads if entry.name not in known]
+            if dry_run:
+                results += [_would_migrate(entry) for entry in new]
+                new = []
+            small = [entry.name for entry in new if entry.stat.st_size <= LARGE]
+            read = await store.threads.run(read_small, store.disk, small)
+            yield _Batch(results, known, old, read, [entry.name for entry in new if entry.stat.st_size > LARGE])
+
+
+def _would_migrate(entry: Entry) -> Result:
+    return Result(entry.name, Outcome.MIGRATED, entry.stat.st_size, "would be migrated")
 
 
 async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dict[str, Found]:
@@ -149,21 +208,15 @@ async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dic
         return {}  # the tables that a real run would make are empty
 
 
-async def _bring_in(store: UploadStore, entries: Sequence[Entry], jobs: int) -> AsyncGenerator[Result, None]:
-    small = [entry.name for entry in entries if entry.stat.st_size <= LARGE]
-    large = [entry.name for entry in entries if entry.stat.st_size > LARGE]
-    files = []
-    async with aclosing(each(jobs, (store.threads.run(read_small, store.disk, name) for name in small))) as reads:
-        async for one in reads:
-            if one.file is not None:
-                files.append(one.file)
-            elif one.error is not None:
-                yield of_error(one.name, one.error)
-    if files:
-        records = await store.database.store_many(files)
-        for file in files:
-            yield _migrated(file.name, file.sha256, records.get(file.name))
-    async with aclosing(each(jobs, (_adopt(store, name) for name in large))) as adopted:
+async def _bring_in(store: UploadStore, batch: _Batch, jobs: int) -> AsyncGenerator[Result, None]:
+    for one in batch.small:
+        if one.error is not None:
+            yield of_error(one.name, one.error)
+    files = [one.file for one in batch.small if one.file is not None]
+    records = await store.database.store_many(files)
+    for file in files:
+        yield _migrated(file.name, file.sha256, records.get(file.name))
+    async with aclosing(each(jobs, (_adopt(store, name) for name in batch.large))) as adopted:
         async for result in adopted:
             yield result
 
@@ -214,25 +267,34 @@ async def verify(store: UploadStore, *, drill: bool = False, jobs: int = 4) -> A
 
     Changes nothing. Raises `DatabaseUnavailable`.
     """
-    async with aclosing(store.database.pages(size=FILES_AT_ONCE)) as pages:
-        async for page in pages:
-            valid, results = split(page)
-            found = await store.database.fetch(record.name for record in valid)
-            wrong = await _drill(store, valid, jobs) if drill else {}
-            checks = (_settled(store, one, partial(_verify, store)) for one in found.values())
+    async with aclosing(ahead(_fetch_all(store))) as pages:
+        async for found, wrong in pages:
+            for result in wrong:
+                yield result
+            drilled = await _drill(store, found, jobs) if drill else {}
+            checks = (_settled(store, one, partial(_verify, store)) for one in found)
             async with aclosing(each(jobs, checks)) as verified:
                 async for one in verified:
                     if one is not None:
-                        yield wrong.get(one.name, one)
-            for result in results:
+                        yield drilled.get(one.name, one)
+    async with aclosing(ahead(_entries(store))) as batches:
+        async for entries in batches:
+            records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
+            uploads, wrong = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
+            for result in wrong:
                 yield result
-    async for entries in _batches_of_walk(store):
-        records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
-        uploads, results = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
-        for result in results:
-            yield result
-        for entry in uploads:
-            yield await _still_there(store, entry.name) if entry.name in records else _not_backed_up(entry)
+            for entry in uploads:
+                yield await _still_there(store, entry.name) if entry.name in records else _not_backed_up(entry)
+
+
+async def _fetch_all(store: UploadStore) -> AsyncGenerator[tuple[list[Found], list[Result]], None]:
+    """The living records with their first chunks, and what is wrong with others."""
+    async with aclosing(store.database.names(size=NAMES_AT_ONCE)) as pages:
+        async for page in pages:
+            valid, wrong = split(page)
+            yield [], wrong
+            for wanted in in_batches(((name, min(size, CHUNK)) for name, size in valid), SMALL_AT_ONCE):
+                yield list((await store.database.fetch(wanted)).values()), []
 
 
 async def _verify(store: UploadStore, found: Found) -> Result | None:
@@ -254,25 +316,30 @@ async def _verify(store: UploadStore, found: Found) -> Result | None:
     return Result(record.name, Outcome.OK, record.size)
 
 
-async def _drill(store: UploadStore, records: Sequence[Record], jobs: int) -> dict[str, Result]:
+async def _drill(store: UploadStore, found: Sequence[Found], jobs: int) -> dict[str, Result]:
     """Restore records into an empty directory, compare, and throw it away; a result for each name that went wrong."""
     wrong: dict[str, Result] = {}
+    wanted = [(one.record.name, one.record.size) for one in found]
     with tempfile.TemporaryDirectory(prefix="selfheal-drill-") as place:
         elsewhere = UploadsDirectory(place, threads=store.threads)
-        async with aclosing(Landing(elsewhere, store.database, jobs).land(records)) as landed:
-            async for one in landed:
-                error = one.error or await store.threads.run(_drilled, elsewhere, one.record)
-                if error is not None and not isinstance(error, NotStored):
-                    wrong[one.record.name] = of_error(one.record.name, error)
+        async with aclosing(Landing(elsewhere, store.database, jobs).land(wanted)) as batches:
+            async for landed in batches:
+                for one in await store.threads.run(_drilled, elsewhere, landed):
+                    if one.error is not None and not isinstance(one.error, NotStored):
+                        wrong[one.name] = of_error(one.name, one.error)
     return wrong
 
 
-def _drilled(elsewhere: UploadsDirectory, record: Record) -> Exception | None:
+def _drilled(elsewhere: UploadsDirectory, landed: Iterable[Landed]) -> list[Landed]:
     """Compare what was restored in a drill, and throw it away."""
+    return [one if one.record is None or one.error else _compared(elsewhere, one, one.record) for one in landed]
+
+
+def _compared(elsewhere: UploadsDirectory, one: Landed, record: Record) -> Landed:
     if _digest(elsewhere, record.name) != record.sha256:
-        return CorruptBlob(record.name, "what was restored in the drill has other bytes")
+        return replace(one, error=CorruptBlob(record.name, "what was restored in the drill has other bytes"))
     elsewhere.remove(record.name)
-    return None
+    return one
 
 
 def _not_backed_up(entry: Entry) -> Result:
@@ -314,30 +381,29 @@ async def _still_there(store: UploadStore, name: str) -> Result:
     return problem(name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it")
 
 
-async def _lingering(store: UploadStore) -> AsyncGenerator[Record, None]:
+async def _lingering(store: UploadStore) -> AsyncGenerator[str, None]:
     """Deleted names that are still on disk."""
-    async with aclosing(store.database.pages(deleted=True)) as pages:
-        async for page in pages:
-            valid = [record for record in page if names.is_valid(record.name)]
-            present, _, _ = await store.threads.run(survey, store.disk, valid)
-            for record in present:
-                yield record
+    async with aclosing(_surveys(store, deleted=True)) as surveys:
+        async for found in surveys:
+            for name, _ in found.present:
+                yield name
 
 
-async def _batches_of_walk(store: UploadStore) -> AsyncGenerator[list[Entry], None]:
-    walk = store.disk.walk()
-    while entries := await store.threads.run(_next_batch, walk):
-        yield entries
+async def _entries(store: UploadStore) -> AsyncGenerator[list[Entry], None]:
+    """What stands on the disk, some of it at a time."""
+    entries = walk(store.disk)
+    while batch := await store.threads.run(_next_batch, entries):
+        yield batch
 
 
-def _next_batch(walk: Iterator[Entry]) -> list[Entry]:
-    """Up to 256 entries, and about 32 MiB."""
+def _next_batch(entries: Iterator[Entry]) -> list[Entry]:
+    """As many entries as are read, or looked up with their first chunks, at once."""
     batch: list[Entry] = []
-    size = 0
-    for entry in itertools.islice(walk, FILES_AT_ONCE):
+    held = 0
+    for entry in itertools.islice(entries, ENTRIES_AT_ONCE):
         batch.append(entry)
-        size += entry.stat.st_size if entry.stat.st_size <= LARGE else 0
-        if size > BYTES_AT_ONCE:
+        held += entry.stat.st_size if entry.stat.st_size <= LARGE else CHUNK
+        if held > SMALL_AT_ONCE:
             break
     return batch
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Select, delete, func, select, union, update
 from sqlalchemy.engine import URL
@@ -16,6 +17,7 @@ from sqlalchemy.schema import MetaData
 from . import names
 from .blobs import Blobs, Write, chunk_rows
 from .content_types import content_type as type_of
+from .digests import Digests
 from .engine import Engine, check_version, unavailable
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
@@ -82,16 +84,28 @@ class ImageStorage:
         rows = await self._engine.rows(self._queries.find, wanted=self._queries.as_list(wanted))
         return {row[0]: to_record(row) for row in rows}
 
+    async def generations(self, wanted: Iterable[str]) -> dict[str, int]:
+        """The generations of those names that have a record: what tells whether anything became of a name meanwhile."""
+        rows = await self._engine.rows(self._queries.generations, wanted=self._queries.as_list(wanted))
+        return {row[0]: row[1] for row in rows}
+
     async def fetch(self, wanted: Iterable[str]) -> dict[str, Found]:
         """As `find_many`, with the first chunk of each: one query brings a small image back."""
         rows = await self._engine.rows(self._queries.fetch, wanted=self._queries.as_list(wanted))
         return {row[0]: _to_found(row) for row in rows}
 
-    def read(self, version: Record | Version, first: int = 0) -> AsyncGenerator[bytes, None]:
+    async def read(self, version: Record | Version, first: int = 0) -> AsyncGenerator[bytes, None]:
         """The bytes of a record from chunk number `first` on, chunk by chunk, each checked against its own digest.
 
         No connection is held between chunks. Raises `CorruptBlob`; the whole digest is the reader's to check.
         """
+        async with aclosing(self.read_handfuls(version, first)) as handfuls:
+            async for chunks in handfuls:
+                for chunk in chunks:
+                    yield chunk
+
+    def read_handfuls(self, version: Record | Version, first: int = 0) -> AsyncGenerator[list[bytes], None]:
+        """As `read`, a few chunks at a time: for those who take them to a thread."""
         return self._blobs.read(version.name, version.sha256, version.size, first)
 
     async def history(self, name: str) -> list[Version]:
@@ -103,6 +117,13 @@ class ImageStorage:
         query, after = self._queries.pages[deleted], ""
         while rows := await self._engine.rows(query, after=after, size=size):
             yield [to_record(row) for row in rows]
+            after = rows[-1][0]
+
+    async def names(self, *, deleted: bool = False, size: int = 1000) -> AsyncGenerator[list[tuple[str, int]], None]:
+        """Names with their sizes, in the order of names, `size` at a time: of the living, or of the deleted."""
+        query, after = self._queries.names[deleted], ""
+        while rows := await self._engine.rows(query, after=after, size=size):
+            yield cast(list[tuple[str, int]], rows)
             after = rows[-1][0]
 
     async def count(self) -> int:
@@ -118,21 +139,19 @@ class ImageStorage:
         *,
         content_type: str | None = None,
         modified_ns: int | None = None,
-        sha256: str | None = None,
+        known: Digests | None = None,
         only_new: bool = False,
         connection: AsyncConnection | AsyncSession | None = None,
     ) -> Record:
         """Store bytes under a name and return its record; storing the same bytes again changes nothing.
 
-        `sha256`, if it is known, is what the bytes must be (`CorruptBlob` otherwise). `only_new` leaves a name that
-        has a record, tombstones included, as it is. With `connection` everything is part of the caller's
-        transaction. Raises `InvalidName`.
+        `known` digests are those that the bytes must have (`Unsettled` otherwise). `only_new` leaves a name that has a
+        record, tombstones included, as it is. With `connection` everything is part of the caller's transaction.
+        Raises `InvalidName`.
         """
         names.check(name)
         write: Write = self._engine.write if connection is None else _within(connection)
-        received = await self._blobs.receive(write, data)
-        if sha256 not in (None, received.sha256):
-            raise CorruptBlob(name, "the bytes that came are not the ones that were promised")
+        received = await self._blobs.receive(write, data, known)
         values = {
             "name": name,
             "sha256": received.sha256,

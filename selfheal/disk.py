@@ -1,4 +1,4 @@
-"""The disk half: open, stage, publish, remove, walk. Nothing below the root is opened through a link.
+"""The disk half: open, stage, publish, remove. Nothing below the root is opened through a link.
 
 All of it may wait for a disk, except `open_cached`; call it in a thread.
 """
@@ -12,7 +12,6 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from .errors import DiskUnwritable, NotAFile
 from .files import OpenFile
 from .names import OWN_PREFIX
 from .staging import Staged
+from .syscalls import Directory
 from .threads import Threads
 
 QUARANTINE = f"{OWN_PREFIX}-quarantine"
@@ -35,29 +35,16 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV)
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _FOR_GOOD = (errno.EROFS, errno.EACCES, errno.EPERM)
-_NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A directory entry that a walk met: `fault` says why it cannot be an upload, or is empty if it can."""
+class _Root(Directory):
+    """The root itself."""
 
-    name: str
-    stat: os.stat_result
-    fault: str = ""
+    __slots__ = ("identity",)
 
-
-class _Root:
-    """The root's own descriptor; closed when the last one who works through it lets go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.identity = _identity(os.fstat(self.fd))
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.identity = _identity(os.fstat(fd))
 
 
 class UploadsDirectory:
@@ -138,31 +125,29 @@ class UploadsDirectory:
         self._looked = time.monotonic()
         try:
             if root is None or root.identity != _identity(os.stat(self.path)):
-                root = self._root = _Root(self.path)
+                root = self._root = _Root(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         except (FileNotFoundError, NotADirectoryError):
             root = self._root = None
         return root
 
-    def walk(self) -> Iterator[Found]:
-        """Every entry below the root in the order of names (of their bytes), following no link."""
-        root = self.root()
-        if root is not None:
-            yield from self._walk(root, "")
-
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str) -> Staged:
-        """A file on its way to `name`; directories are made. Raises `DiskUnwritable` (`OSError`: no descriptors)."""
+    def stage(self, name: str, opened: dict[str, Directory] | None = None) -> Staged:
+        """A file on its way to `name`; directories are made. Raises `DiskUnwritable` (`OSError`: no descriptors).
+
+        `opened`, one for many files, keeps the directories open that were opened for the files before.
+        """
+        opened = {} if opened is None else opened
+        folder = name.rpartition("/")[0]
         why, since = self._refused
         if time.monotonic() - since < REFUSED_FOR:
             raise DiskUnwritable(why)
         with self.writing():
-            root = self._root_to_write()
-            parent = self._make_parents(root, name)
-            try:
-                return Staged(root.fd, parent, name)
-            finally:
-                os.close(parent)
+            if "" not in opened:
+                opened[""] = self._root_to_write()
+            if folder not in opened:
+                opened[folder] = Directory(self._make_folder(opened[""].fd, folder))
+            return Staged(opened[""], opened[folder], name)
 
     def reader(self, staged: Staged, name: str) -> OpenFile:
         """A second descriptor of a staged file, for those who read it while it grows."""
@@ -255,14 +240,13 @@ class UploadsDirectory:
             os.mkdir(self.path, self.directory_mode & 0o777)
             os.chmod(self.path, self.directory_mode)
 
-    def _make_parents(self, root: _Root, name: str) -> int:
-        parents = name.rpartition("/")[0]
+    def _make_folder(self, root: int, folder: str) -> int:
         try:
-            return syscalls.open_directory(root.fd, parents)
+            return syscalls.open_directory(root, folder)
         except FileNotFoundError:
             pass
-        here = os.dup(root.fd)
-        for part in parents.split("/"):
+        here = os.dup(root)
+        for part in folder.split("/"):
             try:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, self.directory_mode & 0o777, dir_fd=here)
@@ -304,39 +288,6 @@ class UploadsDirectory:
             else:
                 return target
         raise AssertionError  # pragma: no cover - the second place returns or raises
-
-    def _walk(self, root: _Root, directory: str) -> Iterator[Found]:
-        try:
-            fd = syscalls.open_directory(root.fd, directory.rstrip("/"))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory a moment ago
-                return
-            raise
-        try:
-            with os.scandir(fd) as scan:
-                entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
-            entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * (entry[1] and entry[0][0] != ".")))
-            for last, is_directory in entries:
-                name = directory + last
-                if last in _NOISE or (not directory and last.startswith(OWN_PREFIX)):
-                    continue
-                if is_directory and not last.startswith("."):
-                    yield from self._walk(root, f"{name}/")
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        yield _found(name, os.stat(last, dir_fd=fd, follow_symlinks=False))
-        finally:
-            os.close(fd)
-
-
-def _found(name: str, measured: os.stat_result) -> Found:
-    if stat.S_ISREG(measured.st_mode):
-        return Found(name, measured)
-    if stat.S_ISDIR(measured.st_mode):
-        return Found(name, measured, "a hidden directory; nothing below it is served")
-    if stat.S_ISLNK(measured.st_mode):
-        return Found(name, measured, "a symbolic link; links are not followed, put the file itself here")
-    return Found(name, measured, "not a regular file")
 
 
 def _is_absent(error: OSError, name: str) -> bool:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 from collections.abc import AsyncGenerator
 from typing import Self
 
+from .digests import Digests
+from .errors import Unsettled
+from .sources import CHUNK
 from .threads import Threads
 
 PIECE = 256 * 1024
@@ -85,6 +89,11 @@ class OpenFile:
             at += len(piece)
         return whole.hexdigest()
 
+    def digests(self) -> Digests:
+        """The digests of the whole file and of its chunks, from one reading; may wait for the disk."""
+        chunks = (self.read_waiting(position * CHUNK, CHUNK) for position in itertools.count())
+        return Digests.of(itertools.takewhile(len, chunks))
+
     async def read(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""
         try:
@@ -93,11 +102,11 @@ class OpenFile:
             return await self.threads.run(self.read_waiting, start, size)
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        """The bytes from `start` up to, without, `stop`; raises `EOFError` if the file was cut short meanwhile."""
+        """The bytes from `start` up to, without, `stop`; raises `Unsettled` if the file was cut short meanwhile."""
         while start < stop:
             piece = await self.read(start, min(PIECE, stop - start))
             if not piece:
-                raise EOFError(f"{self.path} was cut short while it was read")
+                raise Unsettled(f"{self.path} was cut short while it was read")
             start += len(piece)
             yield piece
 

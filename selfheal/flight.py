@@ -1,4 +1,4 @@
-"""Many askers, one piece of work: flights by name, and lookups by the handful.
+"""Many askers, one piece of work: flights by name, lookups by the handful, and the next item while one is used.
 
 The work runs in a task of its own. An asker that goes away (a client hangs up, a deadline passes) never takes it down.
 """
@@ -6,7 +6,8 @@ The work runs in a task of its own. An asker that goes away (a client hangs up, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -44,6 +45,25 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # read, so that a failure whose asker has gone is not reported as never retrieved
+
+
+async def ahead(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The items of `source`, the next one in the making while one is used: reading and writing overlap."""
+    async with aclosing(source):
+        coming = asyncio.create_task(_next(source))
+        try:
+            while item := await coming:
+                coming = asyncio.create_task(_next(source))
+                yield item[0]
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+
+
+async def _next(source: AsyncGenerator[T, None]) -> tuple[T] | None:
+    async for item in source:
+        return (item,)
+    return None
 
 
 class Flights(Generic[K, T]):

@@ -10,10 +10,8 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from . import names
-from .disk import Found as Entry
-from .disk import UploadsDirectory
-from .errors import CorruptBlob, DatabaseUnavailable, NotAFile, SelfHealError
-from .records import Record
+from .errors import CorruptBlob, DatabaseUnavailable, NotAFile
+from .listing import Entry, Listing
 
 T = TypeVar("T")
 
@@ -35,13 +33,17 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one name: `size` in bytes, `detail` for people, and whether something is wrong still."""
+    """What became of one name: `size` in bytes, `detail` for people, and whether something is wrong still.
+
+    Names of which there is nothing to say but how many they are come together: `name` is empty, `count` their number.
+    """
 
     name: str
     outcome: Outcome
     size: int = 0
     detail: str = ""
     is_problem: bool = False
+    count: int = 1
 
 
 def problem(name: str, outcome: Outcome, detail: str, size: int = 0) -> Result:
@@ -74,31 +76,40 @@ def sort(entries: Iterable[Entry]) -> tuple[list[Entry], list[Result]]:
     return uploads, results
 
 
-def split(records: Iterable[Record]) -> tuple[list[Record], list[Result]]:
-    """Records that can be restored, and results for those that somebody else must have written."""
-    valid: list[Record] = []
-    results: list[Result] = []
-    for record in records:
-        if not names.is_valid(record.name):
-            results.append(problem(record.name, Outcome.INVALID_NAME, names.fault(record.name)))
-        elif record.size < 0:
-            results.append(problem(record.name, Outcome.CORRUPT_IN_DATABASE, f"its size is {record.size}"))
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Which of some names (with the sizes of their records) are on the disk, and what is wrong with the others."""
+
+    present: list[tuple[str, int]]
+    missing: list[tuple[str, int]]
+    wrong: list[Result]
+
+
+def split(wanted: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[Result]]:
+    """Names that can be restored, and results for those whose record somebody else must have written."""
+    valid: list[tuple[str, int]] = []
+    wrong: list[Result] = []
+    for one in wanted:
+        name, size = one
+        if not names.is_valid(name):
+            wrong.append(problem(name, Outcome.INVALID_NAME, names.fault(name)))
+        elif size < 0:
+            wrong.append(problem(name, Outcome.CORRUPT_IN_DATABASE, f"its size is {size}"))
         else:
-            valid.append(record)
-    return valid, results
+            valid.append(one)
+    return valid, wrong
 
 
-def survey(disk: UploadsDirectory, records: Iterable[Record]) -> tuple[list[Record], list[Record], list[Result]]:
-    """Records whose file is on the disk, records whose file is not, and results where nobody can tell."""
-    present: list[Record] = []
-    missing: list[Record] = []
-    results: list[Result] = []
-    for record in records:
+def survey(listing: Listing, wanted: Iterable[tuple[str, int]]) -> Survey:
+    """Look for names on the disk."""
+    valid, wrong = split(wanted)
+    found = Survey([], [], wrong)
+    for one in valid:
         try:
-            (missing if disk.stat(record.name) is None else present).append(record)
-        except (SelfHealError, OSError) as error:
-            results.append(of_error(record.name, error))
-    return present, missing, results
+            (found.present if listing.has(one[0]) else found.missing).append(one)
+        except OSError as error:
+            wrong.append(of_error(one[0], error))
+    return found
 
 
 async def each(jobs: int, work: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerator[T, None]:

@@ -35,6 +35,7 @@ class Queries:
         of_record = and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
         alive, dead = record.c.deleted_at.is_(None), record.c.deleted_at.is_not(None)
         self.find: Select[Any] = select(record).where(among)
+        self.generations: Select[Any] = select(record.c.name, record.c.generation).where(among)
         self.fetch: Select[Any] = (
             select(record, chunk.c.data, chunk.c.digest, blob.c.chunks)
             .outerjoin(chunk, first)
@@ -56,6 +57,10 @@ class Queries:
             False: page.where(alive),
             True: page.where(dead),
             None: page.where(true()),
+        }
+        self.names: dict[bool, Select[Any]] = {
+            is_deleted: page.with_only_columns(record.c.name, record.c.size).where(dead if is_deleted else alive)
+            for is_deleted in (False, True)
         }
         self.count: Select[Any] = select(func.count()).select_from(record).where(alive)
         self.chunks: Select[Any] = (

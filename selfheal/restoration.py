@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,7 @@ from .disk import UploadsDirectory
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
 from .events import Events, Kind, logger
 from .files import OpenFile
-from .flight import Batches, Flights, Tasks
+from .flight import Batches, Flights, Tasks, ahead
 from .records import Found, Record
 from .sources import CHUNK
 from .staging import Staged
@@ -94,9 +94,8 @@ class Restorer:
         Raises `CorruptBlob` (and leaves the disk as it is), `DiskUnwritable`, `DatabaseUnavailable`.
         """
         with await self._threads.run(self._stage, record) as staged:
-            async with aclosing(self._database.read(record)) as chunks:
-                async for chunk in chunks:
-                    await self._threads.run(self._write, staged, chunk)
+            async for _ in self._write_all(staged, record):
+                pass
             await self.place(staged, record)
 
     async def place(self, staged: Staged, record: Record) -> None:
@@ -226,9 +225,9 @@ class Restorer:
             incoming.close()
 
     async def _write_all(self, staged: Staged, record: Record) -> AsyncGenerator[int, None]:
-        async with aclosing(self._database.read(record)) as chunks:
-            async for chunk in chunks:
-                await self._threads.run(self._write, staged, chunk)
+        async with aclosing(ahead(self._database.read_handfuls(record))) as handfuls:
+            async for chunks in handfuls:
+                await self._threads.run(self._write, staged, chunks)
                 yield staged.size
 
     async def _look_again(self, record: Record, *, published: bool) -> None:
@@ -267,9 +266,10 @@ class Restorer:
     def _stage(self, record: Record) -> Staged:
         return self._disk.stage(record.name)
 
-    def _write(self, staged: Staged, chunk: bytes) -> None:
+    def _write(self, staged: Staged, chunks: Iterable[bytes]) -> None:
         with self._disk.writing():
-            staged.write(chunk)
+            for chunk in chunks:
+                staged.write(chunk)
 
     def _land(self, found: Found) -> bool:
         """Restore a record of one chunk, all of it in one go; False if its name was taken meanwhile."""
@@ -277,7 +277,7 @@ class Restorer:
         if record.size and found.first is None:
             raise CorruptBlob(record.name, "chunk 0 is missing")
         with self._disk.stage(record.name) as staged:
-            self._write(staged, found.first or b"")
+            self._write(staged, [found.first or b""])
             return self._seal_and_publish(staged, record)
 
     def _seal_and_publish(self, staged: Staged, record: Record) -> bool:

@@ -29,6 +29,9 @@ async def chunks(source: Source, threads: Threads) -> AsyncGenerator[bytes, None
     buffer = bytearray()
     async with aclosing(_pieces(source, threads)) as pieces:
         async for piece in pieces:
+            if not buffer and len(piece) == CHUNK:
+                yield piece  # as it is: copying would cost as much as reading it
+                continue
             buffer += piece
             while len(buffer) >= CHUNK:
                 yield bytes(buffer[:CHUNK])

@@ -12,6 +12,7 @@ from typing import Self
 
 from . import syscalls
 from .names import OWN_PREFIX
+from .syscalls import Directory
 
 TEMPORARY = f"{OWN_PREFIX}-tmp"
 """The directory, directly below the root, in which a file stands that needs a name before its own."""
@@ -21,25 +22,16 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
 
 
 class Staged:
-    """Bytes on their way to a name. Use as a context manager: what was not published leaves no trace.
+    """Bytes on their way to a name below `parent`. Use as a context manager: what was not published leaves no trace."""
 
-    `root` and `parent` are descriptors of directories; they are duplicated.
-    """
-
-    def __init__(self, root: int, parent: int, name: str) -> None:
+    def __init__(self, root: Directory, parent: Directory, name: str) -> None:
         self.size = 0
-        self.fd = -1
         self._hash = hashlib.sha256()
         self._last = name.rpartition("/")[2]
         self._temporary: _Temporary | None = None
-        self._root = os.dup(root)
-        self._parent = -1
-        try:
-            self._parent = os.dup(parent)
-            self.fd = self._open()
-        except BaseException:
-            self.close()
-            raise
+        self._root = root
+        self._parent = parent
+        self.fd = self._open()
 
     def __enter__(self) -> Self:
         return self
@@ -74,9 +66,9 @@ class Staged:
         """Give the file its name; False, and no change, if the name is taken."""
         try:
             if self._temporary is None:
-                syscalls.name_descriptor(self.fd, self._parent, self._last)
+                syscalls.name_descriptor(self.fd, self._parent.fd, self._last)
             else:
-                self._temporary.link(self._parent, self._last)
+                self._temporary.link(self._parent.fd, self._last)
         except FileExistsError:
             return False
         return True
@@ -86,30 +78,35 @@ class Staged:
         if self.publish():
             return
         if self._temporary is None:
-            self._temporary = _Temporary(self._root)
+            self._temporary = _Temporary(self._root.fd)
             syscalls.name_descriptor(self.fd, self._temporary.directory, self._temporary.name)
-        self._temporary.rename(self._parent, self._last)
+        self._temporary.rename(self._parent.fd, self._last)
 
     def close(self) -> None:
-        """Close every descriptor; remove what was not published."""
+        """Close the descriptor; remove what was not published."""
         if self._temporary is not None:
-            self._temporary.close(self._root)
+            self._temporary.close(self._root.fd)
             self._temporary = None
-        for fd in (self.fd, self._parent, self._root):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._parent = self._root = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _open(self) -> int:
         try:
-            return syscalls.open_unnamed(self._parent)
+            return syscalls.open_unnamed(self._parent.fd)
         except OSError as error:
-            if error.errno == errno.EPERM and not os.fstat(self._parent).st_nlink:  # ext4: the directory was removed
+            if error.errno == errno.EPERM and not os.fstat(self._parent.fd).st_nlink:  # ext4: the directory was removed
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._last) from None
             if error.errno not in _NO_UNNAMED_FILES:
                 raise
-        self._temporary = _Temporary(self._root)
-        return self._temporary.create()
+        temporary = _Temporary(self._root.fd)
+        try:
+            fd = temporary.create()
+        except BaseException:
+            temporary.close(self._root.fd)
+            raise
+        self._temporary = temporary
+        return fd
 
 
 class _Temporary:

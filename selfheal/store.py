@@ -18,6 +18,7 @@ from sqlalchemy.schema import MetaData
 from . import names
 from .bodies import FromDatabase, Incoming, InMemory
 from .db import ImageStorage
+from .digests import Digests, chunk_digest
 from .disk import UploadsDirectory
 from .errors import DiskUnwritable, NotStored, SelfHealError
 from .events import Events, Kind, Listener, logger
@@ -238,6 +239,7 @@ class UploadStore:
 
     async def _save(self, name: str, source: Source) -> Record:
         modified_ns = time.time_ns()
+        digests: list[bytes] = []
         try:
             staged = await self.threads.run(self.disk.stage, name)
         except DiskUnwritable:
@@ -246,7 +248,7 @@ class UploadStore:
             async with aclosing(chunks_of(source, self.threads)) as chunks:
                 async for chunk in chunks:
                     try:
-                        await self.threads.run(self._write, staged, chunk)
+                        await self.threads.run(self._write, staged, chunk, digests)
                     except DiskUnwritable:
                         async with aclosing(self._read_back(staged, name, chunk, chunks)) as rest:
                             record = await self._save_without_disk(name, rest, modified_ns)
@@ -255,7 +257,7 @@ class UploadStore:
         except BaseException:
             staged.close()
             raise
-        return await self.tasks.finish(self._commit(name, staged, modified_ns))
+        return await self.tasks.finish(self._commit(name, staged, digests, modified_ns))
 
     async def _save_without_disk(self, name: str, source: Source, modified_ns: int) -> Record:
         record = await self.database.store_image(name, source, modified_ns=modified_ns)
@@ -269,11 +271,12 @@ class UploadStore:
         except (SelfHealError, OSError) as error:
             logger.error("%r: an old copy stays on the disk, and is served: %s", record.name, error)
 
-    async def _commit(self, name: str, staged: Staged, modified_ns: int) -> Record:
+    async def _commit(self, name: str, staged: Staged, digests: list[bytes], modified_ns: int) -> Record:
         """The record first, then the file; then a look whether another process was faster."""
         with staged:
             async with aclosing(self._read_back(staged, name)) as source:
-                record = await self.database.store_image(name, source, modified_ns=modified_ns, sha256=staged.sha256)
+                known = Digests(staged.sha256, digests)
+                record = await self.database.store_image(name, source, modified_ns=modified_ns, known=known)
             try:
                 await self._restorer.place(staged, record)
             except DiskUnwritable as error:
@@ -315,9 +318,10 @@ class UploadStore:
             async for chunk in rest:
                 yield chunk
 
-    def _write(self, staged: Staged, chunk: bytes) -> None:
+    def _write(self, staged: Staged, chunk: bytes, digests: list[bytes]) -> None:
         with self.disk.writing():
             staged.write(chunk)
+        digests.append(chunk_digest(len(digests), chunk))
 
     def _saved(self, record: Record) -> Saved:
         values = {field.name: getattr(record, field.name) for field in fields(record)}

@@ -34,6 +34,18 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
 
+class Directory:
+    """An open directory; closed when the last one who works through it lets go of it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 def _openat2(root: int, path: str, how: _OpenHow) -> int:
     if "\0" in path:
         raise ValueError("embedded null byte")  # C would end the name there

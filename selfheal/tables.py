@@ -14,14 +14,14 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     event,
     func,
 )
-from sqlalchemy.dialects import postgresql
 
 SCHEMA_VERSION = 1
 
-_Name = String(512).with_variant(postgresql.TEXT(collation="C"), "postgresql")
+_Name = String(512).with_variant(Text(collation="C"), "postgresql")
 _Moment = DateTime(timezone=True)
 
 

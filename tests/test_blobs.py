@@ -23,7 +23,9 @@ from sqlalchemy.pool import NullPool
 from starlette.datastructures import UploadFile
 
 from selfheal import CorruptBlob, ImageStorage, Record, UploadStore
-from selfheal.blobs import READ_AT_ONCE, WRITE_AT_ONCE, chunk_digest
+from selfheal.blobs import READ_AT_ONCE, WRITE_AT_ONCE
+from selfheal.digests import Digests, chunk_digest
+from selfheal.errors import Unsettled
 from selfheal.sources import CHUNK, Source
 
 LARGE = WRITE_AT_ONCE * CHUNK + 12345
@@ -35,6 +37,11 @@ SIZES = {
     "3 MB": 3_000_000,
     "20 MB": 20_000_000,
 }
+
+
+def digests_of(data: bytes) -> Digests:
+    """The digests that bytes are known by."""
+    return Digests.of(data[at : at + CHUNK] for at in range(0, len(data), CHUNK))
 
 
 @lru_cache(maxsize=16)
@@ -198,11 +205,10 @@ async def stored(url: str) -> tuple[int, int, int]:
 async def test_equal_bytes_once(images: ImageStorage, database_url: str, size: int) -> None:
     """Equal bytes are stored once, whatever the names and however they come, and nothing else is stored."""
     data = noise(size)
-    digest = hashlib.sha256(data).hexdigest()
     records = [
         await images.store_image("a.png", data),
         await images.store_image("b.png", pieces(data, (100_000,))),
-        await images.store_image("c.png", data, sha256=digest),
+        await images.store_image("c.png", data, known=digests_of(data)),
         await images.store_image("a.png", data),
     ]
     assert await stored(database_url) == (1, -(-size // CHUNK), size)
@@ -244,12 +250,11 @@ async def test_the_same_bytes_at_the_same_time(images: ImageStorage) -> None:
 async def test_a_promise_that_is_broken(images: ImageStorage, there: bool, size: int) -> None:
     """Bytes that are not the promised ones are refused, and never reach those that are stored under the promise."""
     good, bad = noise(size), noise(size, seed=1)
-    digest = hashlib.sha256(good).hexdigest()
     if there:
         await images.store_image("good.png", good)
-    with pytest.raises(CorruptBlob) as caught:
-        await images.store_image("bad.png", bad, sha256=digest)
-    assert caught.value.name == "bad.png"
+    for other in (bad, good[:-1], good + b"x", good[: size // 2] + b"x" + good[size // 2 + 1 :]):
+        with pytest.raises(Unsettled):
+            await images.store_image("bad.png", other, known=digests_of(good))
     assert await images.find("bad.png") is None
     record = await images.store_image("good.png", good) if not there else await images.find("good.png")
     assert record is not None
@@ -260,7 +265,7 @@ async def test_a_promise_that_is_broken(images: ImageStorage, there: bool, size:
 async def test_a_promise_that_is_kept(images: ImageStorage, size: int) -> None:
     """Bytes that are the promised ones are stored as any others."""
     data = noise(size)
-    record = await images.store_image("a.png", data, sha256=hashlib.sha256(data).hexdigest())
+    record = await images.store_image("a.png", data, known=digests_of(data))
     assert await whole(images, record) == data
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from selfheal import DatabaseUnavailable, Record, SchemaError, SelfHealMiddleware, UploadStore, bulk, landing
+from selfheal import DatabaseUnavailable, Record, SchemaError, SelfHealMiddleware, UploadStore, bulk, landing, listing
 from selfheal.names import to_path
 from selfheal.outcomes import Result
 from selfheal.sources import CHUNK
@@ -45,7 +45,10 @@ class Told:
     @property
     def counts(self) -> dict[str, int]:
         """How many names by outcome."""
-        return dict(Counter(result.outcome.value for result in self.results))
+        counts: Counter[str] = Counter()
+        for result in self.results:
+            counts[result.outcome.value] += result.count
+        return dict(counts)
 
     @property
     def outcomes(self) -> dict[str, str]:
@@ -66,7 +69,7 @@ async def told(run: AsyncGenerator[Result, None]) -> Told:
     """Run to the end."""
     async with aclosing(run):
         results = [result async for result in run]
-    names = [result.name for result in results]
+    names = [result.name for result in results if result.name]
     assert len(names) == len(set(names)), f"told twice: {[name for name in names if names.count(name) > 1]}"
     assert all(result.detail for result in results if result.is_problem), "a problem without a word on what to do"
     return Told(results)
@@ -245,11 +248,12 @@ async def test_batches_and_pages_have_no_seams(
     store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many more files than one batch or page holds each is told once, by every run."""
-    for room in (bulk, landing):
-        monkeypatch.setattr(room, "FILES_AT_ONCE", 8)
-    pages = store.database.pages
-    monkeypatch.setattr(store.database, "pages", lambda **options: pages(**{"size": 20} | options))
-    monkeypatch.setattr(landing, "BYTES_AT_ONCE", 3 * CHUNK)
+    for room, limit in ((bulk, "FILES_AT_ONCE"), (landing, "FILES_AT_ONCE"), (bulk, "ENTRIES_AT_ONCE")):
+        monkeypatch.setattr(room, limit, 8)
+    monkeypatch.setattr(bulk, "NAMES_AT_ONCE", 20)
+    monkeypatch.setattr(listing, "LISTED_AT_MOST", 9)
+    for limit in ("SMALL_AT_ONCE", "LARGE_AT_ONCE"):
+        monkeypatch.setattr(landing, limit, 3 * CHUNK)
     for index in range(90):
         lay(directory, f"{index % 7}/{index:02}.png", noise(index % 50 + CHUNK * (index % 9 == 0), index))
     assert (await told(bulk.migrate(store))).counts == {"migrated": 90}
@@ -907,7 +911,7 @@ async def test_a_database_that_goes_away_ends_the_run(
         raise DatabaseUnavailable("gone")
         yield b""
 
-    monkeypatch.setattr(store.database, "read", fail_reading)
+    monkeypatch.setattr(store.database, "read_handfuls", fail_reading)
     for run in (bulk.restore(store), bulk.verify(store), bulk.verify(store, drill=True)):
         with pytest.raises(DatabaseUnavailable):
             await told(run)
@@ -970,9 +974,9 @@ async def test_a_change_after_the_file_has_its_name(
 ) -> None:
     """A change that falls between the file's publication and the last look at its record wins, whoever made it."""
     await sqlite_store.database.store_image("a.png", noise(size, "old"))
-    find_many, changes = sqlite_store.database.find_many, [change]
+    generations, changes = sqlite_store.database.generations, [change]
 
-    async def change_first(wanted: Any) -> dict[str, Record]:
+    async def change_first(wanted: Any) -> dict[str, int]:
         if changes:
             changes.clear()
             if change == "save":
@@ -981,9 +985,9 @@ async def test_a_change_after_the_file_has_its_name(
                 await sqlite_store.delete("a.png")
             else:
                 await sqlite_store.database.store_image("a.png", noise(size, "new"))
-        return await find_many(wanted)
+        return await generations(wanted)
 
-    monkeypatch.setattr(sqlite_store.database, "find_many", change_first)
+    monkeypatch.setattr(sqlite_store.database, "generations", change_first)
     assert (await told(bulk.restore(sqlite_store))).problems == {}
     assert changes == []
     if change == "delete":
@@ -1022,19 +1026,19 @@ async def test_a_change_under_way_is_no_damage(
             await change_once(name)
         return found
 
-    async def old_pages(**options: Any) -> AsyncIterator[list[Record]]:
+    async def old_names(**options: Any) -> AsyncIterator[list[tuple[str, int]]]:
         async with aclosing(pages(**options)) as found:
             async for page in found:
-                for record in page:
-                    if not record.is_deleted and run not in (bulk.verify, bulk.migrate):
-                        await change_once(record.name)
+                for name, _ in page:
+                    if not options.get("deleted") and run not in (bulk.verify, bulk.migrate):
+                        await change_once(name)
                 yield page
 
     for name in ("small.png", "large.bin"):
         await store.save(name, noise(LARGE if name == "large.bin" else SMALL, name))
-    fetch, pages = store.database.fetch, store.database.pages
+    fetch, pages = store.database.fetch, store.database.names
     monkeypatch.setattr(store.database, "fetch", old_records)
-    monkeypatch.setattr(store.database, "pages", old_pages)
+    monkeypatch.setattr(store.database, "names", old_names)
     said = await told(run(store))
     assert said.problems == {}
     assert changed == {"small.png", "large.bin"}

@@ -24,9 +24,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from selfheal import CorruptBlob, ImageStorage, InvalidName, NotStored, Record, UploadStore
+from selfheal import ImageStorage, InvalidName, NotStored, Record, UploadStore
 from selfheal.blobs import WRITE_AT_ONCE
 from selfheal.db import GRACE
+from selfheal.digests import Digests
+from selfheal.errors import Unsettled
 from selfheal.records import SmallFile
 from selfheal.sources import CHUNK
 
@@ -34,6 +36,11 @@ LARGE = WRITE_AT_ONCE * CHUNK + 12345
 """Bytes that are stored in more than one transaction."""
 MONTH = timedelta(days=30)
 ALL_TABLES = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
+
+
+def digests_of(data: bytes) -> Digests:
+    """The digests that bytes are known by."""
+    return Digests.of(data[at : at + CHUNK] for at in range(0, len(data), CHUNK))
 
 
 @pytest.fixture(scope="module")
@@ -446,14 +453,14 @@ async def test_a_dry_purge(images: ImageStorage, database_url: str) -> None:
 
 async def break_off(images: ImageStorage, name: str, *, promise: bool = False) -> None:
     """Begin a large upload, and go away when its first chunks stand in the database."""
-    data = random.Random(name).randbytes(LARGE + CHUNK)
+    data = random.Random(name).randbytes(2 * LARGE + CHUNK)
 
     async def breaking() -> AsyncIterator[bytes]:
         yield data
         raise EOFError
 
     with pytest.raises(EOFError):
-        await images.store_image(name, breaking(), sha256=digest_of(data) if promise else None)
+        await images.store_image(name, breaking(), known=digests_of(data) if promise else None)
 
 
 @pytest.mark.parametrize("promise", [False, True], ids=["digest unknown", "digest promised"])
@@ -769,8 +776,8 @@ async def test_a_refusal_inside_a_transaction(images: ImageStorage, database_url
     async def work(connection: AsyncConnection | AsyncSession) -> None:
         with pytest.raises(InvalidName):
             await images.store_image("../a.png", b"x", connection=connection)
-        with pytest.raises(CorruptBlob):
-            await images.store_image("a.png", b"x", sha256=digest_of(b"y"), connection=connection)
+        with pytest.raises(Unsettled):
+            await images.store_image("a.png", b"x", known=digests_of(b"y"), connection=connection)
         await images.store_image("b.png", b"good", connection=connection)
 
     await caller(database_url, work)

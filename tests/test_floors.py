@@ -9,13 +9,13 @@ import selfheal
 
 PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
-    {"errors", "events", "flight", "threads", "syscalls", "content_types", "endings"},
+    {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
     {"settings", "names", "sources", "policy"},
     {"staging", "tables", "files", "records"},
     {"disk", "engine", "queries"},
-    {"blobs", "responses"},
+    {"blobs", "responses", "listing"},
     {"db"},
-    {"bodies", "landing", "outcomes"},
+    {"bodies", "landing", "gathering", "outcomes"},
     {"restoration"},
     {"reconcile"},
     {"store"},

@@ -28,7 +28,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfheal import SelfHealMiddleware, SettingsError, UploadStore
-from selfheal.blobs import chunk_digest
+from selfheal.digests import chunk_digest
 from selfheal.sources import CHUNK
 
 PREFIX = "/static/uploads"

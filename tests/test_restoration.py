@@ -44,8 +44,8 @@ from selfheal import (
     SelfHealMiddleware,
     UploadStore,
 )
-from selfheal.blobs import chunk_digest
 from selfheal.bodies import Incoming
+from selfheal.digests import chunk_digest
 from selfheal.files import OpenFile
 from selfheal.restoration import ABSENT_FOR, WHOLE_FIRST
 from selfheal.sources import CHUNK

@@ -39,9 +39,9 @@ class Report:
         return not self.problems and not self.error
 
     def add(self, result: Result) -> None:
-        """Count one name."""
-        self.examined += 1
-        self.counts[result.outcome.value] += 1
+        """Count what was found."""
+        self.examined += result.count
+        self.counts[result.outcome.value] += result.count
         if result.outcome in (Outcome.RESTORED, Outcome.MIGRATED, Outcome.OK):
             self.size += result.size
         if result.is_problem:
@@ -148,9 +148,11 @@ def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
 
         def draw(result: Result) -> None:
             nonlocal done, size
-            done, size = done + 1, size + result.size
+            done, size = done + result.count, size + result.size
             seconds = max(time.monotonic() - started, 0.001)
-            bar.update(task, advance=1, rate=f"{done / seconds:,.0f} files/s, {size / seconds / 1e6:,.0f} MB/s")
+            bar.update(
+                task, advance=result.count, rate=f"{done / seconds:,.0f} files/s, {size / seconds / 1e6:,.0f} MB/s"
+            )
 
         yield draw
 

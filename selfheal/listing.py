@@ -1,0 +1,131 @@
+"""What is on the disk: a walk over everything, and whether names are there without a look at each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import syscalls
+from .disk import UploadsDirectory
+from .names import OWN_PREFIX
+from .syscalls import Directory
+
+LISTED_AT_MOST = 100_000
+"""Names held in memory; in a directory that has more, each is looked for."""
+FOLDERS_AT_MOST = 1000
+
+_NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
+_NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A directory entry that a walk met: `fault` says why it cannot be an upload, or is empty if it can."""
+
+    name: str
+    stat: os.stat_result
+    fault: str = ""
+
+
+def walk(disk: UploadsDirectory) -> Iterator[Entry]:
+    """Every entry below the root in the order of names (of their bytes), following no link."""
+    root = disk.root()
+    if root is not None:
+        yield from _walk(root, "")
+
+
+class Listing:
+    """Which names have a regular file: each directory is read once, in the order in which names are asked for."""
+
+    def __init__(self, disk: UploadsDirectory) -> None:
+        self._disk = disk
+        self._folders: dict[str, frozenset[str] | _Large] = {}
+        self._held = 0
+
+    def has(self, name: str) -> bool:
+        """Whether a regular file has this name, without following a link; raises `OSError` if nobody can tell."""
+        folder, _, last = name.rpartition("/")
+        files = self._folders.get(folder)
+        if files is None:
+            files = self._folders[folder] = self._read(folder)
+        return last in files
+
+    def _read(self, folder: str) -> frozenset[str] | _Large:
+        root = self._disk.root()
+        try:
+            directory = None if root is None else Directory(syscalls.open_directory(root.fd, folder))
+        except OSError as error:
+            if error.errno not in _NO_DIRECTORY:
+                raise
+            directory = None
+        if directory is None:
+            return frozenset()
+        files = frozenset(itertools.islice(_regular_files(directory), LISTED_AT_MOST + 1))
+        if len(files) > LISTED_AT_MOST:
+            return _Large(directory)
+        self._held += len(files)
+        while self._folders and (self._held > LISTED_AT_MOST or len(self._folders) >= FOLDERS_AT_MOST):
+            self._forget(next(iter(self._folders)))
+        return files
+
+    def _forget(self, folder: str) -> None:
+        files = self._folders.pop(folder)
+        if isinstance(files, frozenset):
+            self._held -= len(files)
+
+
+class _Large:
+    """A directory with more files than are held in memory."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def __contains__(self, last: str) -> bool:
+        try:
+            found = os.stat(last, dir_fd=self._directory.fd, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return stat.S_ISREG(found.st_mode)
+
+
+def _regular_files(directory: Directory) -> Iterator[str]:
+    with os.scandir(directory.fd) as scan:
+        for entry in scan:
+            if entry.is_file(follow_symlinks=False):
+                yield entry.name
+
+
+def _walk(root: Directory, folder: str) -> Iterator[Entry]:
+    try:
+        directory = Directory(syscalls.open_directory(root.fd, folder.rstrip("/")))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory a moment ago
+            return
+        raise
+    with os.scandir(directory.fd) as scan:
+        entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
+    entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * (entry[1] and entry[0][0] != ".")))
+    for last, is_directory in entries:
+        name = folder + last
+        if last in _NOISE or (not folder and last.startswith(OWN_PREFIX)):
+            continue
+        if is_directory and not last.startswith("."):
+            yield from _walk(root, f"{name}/")
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                yield _entry(name, os.stat(last, dir_fd=directory.fd, follow_symlinks=False))
+
+
+def _entry(name: str, measured: os.stat_result) -> Entry:
+    if stat.S_ISREG(measured.st_mode):
+        return Entry(name, measured)
+    if stat.S_ISDIR(measured.st_mode):
+        return Entry(name, measured, "a hidden directory; nothing below it is served")
+    if stat.S_ISLNK(measured.st_mode):
+        return Entry(name, measured, "a symbolic link; links are not followed, put the file itself here")
+    return Entry(name, measured, "not a regular file")
