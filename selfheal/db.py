@@ -104,6 +104,21 @@ class ImageStorage:
                 for chunk in chunks:
                     yield chunk
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether `fetch_here` and `generation_here` can be asked, from any thread."""
+        return self._engine.is_at_hand
+
+    def fetch_here(self, name: str) -> Found | None:
+        """As `fetch`, of one name, in the calling thread; raises `DatabaseUnavailable` if it had to wait."""
+        rows = self._engine.rows_here(self._queries.fetch, wanted=self._queries.as_list([name]))
+        return _to_found(rows[0]) if rows else None
+
+    def generation_here(self, name: str) -> int | None:
+        """As `generations`, of one name, in the calling thread; raises `DatabaseUnavailable` if it had to wait."""
+        rows = self._engine.rows_here(self._queries.generations, wanted=self._queries.as_list([name]))
+        return rows[0][1] if rows else None
+
     def read_handfuls(self, version: Record | Version, first: int = 0) -> AsyncGenerator[list[bytes], None]:
         """As `read`, a few chunks at a time: for those who take them to a thread."""
         return self._blobs.read(version.name, version.sha256, version.size, first)

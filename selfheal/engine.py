@@ -12,14 +12,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, event, select
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 
+from .direct import Direct
 from .errors import DatabaseUnavailable, MissingExtra, SchemaError
 from .flight import Tasks
-from .settings import database_url, is_in_memory
+from .settings import database_url, is_in_memory, sqlite_file
 from .tables import SCHEMA_VERSION, Tables
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Engine:
         self._checked = False
         self._left: list[object] = []
         self._compiled: dict[int, tuple[Select[Any], str, Sequence[str], dict[str, Any]]] = {}
+        self._direct: Direct | None = None
 
     @property
     def dialect(self) -> str:
@@ -85,6 +87,18 @@ class Engine:
         """
         return await self.read(lambda connection: self._fetch(connection, query, values))
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether any thread can ask the database itself (`rows_here`)."""
+        return self._direct is not None and self._checked and self._is_ours()
+
+    def rows_here(self, query: Select[Any], **values: Any) -> Sequence[Sequence[Any]]:
+        """As `rows`, in the calling thread, without waiting for a lock; only while the database `is_at_hand`."""
+        engine, direct = self._engine, self._direct
+        if engine is None or direct is None:
+            raise DatabaseUnavailable("the database was closed meanwhile")
+        return direct.rows(*self._bind(engine.dialect, query, values))
+
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
         return await self._tasks.finish(self._write(work))
@@ -107,8 +121,11 @@ class Engine:
     async def close(self) -> None:
         """Close what was opened here; the app's own engine is the app's to close."""
         engine, self._engine = self._engine, None
+        direct, self._direct = self._direct, None
         if engine is not None and engine is not self._given and self._is_ours():
             await engine.dispose()
+            if direct is not None:
+                direct.close()
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -118,8 +135,7 @@ class Engine:
         kind = connection.dialect.driver
         if driver is None or kind not in _KNOWN_DRIVERS:
             return (await connection.execute(query, values)).all()
-        text, order, constants = self._compile(connection, query)
-        positional = [values[key] if key in values else constants[key] for key in order]
+        text, positional = self._bind(connection.dialect, query, values)
         if kind == "aiosqlite":
             return await driver.execute_fetchall(text, positional)
         try:
@@ -130,14 +146,16 @@ class Engine:
                 raise _DeadConnection(str(error)) from error
             raise
 
-    def _compile(self, connection: AsyncConnection, query: Select[Any]) -> tuple[str, Sequence[str], dict[str, Any]]:
+    def _bind(self, dialect: Dialect, query: Select[Any], values: dict[str, Any]) -> tuple[str, list[Any]]:
+        """A query as text, and its values in the order of their places in it."""
         compiled = self._compiled.get(id(query))
         if compiled is None or compiled[0] is not query:
-            made = query.compile(dialect=connection.dialect)
+            made = query.compile(dialect=dialect)
             if len(self._compiled) >= _COMPILED_AT_MOST:
                 self._compiled.clear()
             compiled = self._compiled[id(query)] = (query, str(made), made.positiontup or (), dict(made.params))
-        return compiled[1:]
+        _, text, order, constants = compiled
+        return text, [values[key] if key in values else constants[key] for key in order]
 
     @contextlib.asynccontextmanager
     async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
@@ -196,7 +214,9 @@ class Engine:
         else:
             if self._engine is not None:
                 self._leave(self._engine)
+                self._left.append(self._direct)
             self._engine = _make(self.url, self.timeout)
+            self._direct = _make_direct(self.url)
         self._owner = (os.getpid(), asyncio.get_running_loop())
         self._checked = False
         return self._engine
@@ -237,6 +257,11 @@ def _make(url: URL, timeout: float) -> AsyncEngine:
         )
     except ImportError as error:
         raise MissingExtra("postgres", "asyncpg") from error
+
+
+def _make_direct(url: URL) -> Direct | None:
+    file = sqlite_file(url)
+    return None if file is None or url.query else Direct(file)
 
 
 def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:

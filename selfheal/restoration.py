@@ -29,6 +29,8 @@ ABSENT_FOR = 2.0
 """Seconds for which an absent name is remembered."""
 ABSENT_AT_MOST = 10_000
 LOOKUPS_AT_ONCE = 64
+HERE_AT_ONCE = 8
+"""Threads that may be asking the database themselves; the others are there for the disk."""
 
 
 class OnDisk:
@@ -65,6 +67,7 @@ class Restorer:
         self._flights: Flights[str, asyncio.Future[Answer]] = Flights(tasks)
         self._lookups: Batches[str, Found] = Batches(database.fetch, tasks, size=LOOKUPS_AT_ONCE, at_once=2)
         self._absent: dict[str, float] = {}
+        self._here = 0
 
     async def bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
         """What to answer for a name that is missing on disk; None if the database says that there is no such name.
@@ -79,7 +82,10 @@ class Restorer:
                 return answer.hold()
             if not isinstance(answer, OnDisk | Incoming):
                 return answer
-            file = await self._threads.run(self._disk.open, name)
+            try:
+                file = self._disk.open_cached(name)  # it was named a moment ago
+            except BlockingIOError:
+                file = await self._threads.run(self._disk.open, name)
             if file is not None:
                 return file
         raise DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
@@ -170,11 +176,18 @@ class Restorer:
                 raise
 
     async def _restore(self, name: str, answer: asyncio.Future[Answer]) -> None:
+        if self._database.is_at_hand and self._here < HERE_AT_ONCE:
+            self._here += 1
+            try:
+                is_settled, landed = await self._threads.run(self._restore_here, name)
+            finally:
+                self._here -= 1
+            if is_settled:
+                self._settle(name, landed, answer)
+                return
         found = await self._lookups.get(name)
         if found is None or found.record.is_deleted:
-            self._remember_absent(name)
-            self._events.emit(Kind.ABSENT, name)
-            answer.set_result(None)
+            self._settle(name, None, answer)
             return
         record = found.record
         try:
@@ -183,9 +196,7 @@ class Restorer:
             else:
                 with await self._threads.run(self._stage, record) as staged:
                     await self._fill(staged, record, answer)
-            if not answer.done():
-                answer.set_result(OnDisk())
-            self._events.emit(Kind.RESTORED, name, record.size)
+            self._settle(name, record, answer)
         except CorruptBlob as error:
             await self._raise_if_still(record, error)
         except DiskUnwritable as error:
@@ -193,6 +204,14 @@ class Restorer:
             if not answer.done():
                 answer.set_result(await self._without_disk(found))
             self._events.emit(Kind.STREAMED, name, record.size, str(error))
+
+    def _settle(self, name: str, landed: Record | None, answer: asyncio.Future[Answer]) -> None:
+        """A name was restored from its record, or there is none."""
+        if landed is None:
+            self._remember_absent(name)
+        if not answer.done():
+            answer.set_result(OnDisk() if landed is not None else None)
+        self._events.emit(Kind.RESTORED if landed is not None else Kind.ABSENT, name, landed.size if landed else 0)
 
     async def _fill(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
         if record.size > WHOLE_FIRST:
@@ -233,10 +252,10 @@ class Restorer:
     async def _look_again(self, record: Record, *, published: bool) -> None:
         """Was the name deleted or overwritten meanwhile? Then what was published does not stay (raises `_Gone`)."""
         try:
-            now = await self._database.find(record.name)
+            now = await self._database.generations([record.name])
         except DatabaseUnavailable:
             return  # it was right a moment ago
-        if now is None or now.generation != record.generation:
+        if now.get(record.name) != record.generation:
             if published:
                 await self._threads.run(self._disk.remove, record.name)
             raise _Gone
@@ -262,6 +281,27 @@ class Restorer:
         return InMemory(record, data)
 
     # -- in a thread ----------------------------------------------------------------------------------------------
+
+    def _restore_here(self, name: str) -> tuple[bool, Record | None]:
+        """All of it in one go, where this thread can ask the database: whether that settled it, and what was restored.
+
+        What is large, damaged, locked or finds no place on the disk goes the long way, from the beginning.
+        """
+        try:
+            found = self._database.fetch_here(name)
+            if found is None or found.record.is_deleted:
+                return True, None
+            if found.record.size > CHUNK:
+                return False, None
+            published = self._land(found)
+        except (DatabaseUnavailable, CorruptBlob, DiskUnwritable):
+            return False, None
+        with contextlib.suppress(DatabaseUnavailable):  # it was right a moment ago
+            if self._database.generation_here(name) != found.record.generation:
+                if published:
+                    self._disk.remove(name)
+                raise _Gone
+        return True, found.record
 
     def _stage(self, record: Record) -> Staged:
         return self._disk.stage(record.name)

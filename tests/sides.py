@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import Pool
 
 from selfheal import UploadStore
+from selfheal.direct import Direct
 from selfheal.settings import sqlite_file
 
 if TYPE_CHECKING:
@@ -143,12 +144,21 @@ def statements() -> Iterator[list[str]]:
         else:
             connection.run_async(lambda driver: driver.set_trace_callback(see))
 
+    connect = Direct._connection
+
+    def connect_watched(direct: Direct) -> sqlite3.Connection:
+        connection = connect(direct)
+        connection.set_trace_callback(see)
+        return connection
+
     event.listen(Pool, "checkout", watch)
+    Direct._connection = connect_watched  # type: ignore[method-assign]
     try:
         yield seen
     finally:
         active = False
         event.remove(Pool, "checkout", watch)
+        Direct._connection = connect  # type: ignore[method-assign]
 
 
 # -- what can go wrong ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
     {"settings", "names", "sources", "policy"},
-    {"staging", "tables", "files", "records"},
+    {"staging", "tables", "files", "records", "direct"},
     {"disk", "engine", "queries"},
     {"blobs", "responses", "listing"},
     {"db"},
