@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib import import_module
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, event, select
@@ -64,6 +65,9 @@ class Engine:
         self._left: list[object] = []
         self._compiled: dict[int, tuple[Select[Any], str, Sequence[str], dict[str, Any]]] = {}
         self._direct: Direct | None = None
+        if self.dialect == "postgresql":
+            with contextlib.suppress(ImportError):  # told when it is needed
+                import_module("asyncpg")  # now: it takes a tenth of a second, for which no event loop must stand still
 
     @property
     def dialect(self) -> str:
