@@ -96,7 +96,11 @@ class Server:
         if buffer:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         end.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", self.port))
+        try:
+            await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", self.port))
+        except BaseException:
+            end.close()
+            raise
         reader, writer = await asyncio.open_connection(sock=end, limit=2**16)
         async with Request(reader, writer) as request:
             head = [f"{method} {quote(target, safe='/?=&')} HTTP/1.1", "Host: test", "Connection: close", *lines]
