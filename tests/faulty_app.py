@@ -1,7 +1,8 @@
 """A small app under uvicorn, on a machine on which something fails: `FAULTS` in the environment says what, as JSON.
 
-The wrapped app answers `POST` and `DELETE /upload/NAME`, `GET /state` (what this process holds and has done), `POST`
-and `DELETE /descriptors` (use up all but so many, give them back) and `/pool` (the same with connections), and 404.
+The wrapped app answers `POST` and `DELETE /upload/NAME`, `GET /state` (what this process holds and has done) and
+`/holding` (all that it holds), `POST` and `DELETE /descriptors` (use up all but so many, give them back), `/pool` (the
+same with connections) and `/heart` (begin to measure how late the loop is; how late it was), and 404.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
+from heartbeat import Heart
 from sides import statements
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -63,6 +65,8 @@ class Faults:
     is_privileged: bool = True
     pool: int = 0
     """Connections of the app's own engine; 0: the store makes its engine itself."""
+    notes_statements: bool = True
+    """Whether `/state` knows every statement: a cost in time and memory that some tests cannot bear."""
     workers: int = 0
     """Workers that are forked after the store was used; 0: none."""
 
@@ -168,6 +172,7 @@ class App:
         self.held: list[int] = []
         self.connections: list[AsyncConnection] = []
         self.in_use = 0
+        self.heart = Heart()
         event.listen(Pool, "checkout", lambda *_: self._use(1))
         event.listen(Pool, "checkin", lambda *_: self._use(-1))
 
@@ -184,6 +189,8 @@ class App:
         status = 404
         if route == "GET state":
             status, body = 200, self.state()
+        elif route == "GET holding":
+            status, body = 200, self.holding()
         elif first == "upload":
             status, body = await self._change(scope["method"], "/".join(rest), receive)
         elif first == "descriptors":
@@ -191,6 +198,8 @@ class App:
             status, body = 200, self._use_up(free) if route.startswith("POST") else self._give_back()
         elif first == "pool":
             status, body = 200, await (self._use_up_pool() if route.startswith("POST") else self._give_back_pool())
+        elif first == "heart":
+            status, body = 200, self.heart.start() if route.startswith("POST") else await self.heart.stop()
         data = json.dumps(body).encode()
         headers = [(b"content-length", str(len(data)).encode()), (b"x-wrapped", b"yes")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -218,21 +227,23 @@ class App:
             saved = await self.store.save(name, body())
         except DatabaseUnavailable as error:
             return 503, str(error)
+        except ConnectionResetError as error:
+            return 499, str(error)
         return 201, {"sha256": saved.sha256, "generation": saved.generation}
 
     def state(self) -> dict[str, object]:
         """What this process holds, and what it has done."""
-        open_files = []
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                open_files.append(os.readlink(f"/proc/self/fd/{fd}"))
         return {
             "pid": os.getpid(),
-            "files": sorted(path for path in open_files if path.startswith(f"{self.store.disk.path}/")),
+            "files": sorted(path for path in _descriptors() if path.startswith(f"{self.store.disk.path}/")),
             "statements": self.statements,
             "events": {str(kind): count for kind, count in self.store.events.counters.items()},
             "connections": self.in_use,
         }
+
+    def holding(self) -> dict[str, object]:
+        """All that this process holds: descriptors, tasks, and connections that are checked out."""
+        return {"descriptors": _descriptors(), "tasks": len(asyncio.all_tasks()), "connections": self.in_use}
 
     def _use_up(self, free: int) -> int:
         with contextlib.suppress(OSError):
@@ -258,6 +269,14 @@ class App:
         while self.connections:
             await self.connections.pop().close()
         return 0
+
+
+def _descriptors() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
 
 
 def serve(faults: Faults, app: Callable[..., Any]) -> None:
@@ -313,7 +332,7 @@ def main() -> None:
     )
     break_disk(faults)
     kill_at_commit(faults)
-    with statements() as seen:
+    with statements() if faults.notes_statements else contextlib.nullcontext([]) as seen:
         app = SelfHealMiddleware(App(store, engine, seen), store)
         if faults.workers:
             fork_workers(faults, store, app)
