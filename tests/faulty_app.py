@@ -67,6 +67,8 @@ class Faults:
     """Connections of the app's own engine; 0: the store makes its engine itself."""
     notes_statements: bool = True
     """Whether `/state` knows every statement: a cost in time and memory that some tests cannot bear."""
+    cancels: bool = False
+    """Who hangs up takes the request down, as under Hypercorn or Starlette's BaseHTTPMiddleware; uvicorn goes on."""
     workers: int = 0
     """Workers that are forked after the store was used; 0: none."""
 
@@ -271,6 +273,31 @@ class App:
         return 0
 
 
+class Cancelling:
+    """Cancels a request whose client has gone."""
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Any] = asyncio.Queue(1)
+        request = asyncio.create_task(self._app(scope, messages.get, send))
+        listener = asyncio.create_task(self._listen(receive, messages, request))
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await request
+        finally:
+            listener.cancel()
+
+    async def _listen(self, receive: Receive, messages: asyncio.Queue[Any], request: asyncio.Task[None]) -> None:
+        while (message := await receive())["type"] != "http.disconnect":
+            await messages.put(message)
+        request.cancel()
+
+
 def _descriptors() -> list[str]:
     found = []
     for fd in os.listdir("/proc/self/fd"):
@@ -333,7 +360,9 @@ def main() -> None:
     break_disk(faults)
     kill_at_commit(faults)
     with statements() if faults.notes_statements else contextlib.nullcontext([]) as seen:
-        app = SelfHealMiddleware(App(store, engine, seen), store)
+        app: Callable[..., Any] = SelfHealMiddleware(App(store, engine, seen), store)
+        if faults.cancels:
+            app = Cancelling(app)
         if faults.workers:
             fork_workers(faults, store, app)
         else:

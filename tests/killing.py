@@ -36,7 +36,8 @@ SECONDS = 40.0
 """How long a deed may take before it counts as hung."""
 CHANGES = (
     "openat,openat2,write,pwrite64,pwritev,pwritev2,fsync,fdatasync,sync_file_range,syncfs,linkat,rename,renameat,"
-    "renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,ftruncate,fallocate,utimensat,fchmod,fchmodat,flock,fcntl,close"
+    "renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,ftruncate,fallocate,utimensat,fchmod,fchmodat,flock,fcntl,close,sendfile,"
+    "copy_file_range"
 )
 """Every system call that changes or syncs what is on a disk, or the locks on it."""
 MESSAGES = f"{CHANGES},sendto,sendmsg"
@@ -234,6 +235,51 @@ def _strace(*options: str, process: int) -> Iterator[None]:
         tracer.communicate()
 
 
+_WRITES = ("write", "pwrite64", "pwritev", "pwritev2")
+_FILE_WITH_PATH = re.compile(r"(\d+)<([^>]+)>")
+_NAMED = re.compile(r'.*"([^"]+)"')
+
+
+def named_unsynced(calls: list[Call], directory: Path) -> list[Call]:
+    """Calls that give a file below a directory its name while the disk may not hold all of its bytes."""
+    unsynced: set[str] = set()
+    paths: dict[str, str] = {}
+    found = []
+    for call in calls:
+        match = _FILE_WITH_PATH.match(call.arguments)
+        fd, path = match.groups() if match else ("", "")
+        paths[fd] = path
+        if call.name in _WRITES and path.startswith(f"{directory}/"):
+            unsynced.add(path)
+        elif call.name in ("fsync", "fdatasync"):
+            unsynced.discard(path)
+        elif call.name == "syncfs":
+            unsynced.clear()
+        elif call.name in ("linkat", "renameat", "renameat2"):
+            first = call.arguments.split('"')[1]
+            source = paths.get(first.rpartition("/")[2]) if first.startswith("/proc/self/fd/") else f"{path}/{first}"
+            if source in unsynced:
+                found.append(call)
+    return found
+
+
+def names_at(calls: list[Call], name: str) -> list[int]:
+    """Where among the calls a name is given, or taken away."""
+    kinds = ("linkat", "renameat", "renameat2", "unlinkat")
+    ends = [(number, _NAMED.match(call.arguments)) for number, call in enumerate(calls) if call.name in kinds]
+    return [number for number, match in ends if match and match[1] == name.rpartition("/")[2]]
+
+
+def commits_at(calls: list[Call]) -> list[int]:
+    """Where among the calls SQLite commits: its journal goes, or its log is synced."""
+    return [
+        number
+        for number, call in enumerate(calls)
+        if (call.name == "unlink" and '-journal"' in call.arguments)
+        or (call.name == "fdatasync" and "-wal>" in call.arguments)
+    ]
+
+
 # -- the world ------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +422,7 @@ class Judge:
             await self._again(store)
             await self._mend(store)
             await self._look_at_both(store, "done again and mended", is_done=True)
+            await self._look_through(store)
             await self._look_for_leftovers(store)
 
     def _say(self, kind: str, words: str) -> None:

@@ -16,7 +16,23 @@ import pytest
 from conftest import PostgresServer, needs
 from crowd import Crowd, kill_one, workers
 from faulty_app import Faults
-from killing import CHANGES, MESSAGES, QUESTIONS, ROUTINE, Call, Doer, Fate, Judge, Story, Tally, Worlds, damage
+from killing import (
+    CHANGES,
+    MESSAGES,
+    QUESTIONS,
+    ROUTINE,
+    Call,
+    Doer,
+    Fate,
+    Judge,
+    Story,
+    Tally,
+    Worlds,
+    commits_at,
+    damage,
+    named_unsynced,
+    names_at,
+)
 from one_shot import Deed
 from serving import command
 from sides import execute, files_below, noise
@@ -249,6 +265,48 @@ async def test_a_kill_at_any_step_is_survived_with_a_database_elsewhere(
     tally, steps = await kill_at_calls(doer, distant_worlds, story, times(2, 60), MESSAGES)
     record_property(f"of {steps} steps", told(tally, in_all))
     assert tally.found == []
+
+
+# -- order ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("story", [one for one in STORIES if "large" not in one.title], ids=str)
+async def test_no_file_has_its_name_before_the_disk_has_its_bytes(story: Story, doer: Doer, worlds: Worlds) -> None:
+    """What a kill cannot show, but a power cut would: every file is synced after its last write and before its name."""
+    await story.begin(worlds)
+    with worlds.copy() as world:
+        calls, _ = doer.watch(story.deed_in(world))
+        assert named_unsynced(calls, world.directory) == []
+
+
+@pytest.mark.parametrize("title", ["save", "save over", "delete", "undo an overwrite", "undo a deletion"])
+async def test_the_record_is_committed_before_the_name_appears_or_goes(title: str, doer: Doer, worlds: Worlds) -> None:
+    """The catalogue is the one commit point: the disk follows it, and nothing is committed after that."""
+    story = next(one for one in STORIES if one.title == title)
+    await story.begin(worlds)
+    with worlds.copy() as world:
+        calls, _ = doer.watch(story.deed_in(world))
+    assert names_at(calls, NAME)
+    assert commits_at(calls)
+    assert max(commits_at(calls)) < min(names_at(calls, NAME))
+
+
+@pytest.mark.parametrize("title", ["save", "save, no unnamed files", "restore", "restore chunks", "restore all"])
+async def test_a_file_that_could_not_be_synced_never_gets_its_name(title: str, doer: Doer, worlds: Worlds) -> None:
+    """EIO from fsync or syncfs: nobody knows what the disk holds, so the file is thrown away."""
+    story = next(one for one in STORIES if one.title == title)
+    await story.begin(worlds)
+    with worlds.copy() as world:
+        calls, _ = doer.watch(story.deed_in(world))
+        syncs = [call for call in calls if "sync" in call.name and str(world.directory) in call.arguments]
+    assert syncs
+    for sync in syncs:
+        with worlds.copy() as world:
+            ending = doer.spoil(story.deed_in(world), sync, "error=EIO")
+            assert ending.is_clean
+            left = files_below(world.directory)
+            assert set(left) < set(story.fates)
+            assert NAME not in left
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------

@@ -198,22 +198,24 @@ def _kind(path: str, server: Server) -> str:
     return "socket" if path.startswith("socket:") else path.replace(server.faults.directory, "uploads")
 
 
+@pytest.mark.parametrize("cancels", [False, True], ids=["told", "cancelled"])
 async def test_clients_that_hang_up_leave_nothing_behind(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     directory: Path,
     store: UploadStore,
     database_url: str,
+    cancels: bool,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Hung up before, in and after a request, an upload or a restore: no descriptor, task, connection or temporary file
-    more than before, and every name is served as if nothing had been.
+    """Hung up before, in and after a request, an upload or a restore, whether the server cancels it or not: no
+    descriptor, task, connection or temporary file more than before, and every name is served as if nothing had been.
     """
     postgres = request.getfixturevalue("postgres") if database_url.startswith("postgres") else None
     for name, size in KEPT.items():
         await store.save(name, noise(size))
-    faults = Faults(directory=str(directory), database=database_url, notes_statements=False)
+    faults = Faults(directory=str(directory), database=database_url, notes_statements=False, cancels=cancels)
     async with serving(tmp_path, faults) as server:
         crowd = Impatient(server, directory)
         await crowd.come(100)
@@ -221,7 +223,7 @@ async def test_clients_that_hang_up_leave_nothing_behind(
         before = await held_by(server, postgres)
         crowd.seen.clear()
         began = time.monotonic()
-        await crowd.come(times(300, 10_000))
+        await crowd.come(times(80, 2_500))
         took = time.monotonic() - began
         left: list[str] = []
 
