@@ -383,9 +383,9 @@ class Tally:
         return ", ".join(f"{kind} {len(found)}" for kind, found in self.breaches.items())
 
     @property
-    def found(self) -> list[str]:
-        """Every breach."""
-        return [f"{kind}: {words}" for kind, found in self.breaches.items() for words in found]
+    def found(self) -> str:
+        """Every breach, one in a line."""
+        return "\n".join(f"{kind}: {words}" for kind, found in self.breaches.items() for words in found)
 
 
 class Judge:
@@ -448,7 +448,7 @@ class Judge:
 
     def _look_at_disk(self, when: str) -> None:
         for file in files_below(self._world.directory):
-            if file.startswith(".selfheal-tmp/"):
+            if file.startswith((".selfheal-tmp/", ".selfheal-quarantine/")):
                 continue
             if file not in self._story.fates:
                 self._say("litter", f"{file} {when}")
@@ -460,7 +460,7 @@ class Judge:
 
     def _look_for_litter(self, store: UploadStore) -> None:
         for file in files_below(self._world.directory):
-            if file not in self._story.fates:
+            if file not in self._story.fates and not file.startswith(".selfheal-quarantine/"):
                 self._say("litter", f"{file} after a new process has begun")
         if (self._world.directory / ".selfheal-tmp").exists():
             self._say("litter", "the temporary directory after a new process has begun")
@@ -477,7 +477,8 @@ class Judge:
             except (SelfHealError, OSError) as error:
                 self._say("lost", f"{name} cannot be read: {error!r}")
                 continue
-            data = next((data for data in {fate.before, fate.after, *besides} if _digest(data) == digest), b"torn")
+            versions = (fate.before, fate.after, fate.besides)
+            data = next((data for data in versions if _digest(data) == digest), b"torn")
             self._judge_bytes(name, data, "to a visitor", *besides)
         await store.tasks.settle(30)
 

@@ -79,15 +79,18 @@ async def only_in_database(store: UploadStore) -> None:
     shutil.rmtree(store.disk.path)
 
 
+async def deleted_and_laid_back(store: UploadStore) -> None:
+    """A tombstone, and its file on the disk all the same."""
+    await saved_and_deleted(store)
+    store.disk.path_of(NAME).write_bytes(OLD)
+
+
 async def spoiled_on_disk(store: UploadStore) -> None:
-    """Many files, two of which have other bytes on the disk, and one a name that is deleted by now."""
+    """Many files, two of which have other bytes on the disk."""
     for name, data in MANY.items():
         await store.save(name, data)
     for name in SPOILED:
         store.disk.path_of(name).write_bytes(bytes(len(MANY[name])))
-    await store.save(NAME, OLD)
-    await store.delete(NAME)
-    store.disk.path_of(NAME).write_bytes(OLD)
 
 
 async def only_on_disk(store: UploadStore) -> None:
@@ -163,9 +166,10 @@ STORIES = [
     story("purge", "purge", Fate(NEW, NEW), full_of_leftovers),
     story("migrate damage away", "migrate", SAME_MIDDLE, spoiled_in_database),
     story_of_many("restore all", "restore all", only_in_database, {}),
-    story_of_many("heal all", "heal all", spoiled_on_disk, SPOILED | {NAME: Fate(None, None, OLD)}),
+    story_of_many("heal all", "heal all", spoiled_on_disk, SPOILED),
     story_of_many("migrate", "migrate", only_on_disk, {"large.jpg": SAME_LARGE, NAME: Fate(None, None, OLD)}),
 ]
+REMOVE = story("remove what was deleted", "heal all", Fate(None, None, OLD), deleted_and_laid_back)
 OVER_A_SOCKET = [one for one in STORIES if one.title in ("save large over", "delete", "undo an overwrite", "migrate")]
 
 
@@ -235,7 +239,7 @@ async def kill_at_calls(doer: Doer, worlds: Worlds, story: Story, most: int, cal
     return tally, len(all_calls)
 
 
-@pytest.mark.parametrize("story", STORIES, ids=str)
+@pytest.mark.parametrize("story", [*STORIES, REMOVE], ids=str)
 async def test_a_kill_at_any_step_leaves_every_name_absent_or_whole_and_the_next_run_mends_the_rest(
     story: Story,
     doer: Doer,
@@ -249,7 +253,7 @@ async def test_a_kill_at_any_step_leaves_every_name_absent_or_whole_and_the_next
     """
     tally, steps = await kill_at_calls(doer, worlds, story, times(2, 90), CHANGES)
     record_property(f"of {steps} steps", told(tally, in_all))
-    assert tally.found == []
+    assert tally.found == ""
 
 
 @pytest.mark.parametrize("story", OVER_A_SOCKET, ids=str)
@@ -264,7 +268,7 @@ async def test_a_kill_at_any_step_is_survived_with_a_database_elsewhere(
     """The same with PostgreSQL, whose every message is a step."""
     tally, steps = await kill_at_calls(doer, distant_worlds, story, times(2, 60), MESSAGES)
     record_property(f"of {steps} steps", told(tally, in_all))
-    assert tally.found == []
+    assert tally.found == ""
 
 
 # -- order ----------------------------------------------------------------------------------------------------------
@@ -337,7 +341,19 @@ async def test_an_error_of_any_call_ends_in_success_or_in_a_clean_error(
             judge.judge_answer(ending, right)
             await judge.judge(again_first=number % 2 == 0)
     record_property(f"of {len(calls)} calls", told(tally, in_all))
-    assert tally.found == []
+    assert tally.found == ""
+
+
+@pytest.mark.xfail(strict=True, reason="`bulk.restore` drops what it could not find out about deleted names on disk")
+async def test_a_deleted_file_that_cannot_be_looked_at_is_reported(doer: Doer, worlds: Worlds) -> None:
+    """A restore that could not tell whether a deleted name is still on the disk says so; it is not "all is well"."""
+    await REMOVE.begin(worlds)
+    with worlds.copy() as world:
+        calls, _ = doer.watch(REMOVE.deed_in(world), f"{CHANGES},{QUESTIONS}")
+    look = next(call for call in calls if call.name == "newfstatat" and '"tom.jpg"' in call.arguments)
+    with worlds.copy() as world:
+        ending = doer.spoil(REMOVE.deed_in(world), look, "error=EIO")
+        assert [name for name, _, is_problem in ending.said["done"] if is_problem] == [NAME]
 
 
 # -- workers --------------------------------------------------------------------------------------------------------

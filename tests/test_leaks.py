@@ -31,6 +31,7 @@ SMALL, MEDIUM, LARGE = 1000, 3 * CHUNK + 77, 17 * 2**20 + 77
 """Bytes of a file of one chunk, of several, and of one that is sent while it is restored."""
 KEPT = {f"kept/{number}.jpg": size for number, size in enumerate([SMALL, SMALL + 1, MEDIUM, MEDIUM + 1, LARGE])}
 """Names that nobody changes; their files are lost again and again."""
+LARGEST = max(KEPT, key=lambda name: KEPT[name])
 CHANGED = [f"changed/{number}.jpg" for number in range(40)]
 
 
@@ -55,6 +56,7 @@ class Impatient:
             self._says_nothing,
             self._says_half,
             self._asks_and_goes,
+            self._reads_a_little,
             self._reads_a_little,
             self._asks_for_a_lost_file,
             self._asks_for_a_lost_file,
@@ -94,7 +96,8 @@ class Impatient:
             await self._a_moment(client)
 
     async def _reads_a_little(self) -> None:
-        async with self._server.visit(self._kept(), *self._range(), buffer=4096) as client:
+        name = random.choice((LARGEST, self._kept()))  # no buffer of the kernel takes the large one whole
+        async with self._server.visit(name, buffer=4096) as client:
             await client.read(random.randrange(1, 100_000))
 
     async def _asks_for_a_lost_file(self) -> None:
@@ -223,7 +226,7 @@ async def test_clients_that_hang_up_leave_nothing_behind(
         before = await held_by(server, postgres)
         crowd.seen.clear()
         began = time.monotonic()
-        await crowd.come(times(80, 2_500))
+        await crowd.come(times(120, 2_500))
         took = time.monotonic() - began
         left: list[str] = []
 
@@ -280,6 +283,13 @@ async def streamed(store: UploadStore) -> None:
     await store.tasks.settle(60)
 
 
+def judge(stalls: dict[str, Stall]) -> None:
+    """None of them may have been noticed."""
+    assert [title for title, stall in stalls.items() if stall.is_noticed] == []
+    if not all(stall.tries for stall in stalls.values()):
+        pytest.skip("this machine is too busy to keep time: even a process that does nothing came too late")
+
+
 async def test_no_large_file_holds_up_the_loop_it_is_worked_on_in(
     sqlite_store: UploadStore,
     tmp_path: Path,
@@ -317,7 +327,7 @@ async def test_no_large_file_holds_up_the_loop_it_is_worked_on_in(
     }
     stalls = {title: await stall_of(work, control) for title, work in works.items()}
     record_property(f"late at most, with {size >> 20} MiB", {title: str(stall) for title, stall in stalls.items()})
-    assert [title for title, stall in stalls.items() if stall.is_noticed] == []
+    judge(stalls)
 
 
 async def test_no_large_file_holds_up_a_server(
@@ -362,7 +372,7 @@ async def test_no_large_file_holds_up_a_server(
         for title, work in works.items():
             stalls[title] = await stall_of(lambda work=work: beating(work), control)  # type: ignore[misc]
     record_property(f"late at most, with {size >> 20} MiB", {title: str(stall) for title, stall in stalls.items()})
-    assert [title for title, stall in stalls.items() if stall.is_noticed] == []
+    judge(stalls)
 
 
 async def read_digest(client: Request) -> tuple[int, str]:
