@@ -165,6 +165,7 @@ class Doer:
         found, counts = [], Counter[tuple[int, str]]()
         for line in log.read_text(errors="replace").splitlines():
             if match := _CALL.match(line):
+                assert int(match[1]) in seen, f"a thread that was not there when the deed began: {line}"
                 thread = seen.index(int(match[1]))
                 counts[thread, match[2]] += 1
                 found.append(Call(thread, counts[thread, match[2]], match[2], match[3]))

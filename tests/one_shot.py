@@ -27,6 +27,9 @@ from selfheal import SelfHealError, UploadStore, bulk, restoration
 from selfheal import store as store_module
 from selfheal.threads import Threads
 
+CONNECTIONS = 3
+"""Of which a bulk run, that asks ahead, takes two."""
+
 
 @dataclass(frozen=True)
 class Deed:
@@ -142,7 +145,8 @@ def _prepare(how: str) -> None:
 
 async def _perform(deed: Deed) -> None:
     async with UploadStore(deed.directory, deed.database) as store:
-        await store.database.count()  # a connection; `open` made the thread for the disk
+        # a bulk run asks ahead: as many connections as it takes; `open` made the thread for the disk
+        await asyncio.gather(*(store.database.count() for _ in range(CONNECTIONS)))
         _say(process=os.getpid(), threads=sorted(int(tid) for tid in os.listdir("/proc/self/task")))
         _hear()
         try:
