@@ -160,9 +160,10 @@ class Crowd:
             if random.random() < 0.1:
                 await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
             else:
-                files = await asyncio.to_thread(files_below, self._directory)
-                for file in random.sample(files, len(files) // 4):
-                    (self._directory / file).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # a directory that went while it was looked into
+                    files = await asyncio.to_thread(files_below, self._directory)
+                    for file in random.sample(files, len(files) // 4):
+                        (self._directory / file).unlink()
             self.book.done["wiped"] += 1
 
     def _is_settled(self, name: str) -> bool:
