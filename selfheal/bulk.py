@@ -55,9 +55,13 @@ async def restore(
             elif found.present:
                 size = sum(size for _, size in found.present)
                 yield Result("", Outcome.OK, size, count=len(found.present))
-    async with aclosing(_lingering(store)) as lingering:
-        async for name in lingering:
-            yield await _remove(store, name, dry_run=dry_run)
+    async with aclosing(_surveys(store, deleted=True)) as surveys:
+        async for found in surveys:
+            for result in found.wrong:
+                if result.outcome is Outcome.FAILED:  # nobody can tell whether it is still there
+                    yield result
+            for name, _ in found.present:
+                yield await _remove(store, name, dry_run=dry_run)
 
 
 async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerator[Survey, None]:
@@ -379,14 +383,6 @@ async def _still_there(store: UploadStore, name: str) -> Result:
     if await store.threads.run(store.disk.stat, name) is None:
         return Result(name, Outcome.DELETED, 0, "it was deleted meanwhile")
     return problem(name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it")
-
-
-async def _lingering(store: UploadStore) -> AsyncGenerator[str, None]:
-    """Deleted names that are still on disk."""
-    async with aclosing(_surveys(store, deleted=True)) as surveys:
-        async for found in surveys:
-            for name, _ in found.present:
-                yield name
 
 
 async def _entries(store: UploadStore) -> AsyncGenerator[list[Entry], None]:

@@ -347,7 +347,6 @@ async def test_an_error_of_any_call_ends_in_success_or_in_a_clean_error(
     assert tally.found == ""
 
 
-@pytest.mark.xfail(strict=True, reason="`bulk.restore` drops what it could not find out about deleted names on disk")
 async def test_a_deleted_file_that_cannot_be_looked_at_is_reported(doer: Doer, worlds: Worlds) -> None:
     """A restore that could not tell whether a deleted name is still on the disk says so; it is not "all is well"."""
     await REMOVE.begin(worlds)
