@@ -8,6 +8,7 @@ import gc
 import os
 import random
 import sqlite3
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -37,6 +38,14 @@ async def pieces_of(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         await asyncio.sleep(0)
         yield data[start : start + size]
+
+
+def resize(monkeypatch: pytest.MonkeyPatch, **constants: float) -> None:
+    """Give constants of selfheal other values, in every room that has imported them."""
+    for name, room in list(sys.modules.items()):
+        if name.startswith("selfheal."):
+            for constant in constants.keys() & vars(room).keys():
+                monkeypatch.setattr(room, constant, constants[constant])
 
 
 # -- what is there --------------------------------------------------------------------------------------------------

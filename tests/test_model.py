@@ -10,7 +10,6 @@ import asyncio
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from asgi import Wrapped, ask
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from sides import files_below, in_quarantine, pieces_of
+from sides import files_below, in_quarantine, pieces_of, resize
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -389,8 +388,16 @@ class TwoNodes(RuleBasedStateMachine):
 
     # -- what befalls the database ------------------------------------------------------------------------------------
 
-    @step(name=names, pick=st.integers(0, 5), how=st.sampled_from(["data", "digest", "missing"]), last=st.booleans())
-    def damage_the_database(self, name: str, pick: int, how: str, last: bool) -> None:
+    @step(
+        name=names,
+        pick=st.integers(0, 5),
+        how=st.sampled_from(["data", "digest", "missing"]),
+        last=st.booleans(),
+        loses=st.booleans(),
+    )
+    def damage_the_database(self, name: str, pick: int, how: str, last: bool, loses: bool) -> None:
+        if loses:
+            self.lose_everywhere(name)
         known = self.catalogue.known.get(name)
         if known is None:
             return
@@ -468,8 +475,10 @@ class TwoNodes(RuleBasedStateMachine):
             assert is_damaged
         self._look(here, name)
 
-    @step(node=nodes, name=names)
-    def adopt(self, node: int, name: str) -> None:
+    @step(node=nodes, name=names, data=st.none() | pictures)
+    def adopt(self, node: int, name: str, data: bytes | None) -> None:
+        if data is not None:
+            self.nodes[node].lay(name, data, _at("now"))
         here, copy, known = self.nodes[node], self.nodes[node].copies.get(name), self.catalogue.known.get(name)
         if copy is not None:
             self.catalogue.store(name, copy.data, copy.modified_ns, only_new=True)
@@ -490,8 +499,10 @@ class TwoNodes(RuleBasedStateMachine):
         else:
             self._put(here, name, lambda: here.store.restore(name))
 
-    @step(node=nodes, verify=st.booleans())
-    def restore(self, node: int, verify: bool) -> None:
+    @step(node=nodes, verify=st.booleans(), loses=st.none() | names)
+    def restore(self, node: int, verify: bool, loses: str | None) -> None:
+        if loses is not None:
+            self.lose_everywhere(loses)
         self._restore(self.nodes[node], verify=verify)
 
     @step(node=nodes)
@@ -558,6 +569,11 @@ class TwoNodes(RuleBasedStateMachine):
         assert history == {(name, *_row(v)) for name, known in self.catalogue.known.items() for v in known.history}
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def lose_everywhere(self, name: str) -> None:
+        for node in self.nodes:
+            node.path(name).unlink(missing_ok=True)
+            node.copies.pop(name, None)
 
     def _asked(self, here: Node, name: str, *, part: bool) -> tuple[int, bytes]:
         """The status and bytes of a GET, once all that is done behind it is done; a part is put into its whole.
@@ -694,11 +710,7 @@ async def _outcomes(run: Any) -> dict[str, Outcome]:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes, answers that stream from 600 bytes on, and nothing that waits for the clock."""
-    for name, room in list(sys.modules.items()):
-        if name.startswith("selfheal"):
-            for constant, value in (SIZES | TIMES).items():
-                if hasattr(room, constant):
-                    monkeypatch.setattr(room, constant, value)
+    resize(monkeypatch, **SIZES, **TIMES)
 
 
 def play(url: str, steps: int) -> int:
