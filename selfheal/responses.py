@@ -302,13 +302,19 @@ def _range(asked: dict[bytes, str], head: Head, size: int) -> range | None:
     if not match[1]:
         suffix = _number(match[2])
         return range(max(size - suffix, 0) if suffix else size, size)
-    first, last = _number(match[1]), _number(match[2]) if match[2] else size
-    if last < first and match[2]:
+    if match[2] and _order(match[2]) < _order(match[1]):
         return None
-    return range(first, min(last + 1, size))
+    last = _number(match[2]) if match[2] else size
+    return range(_number(match[1]), min(last + 1, size))
 
 
 def _number(digits: str) -> int:
     """As many digits as a client likes to send: what needs more than 18 of them is past every end (CVE-2017-7529)."""
     bare = digits.lstrip("0") or "0"
     return int(bare) if len(bare) <= 18 else 10**18
+
+
+def _order(digits: str) -> tuple[int, str]:
+    """What tells the larger of two numbers, of however many digits."""
+    bare = digits.lstrip("0")
+    return len(bare), bare

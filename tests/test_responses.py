@@ -213,6 +213,13 @@ def test_any_range(size: int, first: int, last: int) -> None:
         assert (suffix.status, suffix.start, suffix.stop) == (206, max(0, size - last), size)
 
 
+@pytest.mark.parametrize(("first", "last", "status"), [(30, 20, 200), (20, 20, 416), (20, 30, 416)])
+def test_numbers_beyond_every_file(first: int, last: int, status: int) -> None:
+    """A range in numbers of many digits is reversed, and ignored, or past the end: as with small ones."""
+    head = make_head("a.png", MODIFIED_NS, 100)
+    assert plan(head, 100, (b"range", f"bytes={10**first}-{10**last}".encode())).status == status
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
