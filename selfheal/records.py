@@ -84,8 +84,17 @@ def contents(version: Record | Version) -> dict[str, Any]:
 
 
 def to_record(row: Sequence[Any]) -> Record:
-    """A record from a row that begins with the columns of `image_storage`, in their order."""
+    """A record from a row that begins with the columns of `image_storage`, in their order.
+
+    SQLite keeps whatever type somebody else writes: what is no text or number becomes one that no sound record has.
+    """
     name, sha256, size, kind, modified_ns, created_at, changed_at, generation, deleted_at = row[:RECORD_COLUMNS]
+    if not isinstance(name, str):
+        name = bytes(name).decode(errors="replace") if isinstance(name, bytes) else repr(name)
+    if not isinstance(size, int):
+        size = -1
+    if not isinstance(modified_ns, int):
+        modified_ns = 0
     gone = None if deleted_at is None else to_utc(deleted_at)
     return Record(name, sha256, size, kind, modified_ns, generation, to_utc(created_at), to_utc(changed_at), gone)
 
@@ -97,7 +106,10 @@ def to_version(row: Sequence[Any]) -> Version:
 
 
 def to_utc(moment: datetime | str) -> datetime:
-    """SQLite has no zones, and gives the clock as text: what it says is UTC."""
-    if isinstance(moment, str):
-        moment = datetime.fromisoformat(moment)
+    """SQLite has no zones, and gives the clock as text: what it says is UTC. What is no time is the first there is."""
+    if not isinstance(moment, datetime):
+        try:
+            moment = datetime.fromisoformat(moment)
+        except (TypeError, ValueError):
+            moment = datetime.min.replace(tzinfo=UTC)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
