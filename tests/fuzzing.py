@@ -107,11 +107,14 @@ class Target:
 class Paths(Target):
     """Any path: it asks for a file below the directory, or the wrapped app answers; nothing else is ever read."""
 
-    PARTS = ("/", "..", ".", "%2e%2e", "%2f", "%5c", "\\", "%00", "%25", "%252e", "a.jpg", "cats", "secret", PREFIX)
+    PARTS = ("/", "..", ".", "%2e%2e", "%2f", "%5c", "\\", "%00", "%25", "%252e", "a.jpg", "cats", "secret", "/.secret")
     MORE = (
         "static",
         "uploads",
         "uploads_private",
+        "link.jpg",
+        "way",
+        PREFIX,
         ".selfheal-quarantine",
         " ",
         "~",
@@ -136,7 +139,7 @@ class Paths(Target):
 
     async def game(self, dice: Dice) -> None:
         raw = dice.pick((f"{PREFIX}/", f"{PREFIX}/", f"{PREFIX}/cats/", "", "/", PREFIX))
-        for _ in range(dice.number(12)):
+        for _ in range(dice.number(dice.pick((2, 4, 12)))):
             raw += dice.pick((*self.PARTS, *self.MORE)) if dice.number(3) else dice.text()
         raw, path = raw.partition("?")[0], unquote(raw.partition("?")[0])
         method = dice.pick(("GET", "HEAD", "GET", "POST"))
@@ -338,7 +341,7 @@ class Records(Target):
             put("INSERT OR IGNORE INTO image_blob VALUES (?, ?, ?, ?)", (key, size, dice.pick((1, 0, -1)), now))
         chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
         for position, chunk in enumerate(chunks):
-            part = dice.pick((chunk, chunk, chunk, chunk, chunk[:-1], chunk + b"!", b"", "text", chunk[::-1]))
+            part = dice.pick((chunk, chunk, chunk, chunk, chunk[:-1], chunk + b"!", b"", chunk[::-1]))
             at = dice.pick((position, position, position, position, position + 1, -1, 2**31))
             digest = chunk_digest(position, chunk)
             digest = dice.pick((digest, digest, digest, digest, chunk_digest(at % 9, b""), b"", "text"))
