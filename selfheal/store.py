@@ -292,9 +292,18 @@ class UploadStore:
         self._reconciler.forget(name)
 
     async def _delete(self, name: str) -> None:
-        await self.database.bury(name)
+        record = await self.database.bury(name)
         self._forget(name)
-        await self.threads.run(self.disk.remove, name)
+        if record is None or await self._is_kept(record):
+            await self.threads.run(self.disk.remove, name)
+        else:
+            await self._restorer.quarantine(name, "deleted, and its bytes are not the recorded ones")
+
+    async def _is_kept(self, record: Record) -> bool:
+        """Whether the database holds what is on disk; what has the record's time and size is taken for it."""
+        there = await self.threads.run(self.disk.stat, record.name)
+        looks_same = there is None or (there.st_mtime_ns, there.st_size) == (record.modified_ns, record.size)
+        return looks_same or await self._restorer.is_recorded(record)
 
     async def _undo(self, name: str, generation: int | None) -> Record:
         record = await self.database.undo(name, generation)

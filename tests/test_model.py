@@ -201,6 +201,10 @@ class Node:
         if copy is not None and not known.is_recorded(copy.data):
             self.aside[copy.data] += 1
 
+    def looks_like(self, name: str, known: Known) -> bool:
+        """Whether size and time are the record's; then nobody reads the bytes but those who are told to verify."""
+        return (self.copies[name].modified_ns, len(self.copies[name].data)) == (known.modified_ns, len(known.data))
+
     def is_overwrite(self, name: str, known: Known) -> bool:
         """Whether the app itself wrote this file: after its process began and after the record, and not an old one."""
         copy = self.copies[name]
@@ -299,8 +303,11 @@ class TwoNodes(RuleBasedStateMachine):
             self.catalogue.store(name, copy.data, copy.modified_ns)
         assert deleted == (self.catalogue.living(name) is not None)
         if deleted:
+            known = self.catalogue.known[name]
             self.catalogue.bury(name)
-            here.copies.pop(name, None)
+            if name in here.copies and here.looks_like(name, known):
+                del here.copies[name]
+            here.put_aside(name, known)
             here.forget(name)
 
     @step(node=nodes, name=names)
@@ -442,10 +449,10 @@ class TwoNodes(RuleBasedStateMachine):
             identity = here.identity(name)
             assert self._asked(here, name, part=part) == (200, copy.data)
             if here.seen.get(name) != identity:
+                is_hidden = living is not None and here.looks_like(name, living)
                 self._look(here, name)
                 if name not in here.changing:
                     here.seen[name] = identity
-                is_hidden = living and (copy.modified_ns, len(copy.data)) == (living.modified_ns, len(living.data))
                 now = self.catalogue.living(name)
                 if not is_hidden and (now is None or self.catalogue.can_be_read(now.data)):
                     after = here.copies.get(name)
@@ -614,8 +621,8 @@ class TwoNodes(RuleBasedStateMachine):
             self.catalogue.store(name, copy.data, copy.modified_ns)
         elif known.is_deleted:
             here.put_aside(name, known)
-        elif (copy.modified_ns, len(copy.data)) == (known.modified_ns, len(known.data)):
-            pass  # nobody can tell without reading it: `restore --verify` does
+        elif here.looks_like(name, known):
+            pass  # who only looks at size and time cannot tell; `restore --verify` reads
         elif copy.data == known.data:
             copy.modified_ns = known.modified_ns
         elif here.is_overwrite(name, known):
@@ -664,8 +671,7 @@ class TwoNodes(RuleBasedStateMachine):
         if known.is_deleted:
             return Outcome.DELETED
         is_damaged = known.data in self.catalogue.damaged
-        looks_same = (copy.modified_ns, len(copy.data)) == (known.modified_ns, len(known.data))
-        if copy.data == known.data or (looks_same and not is_damaged):
+        if copy.data == known.data or (here.looks_like(name, known) and not is_damaged):
             self.catalogue.damaged.pop(known.data, None)
             return Outcome.MIGRATED if is_damaged else Outcome.OK
         if not prefer_disk:

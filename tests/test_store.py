@@ -634,6 +634,17 @@ async def test_delete_of_what_is_only_on_disk_can_be_undone(store: UploadStore) 
     assert await on_both_sides(store, NAME) == OLD
 
 
+async def test_delete_of_what_the_app_overwrote_keeps_its_bytes(store: UploadStore) -> None:
+    """Bytes that an app wrote over a file, and that nobody has adopted yet, go to quarantine; nothing is lost."""
+    saved = await store.save(NAME, OLD)
+    saved.path.write_bytes(NEW)
+    assert await store.delete(NAME) is True
+    assert on_disk(store, NAME) is None
+    assert in_quarantine(store) == [NEW]
+    await store.undo(NAME)
+    assert await on_both_sides(store, NAME) == OLD
+
+
 async def test_delete_without_a_database_leaves_the_file(directory: Path) -> None:
     """If the tombstone cannot be written the caller gets the error, and the file stays."""
     async with UploadStore(directory, f"postgresql://nobody@127.0.0.1:{free_port()}/none", deadline=2) as store:
