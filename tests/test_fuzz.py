@@ -67,7 +67,16 @@ def test_whatever_leads_further(
     if importlib.util.find_spec("atheris") is None:
         needs("atheris", "pip install atheris (Linux on x86-64)")
     done = subprocess.run(
-        [sys.executable, "-c", DRIVE, name, f"-max_total_time={seconds}", "-max_len=400", "-print_final_stats=1"],
+        [
+            sys.executable,
+            "-c",
+            DRIVE,
+            name,
+            f"-max_total_time={seconds}",
+            "-max_len=400",
+            "-len_control=0",
+            "-print_final_stats=1",
+        ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         cwd=tmp_path,
         capture_output=True,

@@ -295,8 +295,10 @@ class TwoNodes(RuleBasedStateMachine):
         here.forget(name)
         here.changing.add(name)
 
-    @step(node=nodes, name=names)
-    def delete(self, node: int, name: str) -> None:
+    @step(node=nodes, name=names, data=st.none() | pictures)
+    def delete(self, node: int, name: str, data: bytes | None) -> None:
+        if data is not None:
+            self.nodes[node].lay(name, data, _at("now"))
         here, copy = self.nodes[node], self.nodes[node].copies.get(name)
         deleted = self.run(here.store.delete(name))
         if self.catalogue.known.get(name) is None and copy is not None:
@@ -400,11 +402,16 @@ class TwoNodes(RuleBasedStateMachine):
         pick=st.integers(0, 5),
         how=st.sampled_from(["data", "digest", "missing"]),
         last=st.booleans(),
-        loses=st.booleans(),
+        then=st.sampled_from(["", "lost", "lost and restored"]),
     )
-    def damage_the_database(self, name: str, pick: int, how: str, last: bool, loses: bool) -> None:
-        if loses:
+    def damage_the_database(self, name: str, pick: int, how: str, last: bool, then: str) -> None:
+        self._damage(name, pick, how, last=last)
+        if then:
             self.lose_everywhere(name)
+        if then == "lost and restored":
+            self._restore(self.nodes[pick % 2], verify=False)
+
+    def _damage(self, name: str, pick: int, how: str, *, last: bool) -> None:
         known = self.catalogue.known.get(name)
         if known is None:
             return
