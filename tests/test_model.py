@@ -325,7 +325,7 @@ class TwoNodes(RuleBasedStateMachine):
 
     @step(name=names, one=pictures, other=pictures)
     def save_on_both_at_once(self, name: str, one: bytes, other: bytes) -> None:
-        known = self.catalogue.known.get(name)
+        known = self.catalogue.living(name)
         for copy in [node.copies.get(name) for node in self.nodes]:
             if copy is not None and not (known and known.is_recorded(copy.data)):
                 return  # whether it is set aside would depend on who is faster
