@@ -55,13 +55,9 @@ async def restore(
             elif found.present:
                 size = sum(size for _, size in found.present)
                 yield Result("", Outcome.OK, size, count=len(found.present))
-    async with aclosing(_surveys(store, deleted=True)) as surveys:
-        async for found in surveys:
-            for result in found.wrong:
-                if result.outcome is Outcome.FAILED:  # nobody can tell whether it is still there
-                    yield result
-            for name, _ in found.present:
-                yield await _remove(store, name, dry_run=dry_run)
+    async with aclosing(_remove_lingering(store, dry_run=dry_run)) as removed:
+        async for result in removed:
+            yield result
 
 
 async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerator[Survey, None]:
@@ -135,6 +131,17 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
         return Result(name, Outcome.OK, record.size)
     detail = "the disk's bytes differ" if dry_run else "the disk's bytes differed; they are in quarantine"
     return Result(name, Outcome.RESTORED, record.size, detail)
+
+
+async def _remove_lingering(store: UploadStore, *, dry_run: bool) -> AsyncGenerator[Result, None]:
+    """Deleted names that are still on disk go; where nobody can tell whether they are, that is told."""
+    async with aclosing(_surveys(store, deleted=True)) as surveys:
+        async for found in surveys:
+            for result in found.wrong:
+                if result.outcome is Outcome.FAILED:
+                    yield result
+            for name, _ in found.present:
+                yield await _remove(store, name, dry_run=dry_run)
 
 
 async def _remove(store: UploadStore, name: str, *, dry_run: bool) -> Result:

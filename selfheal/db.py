@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Select, delete, func, select, union, update
 from sqlalchemy.engine import URL
@@ -22,7 +22,20 @@ from .engine import Engine, check_version, unavailable
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
 from .queries import Queries
-from .records import RECORD_COLUMNS, Found, Purged, Record, SmallFile, Version, contents, to_record, to_utc, to_version
+from .records import (
+    RECORD_COLUMNS,
+    Found,
+    Purged,
+    Record,
+    SmallFile,
+    Version,
+    contents,
+    earlier,
+    to_name,
+    to_record,
+    to_utc,
+    to_version,
+)
 from .sources import Source
 from .tables import SCHEMA_VERSION, define_tables
 from .threads import Threads
@@ -136,10 +149,11 @@ class ImageStorage:
 
     async def names(self, *, deleted: bool = False, size: int = 1000) -> AsyncGenerator[list[tuple[str, int]], None]:
         """Names with their sizes, in the order of names, `size` at a time: of the living, or of the deleted."""
-        query, after = self._queries.names[deleted], ""
+        query = self._queries.first_names[deleted]
+        after = ""
         while rows := await self._engine.rows(query, after=after, size=size):
-            yield cast(list[tuple[str, int]], rows)
-            after = rows[-1][0]
+            yield [to_name(row) for row in rows]
+            query, after = self._queries.names[deleted], rows[-1][0]
 
     async def count(self) -> int:
         """How many living records there are."""
@@ -312,13 +326,9 @@ class ImageStorage:
 
     async def _earlier(self, connection: AsyncConnection, record: Record, generation: int | None) -> Version | None:
         table = self.tables.history
-        query = select(table).where(table.c.name == record.name).order_by(table.c.generation.desc()).limit(1)
-        if generation is not None:
-            query = query.where(table.c.generation == generation)
-        elif not record.is_deleted:
-            query = query.where(table.c.sha256 != record.sha256)
-        row = (await connection.execute(query.with_for_update())).first()
-        return None if row is None else to_version(row)
+        query = select(table).where(table.c.name == record.name).order_by(table.c.generation.desc())
+        rows = (await connection.execute(query.with_for_update())).all()
+        return earlier(record, map(to_version, rows), generation)
 
     async def _lock(self, connection: AsyncConnection, name: str) -> Record | None:
         row = (await connection.execute(self._select(name).with_for_update())).first()

@@ -58,10 +58,11 @@ class Queries:
             True: page.where(dead),
             None: page.where(true()),
         }
-        self.names: dict[bool, Select[Any]] = {
-            is_deleted: page.with_only_columns(record.c.name, record.c.size).where(dead if is_deleted else alive)
-            for is_deleted in (False, True)
-        }
+        names = select(record.c.name, record.c.size).order_by(record.c.name).limit(bindparam("size", type_=Integer))
+        after = bindparam("after", type_=String)
+        self.names: dict[bool, Select[Any]] = {False: names.where(alive), True: names.where(dead)}
+        self.first_names = {dead: query.where(record.c.name >= after) for dead, query in self.names.items()}
+        self.names = {dead: query.where(record.c.name > after) for dead, query in self.names.items()}
         self.count: Select[Any] = select(func.count()).select_from(record).where(alive)
         self.chunks: Select[Any] = (
             select(chunk.c.position, chunk.c.digest, chunk.c.data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -83,20 +83,35 @@ def contents(version: Record | Version) -> dict[str, Any]:
     }
 
 
+def earlier(record: Record, versions: Iterable[Version], generation: int | None) -> Version | None:
+    """Which of its versions, newest first, a name goes back to: the `generation`, or the last that was different."""
+    for version in versions:
+        if version.generation == generation:
+            return version
+        if generation is None and (record.is_deleted or version.sha256 != record.sha256):
+            return version
+    return None
+
+
 def to_record(row: Sequence[Any]) -> Record:
     """A record from a row that begins with the columns of `image_storage`, in their order.
 
     SQLite keeps whatever type somebody else writes: what is no text or number becomes one that no sound record has.
     """
     name, sha256, size, kind, modified_ns, created_at, changed_at, generation, deleted_at = row[:RECORD_COLUMNS]
-    if not isinstance(name, str):
-        name = bytes(name).decode(errors="replace") if isinstance(name, bytes) else repr(name)
-    if not isinstance(size, int):
-        size = -1
+    name, size = to_name((name, size))
     if not isinstance(modified_ns, int):
         modified_ns = 0
     gone = None if deleted_at is None else to_utc(deleted_at)
     return Record(name, sha256, size, kind, modified_ns, generation, to_utc(created_at), to_utc(changed_at), gone)
+
+
+def to_name(row: Sequence[Any]) -> tuple[str, int]:
+    """A name and the size of its record, from a row of the two; what is no text or number as in `to_record`."""
+    name, size = row
+    if not isinstance(name, str):
+        name = name.decode(errors="replace") if isinstance(name, bytes) else repr(name)
+    return name, size if isinstance(size, int) else -1
 
 
 def to_version(row: Sequence[Any]) -> Version:

@@ -19,7 +19,7 @@ from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealEr
 from .events import Events, Kind, logger
 from .files import OpenFile
 from .flight import Batches, Flights, Tasks, ahead
-from .records import Found, Record
+from .records import Found, Record, Version
 from .sources import CHUNK
 from .staging import Staged
 
@@ -111,6 +111,20 @@ class Restorer:
             if not await self.is_recorded(record):
                 await self.quarantine(record.name, "other bytes than the recorded ones")
             await self._threads.run(self._replace, staged)
+
+    async def check(self, version: Version) -> None:
+        """Read all bytes of a version; raises `CorruptBlob` if they are not the recorded ones."""
+        whole = hashlib.sha256()
+
+        def add(chunks: list[bytes]) -> None:
+            for chunk in chunks:
+                whole.update(chunk)
+
+        async with aclosing(ahead(self._database.read_handfuls(version))) as handfuls:
+            async for chunks in handfuls:
+                await self._threads.run(add, chunks)
+        if whole.hexdigest() != version.sha256:
+            raise CorruptBlob(version.name, "the whole does not match its digest")
 
     async def withdraw(self, record: Record) -> None:
         """The disk did not take a record's file: at least what has its name must not be served for it."""
@@ -314,7 +328,7 @@ class Restorer:
     def _land(self, found: Found) -> bool:
         """Restore a record of one chunk, all of it in one go; False if its name was taken meanwhile."""
         record = found.record
-        if record.size and found.first is None:
+        if record.size and not isinstance(found.first, bytes):  # SQLite keeps what others wrote, text too
             raise CorruptBlob(record.name, "chunk 0 is missing")
         with self._disk.stage(record.name) as staged:
             self._write(staged, [found.first or b""])

@@ -26,7 +26,7 @@ from .files import Identity, OpenFile
 from .flight import Tasks
 from .policy import UploadPolicy
 from .reconcile import Reconciler
-from .records import Record
+from .records import Record, earlier
 from .restoration import Restorer
 from .settings import Settings
 from .sources import Readable, Source
@@ -306,6 +306,11 @@ class UploadStore:
         return looks_same or await self._restorer.is_recorded(record)
 
     async def _undo(self, name: str, generation: int | None) -> Record:
+        record = await self.database.find(name)
+        version = None if record is None else earlier(record, await self.database.history(name), generation)
+        if version is not None:
+            await self._restorer.check(version)  # a name does not go back to what nobody can bring back
+            generation = version.generation
         record = await self.database.undo(name, generation)
         self._forget(name)
         try:
