@@ -114,18 +114,17 @@ class Blobs:
 
     async def put_chunks(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
         """Write chunks. Those that are there are written again: that mends them, and tells a purge they are wanted."""
-        if rows:
-            put = self.insert(self._chunks)
-            changed = {"data": put.excluded.data, "digest": put.excluded.digest, "stored_at": func.now()}
-            await connection.execute(
-                put.on_conflict_do_update(index_elements=["sha256", "position"], set_=changed), rows
-            )
+        put = self.insert(self._chunks)
+        changed = {"data": put.excluded.data, "digest": put.excluded.digest, "stored_at": func.now()}
+        put = put.on_conflict_do_update(index_elements=["sha256", "position"], set_=changed)
+        await self._engine.execute_many(connection, put, rows)
 
     async def put_blobs(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
         """Say that the chunks of these blobs are all there."""
         put = self.insert(self._blobs)
         changed = {"size": put.excluded.size, "chunks": put.excluded.chunks, "stored_at": func.now()}
-        await connection.execute(put.on_conflict_do_update(index_elements=["sha256"], set_=changed), rows)
+        put = put.on_conflict_do_update(index_elements=["sha256"], set_=changed)
+        await self._engine.execute_many(connection, put, rows)
 
     async def keep(self, connection: AsyncConnection, sha256: str) -> bool:
         """Tell a purge that a blob is wanted again; False if it is gone."""

@@ -224,18 +224,15 @@ async def _bring_in(store: UploadStore, batch: _Batch, jobs: int) -> AsyncGenera
         if one.error is not None:
             yield of_error(one.name, one.error)
     files = [one.file for one in batch.small if one.file is not None]
-    records = await store.database.store_many(files)
+    stored = await store.database.store_many(files)
     for file in files:
-        yield _migrated(file.name, file.sha256, records.get(file.name))
+        if file.name in stored:
+            yield Result(file.name, Outcome.MIGRATED, file.size)
+        else:
+            yield problem(file.name, Outcome.FAILED, "somebody else saved or deleted it meanwhile; run again")
     async with aclosing(each(jobs, (_adopt(store, name) for name in batch.large))) as adopted:
         async for result in adopted:
             yield result
-
-
-def _migrated(name: str, sha256: str, record: Record | None) -> Result:
-    if record is not None and not record.is_deleted and record.sha256 == sha256:
-        return Result(name, Outcome.MIGRATED, record.size)
-    return problem(name, Outcome.FAILED, "somebody else saved or deleted it meanwhile; run again")
 
 
 async def _adopt(store: UploadStore, name: str) -> Result:

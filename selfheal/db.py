@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .blobs import Blobs, Write, chunk_rows
+from .blobs import Blobs, Write
 from .content_types import content_type as type_of
 from .digests import Digests
 from .engine import Engine, check_version, unavailable
@@ -198,16 +198,17 @@ class ImageStorage:
         record: Record = await write(work)
         return record
 
-    async def store_many(self, files: Sequence[SmallFile]) -> dict[str, Record]:
-        """Store files whose names are new, in one transaction; returns the records that those names have now."""
-        if not files:
-            return {}
-        rows = await self._threads.run(_rows_of_many, files)
-        blobs = {file.sha256: {"sha256": file.sha256, "size": file.size, "chunks": len(file.chunks)} for file in files}
+    async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
+        """Store files whose names are new, in one transaction; returns the names that have these bytes now."""
+        rows = _rows_of_many(files)
+        blobs = {
+            file.digests.whole: {"sha256": file.digests.whole, "size": file.size, "chunks": len(file.chunks)}
+            for file in files
+        }
         values = [
             {
                 "name": names.check(file.name),
-                "sha256": file.sha256,
+                "sha256": file.digests.whole,
                 "size": file.size,
                 "content_type": type_of(file.name),
                 "modified_ns": file.modified_ns,
@@ -216,12 +217,16 @@ class ImageStorage:
         ]
 
         async def work(connection: AsyncConnection) -> None:
-            await connection.execute(self._blobs.insert(self.tables.records).on_conflict_do_nothing(), values)
+            put = self._blobs.insert(self.tables.records).on_conflict_do_nothing()
+            await self._engine.execute_many(connection, put, values)
             await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
             await self._blobs.put_chunks(connection, rows)
 
-        await self._engine.write(work)
-        return await self.find_many(file.name for file in files)
+        if files:
+            await self._engine.write(work)
+        wanted = self._queries.as_list(file.name for file in files)
+        now = dict(map(tuple, await self._engine.rows(self._queries.digests, wanted=wanted)))
+        return {file.name for file in files if now.get(file.name) == file.digests.whole}
 
     async def mend(self, record: Record, data: Source) -> None:
         """Write the bytes of a record anew. Raises `CorruptBlob`, and changes nothing, if `data` are others."""
@@ -363,5 +368,12 @@ def _to_found(row: Sequence[Any]) -> Found:
 
 def _rows_of_many(files: Sequence[SmallFile]) -> list[dict[str, Any]]:
     """Equal bytes once, and in the order of digests: two processes then never wait for each other in a circle."""
-    by_digest = {file.sha256: file.chunks for file in files}
-    return [row for digest in sorted(by_digest) for row in chunk_rows(digest, 0, by_digest[digest])]
+    by_digest = {file.digests.whole: file for file in files}
+    return [row for digest in sorted(by_digest) for row in _rows_of(by_digest[digest])]
+
+
+def _rows_of(file: SmallFile) -> list[dict[str, Any]]:
+    return [
+        {"sha256": file.digests.whole, "position": position, "digest": digest, "data": data}
+        for position, (digest, data) in enumerate(zip(file.digests.chunks, file.chunks, strict=True))
+    ]

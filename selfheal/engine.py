@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, event, select
+from sqlalchemy import Insert, Select, event, select
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -90,6 +90,20 @@ class Engine:
         Times come as the driver gives them (see `to_utc`). A query that is always the same object is compiled once.
         """
         return await self.read(lambda connection: self._fetch(connection, query, values))
+
+    async def execute_many(
+        self, connection: AsyncConnection, statement: Insert, rows: Sequence[dict[str, Any]]
+    ) -> None:
+        """Execute an INSERT for each of `rows`, which have the same keys; SQLite's driver is given them itself."""
+        if not rows:
+            return
+        if connection.dialect.driver != "aiosqlite":
+            await connection.execute(statement, rows)
+            return
+        made = statement.compile(dialect=connection.dialect, column_keys=list(rows[0]))
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        values = [[row[key] for key in made.positiontup or ()] for row in rows]
+        await (await driver.executemany(str(made), values)).close()
 
     @property
     def is_at_hand(self) -> bool:
@@ -270,6 +284,7 @@ def _make_direct(url: URL) -> Direct | None:
 
 def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:
     cursor = connection.cursor()
+    cursor.execute("PRAGMA page_size=16384")  # of a new file: a quarter of the writes that 4 KiB pages take
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute("PRAGMA synchronous=FULL")
     if wal_is_safe(sqlite3.sqlite_version_info):

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from .db import ImageStorage
-from .digests import chunk_digest
+from .digests import Digests, chunk_digest
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SelfHealError, Unsettled
 from .files import OpenFile, identity_of
@@ -51,7 +51,8 @@ def _whole(name: str, file: OpenFile) -> SmallFile:
     if len(data) != file.size or identity_of(os.fstat(file.fd)) != file.identity:  # its ctime tells a rename, too
         raise Unsettled("it changed while it was read; run again")
     chunks = [data] if len(data) <= CHUNK else [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
-    return SmallFile(name, hashlib.sha256(data).hexdigest(), file.size, file.modified_ns, chunks if data else [])
+    chunks = chunks if data else []
+    return SmallFile(name, file.size, file.modified_ns, chunks, Digests.of(chunks))
 
 
 async def fault_in_database(database: ImageStorage, found: Found, threads: Threads) -> str:

@@ -30,9 +30,8 @@ _STREAM = re.compile(r"::|:\$|^[a-z]:", re.IGNORECASE)
 
 def check(name: str) -> str:
     """Return `name` unchanged if it is in the grammar; raise `InvalidName` otherwise."""
-    why = fault(name)
-    if why:
-        raise InvalidName(name, why)
+    if not is_valid(name):
+        raise InvalidName(name, fault(name))
     return name
 
 

@@ -67,8 +67,8 @@ def sort(entries: Iterable[Entry]) -> tuple[list[Entry], list[Result]]:
     uploads: list[Entry] = []
     results: list[Result] = []
     for entry in entries:
-        if why := names.fault(entry.name):
-            results.append(problem(entry.name, Outcome.INVALID_NAME, why))
+        if not names.is_valid(entry.name):
+            results.append(problem(entry.name, Outcome.INVALID_NAME, names.fault(entry.name)))
         elif entry.fault:
             results.append(problem(entry.name, Outcome.FAILED, entry.fault))
         else:

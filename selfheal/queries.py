@@ -31,11 +31,12 @@ class Queries:
         self._is_sqlite = dialect == "sqlite"
         record, chunk, blob, version = tables.records, tables.chunks, tables.blobs, tables.history
         among = self._among(record.c.name)
+        alive, dead = record.c.deleted_at.is_(None), record.c.deleted_at.is_not(None)
         first = and_(chunk.c.sha256 == record.c.sha256, chunk.c.position == 0, record.c.deleted_at.is_(None))
         of_record = and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
-        alive, dead = record.c.deleted_at.is_(None), record.c.deleted_at.is_not(None)
         self.find: Select[Any] = select(record).where(among)
         self.generations: Select[Any] = select(record.c.name, record.c.generation).where(among)
+        self.digests: Select[Any] = select(record.c.name, record.c.sha256).where(among).where(alive)
         self.fetch: Select[Any] = (
             select(record, chunk.c.data, chunk.c.digest, blob.c.chunks)
             .outerjoin(chunk, first)

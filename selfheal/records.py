@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from .digests import Digests
+
 RECORD_COLUMNS = 9
 
 
@@ -58,10 +60,10 @@ class SmallFile:
     """A file of a few chunks, whole, on its way into the database."""
 
     name: str
-    sha256: str
     size: int
     modified_ns: int
     chunks: Sequence[bytes]
+    digests: Digests
 
 
 @dataclass(frozen=True, slots=True)

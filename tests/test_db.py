@@ -100,7 +100,7 @@ def digest_of(data: bytes) -> str:
 def small_file(name: str, data: bytes, modified_ns: int = 7) -> SmallFile:
     """A file as a bulk run hands it over."""
     chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
-    return SmallFile(name, digest_of(data), len(data), modified_ns, chunks)
+    return SmallFile(name, len(data), modified_ns, chunks, Digests.of(chunks))
 
 
 def is_recent(moment: datetime) -> bool:
@@ -511,12 +511,24 @@ async def test_a_purge_while_old_bytes_are_saved_anew(images: ImageStorage, data
 # -- many at once ---------------------------------------------------------------------------------------------------
 
 
+async def stored_many(images: ImageStorage, files: list[SmallFile]) -> dict[str, Record]:
+    """Store a batch; the records that its names have then."""
+    stored = await images.store_many(files)
+    records = await images.find_many(file.name for file in files)
+    assert stored == {
+        file.name
+        for file in files
+        if (records[file.name].sha256, records[file.name].deleted_at) == (file.digests.whole, None)
+    }
+    return records
+
+
 async def test_store_many(images: ImageStorage) -> None:
     """A batch of files is stored whole, each with its own time, equal bytes among them."""
     files = {f"{number:03}.jpg": b"%d" % (number // 2) for number in range(200)}
     files |= {"empty.png": b"", "three.bin": bytes(2 * CHUNK + 1)}
     batch = [small_file(name, data, modified_ns=number) for number, (name, data) in enumerate(files.items())]
-    records = await images.store_many(batch)
+    records = await stored_many(images, batch)
     assert sorted(records) == sorted(files)
     assert records == await images.find_many(files)
     for number, (name, data) in enumerate(files.items()):
@@ -534,18 +546,18 @@ async def test_store_many_leaves_what_has_a_record(images: ImageStorage) -> None
     await images.store_image("dead.png", b"one")
     dead = await images.bury("dead.png")
     batch = [small_file(name, b"other") for name in ("alive.png", "dead.png", "new.png")]
-    records = await images.store_many(batch)
+    records = await stored_many(images, batch)
     assert (records["alive.png"], records["dead.png"]) == (alive, dead)
     assert records["new.png"].generation == 1
     assert await saved(images, "alive.png") == b"one"
     assert await saved(images, "new.png") == b"other"
-    assert await images.store_many(batch) == records
+    assert await stored_many(images, batch) == records
 
 
 async def test_store_nothing(images: ImageStorage, database_url: str) -> None:
     """An empty batch is stored at once: nothing changes."""
     before = await contents(database_url)
-    assert await images.store_many([]) == {}
+    assert await stored_many(images, []) == {}
     assert await images.find_many([]) == {}
     assert await images.fetch([]) == {}
     assert await contents(database_url) == before
@@ -554,7 +566,7 @@ async def test_store_nothing(images: ImageStorage, database_url: str) -> None:
 async def test_two_batches_at_once(images: ImageStorage) -> None:
     """Batches of the same files from two sides, in different order, both succeed."""
     batch = [small_file(f"{number}.png", b"%d" % (number % 40)) for number in range(100)]
-    results = await asyncio.gather(*(images.store_many(order) for order in (batch, batch[::-1], batch[50:])))
+    results = await asyncio.gather(*(stored_many(images, order) for order in (batch, batch[::-1], batch[50:])))
     assert results[0] == results[1]
     assert len(results[0]) == 100
     assert {record.generation for record in results[0].values()} == {1}
@@ -565,9 +577,9 @@ async def test_two_batches_of_the_same_names(images: ImageStorage) -> None:
     names = [f"{number:03}.png" for number in range(300)]
     one = [small_file(name, b"one" + name.encode()) for name in names]
     two = [small_file(name, b"two" + name.encode()) for name in reversed(names)]
-    for_one, for_two = await asyncio.gather(images.store_many(one), images.store_many(two))
+    for_one, for_two = await asyncio.gather(stored_many(images, one), stored_many(images, two))
     assert for_one == for_two == await images.find_many(names)
-    assert {record.sha256 for record in for_one.values()} <= {file.sha256 for file in one + two}
+    assert {record.sha256 for record in for_one.values()} <= {file.digests.whole for file in one + two}
 
 
 async def test_fetch(images: ImageStorage) -> None:

@@ -28,6 +28,7 @@ from sqlalchemy.schema import MetaData
 
 from selfheal import DatabaseUnavailable, ImageStorage, MissingExtra, SchemaError, define_tables
 from selfheal import engine as engine_room
+from selfheal.digests import Digests
 from selfheal.engine import Engine, wal_is_safe
 from selfheal.flight import Tasks
 from selfheal.records import Record, SmallFile
@@ -68,7 +69,7 @@ READING: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {
 WRITING: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {
     "store_image": lambda images: images.store_image("a.png", b"new"),
     "store a large image": lambda images: images.store_image("a.png", LARGE),
-    "store_many": lambda images: images.store_many([SmallFile("a.png", "1" * 64, 1, 1, [b"x"])]),
+    "store_many": lambda images: images.store_many([SmallFile("a.png", 1, 1, [b"x"], Digests.of([b"x"]))]),
     "mend": lambda images: images.mend(a_record(), b"x"),
     "bury": lambda images: images.bury("a.png"),
     "undo": lambda images: images.undo("a.png"),

@@ -50,6 +50,7 @@ from selfheal import (
     UploadTooLarge,
     UploadTypeRefused,
 )
+from selfheal.digests import Digests
 from selfheal.records import SmallFile
 from selfheal.sources import CHUNK
 
@@ -682,8 +683,8 @@ async def _store_only_new(store: UploadStore) -> None:
 
 
 async def _migrate(store: UploadStore) -> None:
-    file = SmallFile(NAME, sha256(NEW).hexdigest(), len(NEW), 1, [NEW])
-    assert (await store.database.store_many([file]))[NAME].is_deleted
+    file = SmallFile(NAME, len(NEW), 1, [NEW], Digests.of([NEW]))
+    assert await store.database.store_many([file]) == set()
 
 
 async def _check(store: UploadStore) -> None:
