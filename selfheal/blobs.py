@@ -17,17 +17,22 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from .digests import Digests, chunk_digest
 from .engine import Engine
 from .errors import CorruptBlob, Unsettled
-from .flight import ahead
+from .flight import Places, ahead
 from .sources import CHUNK, Source
 from .sources import chunks as chunks_of
 from .tables import Tables
 from .threads import Threads
 
+_Rows = Sequence[Sequence[Any]]
 _SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 READ_AT_ONCE = 8
 """Chunks in one query (2 MiB): what one reader holds in memory."""
 WRITE_AT_ONCE = 16
 """Chunks in one transaction (4 MiB) of a large upload: others get their turn in between."""
+KNOWN_AT_ONCE = 64
+"""The same (16 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
+KNOWN_UPLOADS_AT_ONCE = 2
+"""How many of those are on their way: each holds three times as many chunks in memory."""
 
 
 class Write(Protocol):
@@ -66,12 +71,27 @@ class Blobs:
         self._blobs = tables.blobs
         self._chunks = tables.chunks
         self._threads = threads
+        self._places = Places(KNOWN_UPLOADS_AT_ONCE)
 
     async def read(self, name: str, sha256: str, size: int, first: int = 0) -> AsyncGenerator[list[bytes], None]:
         """The chunks of a blob of `size` bytes from number `first` on, a few at a time, each checked by its digest.
 
         No connection is held between them. Raises `CorruptBlob`, of `name`; the whole digest is the reader's care.
         """
+        async with aclosing(self._read_rows(name, sha256, size, first)) as handfuls:
+            async for rows in handfuls:
+                why = await self._threads.run(_damage, rows)
+                if why is not None:
+                    raise CorruptBlob(name, why)
+                yield [data for _, _, data in rows]
+
+    async def read_whole(self, name: str, sha256: str, size: int) -> AsyncGenerator[list[bytes], None]:
+        """As `read`, for who believes none of it before the whole digest is checked: hashing once is enough then."""
+        async with aclosing(self._read_rows(name, sha256, size, 0)) as handfuls:
+            async for rows in handfuls:
+                yield [data for _, _, data in rows]
+
+    async def _read_rows(self, name: str, sha256: str, size: int, first: int) -> AsyncGenerator[_Rows, None]:
         if size < 0 or (size == 0 and sha256 != _SHA256_OF_NOTHING):
             raise CorruptBlob(name, f"its size is {size}")
         count = -(-size // CHUNK)
@@ -79,10 +99,10 @@ class Blobs:
             wanted = range(start, min(count, start + READ_AT_ONCE))
             stop = wanted.stop + (wanted.stop == count)  # one more than the last: there must be none
             rows = await self._engine.rows(self._read, sha256=sha256, start=wanted.start, stop=stop)
-            why = await self._threads.run(_fault, rows, wanted, size)
+            why = _misfit(rows, wanted, size)
             if why is not None:
                 raise CorruptBlob(name, why)
-            yield [data for _, _, data in rows]
+            yield rows
 
     async def receive(self, write: Write, data: Source, known: Digests | None = None) -> Received:
         """Take bytes in, writing all but the last chunks in transactions of `write`.
@@ -90,9 +110,15 @@ class Blobs:
         If their digests are `known`, each chunk is compared (`Unsettled` if it differs) and goes where it belongs. If
         not, they stand under a key of their own until `finish`: moving them costs SQLite as much as writing them.
         """
+        if known is None or len(known.chunks) <= WRITE_AT_ONCE:
+            return await self._receive(write, data, known, WRITE_AT_ONCE)
+        async with self._places.one():
+            return await self._receive(write, data, known, KNOWN_AT_ONCE)
+
+    async def _receive(self, write: Write, data: Source, known: Digests | None, at_once: int) -> Received:
         taken = _Taken(known)
         rows: list[dict[str, Any]] = []
-        async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads)))) as handfuls:
+        async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads), at_once))) as handfuls:
             async for chunks in handfuls:
                 if rows:
                     await write(lambda connection, rows=rows: self.put_chunks(connection, rows))  # type: ignore[misc]
@@ -182,32 +208,35 @@ class _Taken:
         return Received(self._key, digest, self._size, self._chunks, last)
 
 
-async def _in_handfuls(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[list[bytes], None]:
+async def _in_handfuls(source: AsyncGenerator[bytes, None], at_once: int) -> AsyncGenerator[list[bytes], None]:
     """As many chunks as are written in one transaction."""
     held: list[bytes] = []
     async with aclosing(source):
         async for chunk in source:
             held.append(chunk)
-            if len(held) == WRITE_AT_ONCE:
+            if len(held) == at_once:
                 yield held
                 held = []
     if held:
         yield held
 
 
-def _fault(rows: Sequence[Sequence[Any]], wanted: range, size: int) -> str | None:
-    """Why these rows are not the wanted chunks of a blob of `size` bytes; None if they are."""
-    got = {position: (digest, data) for position, digest, data in rows}
+def _misfit(rows: _Rows, wanted: range, size: int) -> str | None:
+    """Why these rows are not the wanted chunks of a blob of `size` bytes, in their order; None if they can be."""
+    got = {position: data for position, _, data in rows}
     if len(got) > len(wanted):
         return f"there are more chunks than its {size} bytes need"
     for position in wanted:
         if position not in got:
             return f"chunk {position} is missing"
-        digest, data = got[position]
-        if not isinstance(data, bytes):
+        if not isinstance(got[position], bytes):
             return f"chunk {position} is not bytes"
-        if len(data) != min(CHUNK, size - position * CHUNK):
-            return f"chunk {position} has {len(data)} bytes"
-        if chunk_digest(position, data) != digest:
-            return f"chunk {position} does not match its digest"
+        if len(got[position]) != min(CHUNK, size - position * CHUNK):
+            return f"chunk {position} has {len(got[position])} bytes"
     return None
+
+
+def _damage(rows: _Rows) -> str | None:
+    """Which of these chunks is not what its digest says; None if all are."""
+    wrong = (position for position, digest, data in rows if chunk_digest(position, data) != digest)
+    return next((f"chunk {position} does not match its digest" for position in wrong), None)

@@ -47,6 +47,21 @@ class Tasks:
             task.exception()  # read, so that a failure whose asker has gone is not reported as never retrieved
 
 
+class Places:
+    """So many at once, in each event loop: `async with places.one():`."""
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    def one(self) -> asyncio.Semaphore:
+        """A place, to be entered and left."""
+        loop = asyncio.get_running_loop()
+        if self._places is None or self._places[0] is not loop:
+            self._places = (loop, asyncio.Semaphore(self._at_once))
+        return self._places[1]
+
+
 async def ahead(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """The items of `source`, the next one in the making while one is used: reading and writing overlap."""
     async with aclosing(source):

@@ -98,7 +98,7 @@ class Landing:
         async with self._places:
             try:
                 staged = stack.enter_context(await self._threads.run(self._disk.stage, name, opened))
-                async with aclosing(ahead(self._database.read_handfuls(record))) as handfuls:
+                async with aclosing(ahead(self._database.read_whole(record))) as handfuls:
                     async for chunks in handfuls:
                         await self._threads.run(self._write, staged, chunks)
                 return _Ready(record, _checked(staged, record))

@@ -18,7 +18,7 @@ from .disk import UploadsDirectory
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
 from .events import Events, Kind, logger
 from .files import OpenFile
-from .flight import Batches, Flights, Tasks, ahead
+from .flight import Batches, Flights, Places, Tasks, ahead
 from .records import Found, Record, Version
 from .sources import CHUNK
 from .staging import Staged
@@ -62,8 +62,7 @@ class Restorer:
         self._events = events
         self._threads = disk.threads
         self._deadline = deadline
-        self._at_once = at_once
-        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._places = Places(at_once)
         self._flights: Flights[str, asyncio.Future[Answer]] = Flights(tasks)
         self._lookups: Batches[str, Found] = Batches(database.fetch, tasks, size=LOOKUPS_AT_ONCE, at_once=2)
         self._absent: dict[str, float] = {}
@@ -100,7 +99,7 @@ class Restorer:
         Raises `CorruptBlob` (and leaves the disk as it is), `DiskUnwritable`, `DatabaseUnavailable`.
         """
         with await self._threads.run(self._stage, record) as staged:
-            async for _ in self._write_all(staged, record):
+            async for _ in self._write_all(staged, self._database.read_whole(record)):
                 pass
             await self.place(staged, record)
 
@@ -171,7 +170,7 @@ class Restorer:
 
     async def _fly(self, name: str, answer: asyncio.Future[Answer]) -> None:
         try:
-            async with self._place_at_once():
+            async with self._places.one():
                 for _ in range(3):
                     with contextlib.suppress(_Gone):
                         await self._restore(name, answer)
@@ -231,7 +230,7 @@ class Restorer:
         if record.size > WHOLE_FIRST:
             await self._fill_while_answering(staged, record, answer)
             return
-        async for _ in self._write_all(staged, record):
+        async for _ in self._write_all(staged, self._database.read_whole(record)):
             pass
         await self._look_again(record, published=await self._threads.run(self._seal_and_publish, staged, record))
 
@@ -240,7 +239,7 @@ class Restorer:
         incoming = Incoming(record, reader, FromDatabase(self._database, record), self._deadline)
         error: SelfHealError | None = None
         try:
-            async for checked in self._write_all(staged, record):
+            async for checked in self._write_all(staged, self._database.read_handfuls(record)):
                 incoming.progress.move(checked)
                 if not answer.done():
                     answer.set_result(incoming)
@@ -257,8 +256,8 @@ class Restorer:
             incoming.progress.end(error)
             incoming.close()
 
-    async def _write_all(self, staged: Staged, record: Record) -> AsyncGenerator[int, None]:
-        async with aclosing(ahead(self._database.read_handfuls(record))) as handfuls:
+    async def _write_all(self, staged: Staged, source: AsyncGenerator[list[bytes], None]) -> AsyncGenerator[int, None]:
+        async with aclosing(ahead(source)) as handfuls:
             async for chunks in handfuls:
                 await self._threads.run(self._write, staged, chunks)
                 yield staged.size
@@ -362,9 +361,3 @@ class Restorer:
         if len(self._absent) >= ABSENT_AT_MOST:
             self._absent.clear()
         self._absent[name] = time.monotonic() + ABSENT_FOR
-
-    def _place_at_once(self) -> asyncio.Semaphore:
-        loop = asyncio.get_running_loop()
-        if self._places is None or self._places[0] is not loop:
-            self._places = (loop, asyncio.Semaphore(self._at_once))
-        return self._places[1]

@@ -17,6 +17,9 @@ from .syscalls import Directory
 TEMPORARY = f"{OWN_PREFIX}-tmp"
 """The directory, directly below the root, in which a file stands that needs a name before its own."""
 
+WRITE_BEHIND = 8 * 1024 * 1024
+"""Bytes after which the disk is let begin with a large file, rather than with all of it at the sync."""
+
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
 
@@ -25,7 +28,7 @@ class Staged:
     """Bytes on their way to a name below `parent`. Use as a context manager: what was not published leaves no trace."""
 
     def __init__(self, root: Directory, parent: Directory, name: str) -> None:
-        self.size = 0
+        self.size = self._begun = 0
         self._hash = hashlib.sha256()
         self._last = name.rpartition("/")[2]
         self._temporary: _Temporary | None = None
@@ -51,6 +54,9 @@ class Staged:
             view = view[os.pwrite(self.fd, view, self.size + len(chunk) - len(view)) :]
         self._hash.update(chunk)
         self.size += len(chunk)
+        if self.size - self._begun >= WRITE_BEHIND:
+            syscalls.begin_writing_back(self.fd, self._begun, self.size - self._begun)
+            self._begun = self.size
 
     def seal(self, modified_ns: int, mode: int) -> None:
         """Set the mode, whatever the umask, and the time of last modification, in ns since the epoch."""
