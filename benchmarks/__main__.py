@@ -24,6 +24,7 @@ def main() -> int:
     known = [*GROUPS, *(f"{one.group}.{one.name}" for one in EXPERIMENTS)]
     parser.add_argument("what", nargs="*", metavar="GROUP | EXPERIMENT", help=f"all, or some of: {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="few and small samples: does it run?")
+    parser.add_argument("--turns", type=int, default=100, metavar="N", help="at most so many turns of each contestant")
     parser.add_argument("--report", action="store_true", help="measure nothing; write docs/benchmarks.md anew")
     asked = parser.parse_args()
     if unknown := set(asked.what) - set(known):
@@ -34,7 +35,7 @@ def main() -> int:
         ]
         print(machine())
         for one in chosen:
-            perform(one, Run(quick=asked.quick))
+            perform(one, Run(quick=asked.quick, turns=asked.turns))
     if not asked.quick:
         report.write()
     return 0

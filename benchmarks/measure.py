@@ -76,7 +76,7 @@ class Run:
     """How much is to be done, and where."""
 
     quick: bool = False
-    base: Path = BENCH
+    turns: int = 100
 
     def pick(self, full: int, quick: int) -> int:
         """The one number or the other."""
@@ -94,7 +94,7 @@ class Run:
     ) -> Contest:
         """Let the contestants take turns, A B C and then C B A, so that no place in the order is an advantage."""
         samples: dict[str, list[Measures]] = {name: [] for name in contestants}
-        for turn in range(min(turns, 3) if self.quick else turns):
+        for turn in range(min(turns, 3 if self.quick else self.turns)):
             order = list(contestants.items())
             for name, measure in order if turn % 2 == 0 else reversed(order):
                 got = measure()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from . import svg
@@ -48,7 +49,8 @@ def write() -> None:
     kept = [one for path in sorted(RESULTS.glob("*.json")) if not (one := json.loads(path.read_text()))["quick"]]
     order = ("hits", "misses", "bulk", "growth", "peers")
     kept.sort(key=lambda one: (order.index(one["group"]), one["date"]))
-    PAGE.write_text("\n".join(_page(kept)) + "\n")
+    findings = Path(__file__).with_name("findings.md").read_text()
+    PAGE.write_text("\n".join(_page(kept)) + f"\n\n{findings}")
 
 
 def _page(kept: list[dict[str, Any]]) -> Iterator[str]:
