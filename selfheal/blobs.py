@@ -29,8 +29,8 @@ READ_AT_ONCE = 8
 """Chunks in one query (2 MiB): what one reader holds in memory."""
 WRITE_AT_ONCE = 16
 """Chunks in one transaction (4 MiB) of a large upload: others get their turn in between."""
-KNOWN_AT_ONCE = 64
-"""The same (16 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
+KNOWN_AT_ONCE = 32
+"""The same (8 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
 KNOWN_UPLOADS_AT_ONCE = 2
 """How many of those are on their way: each holds three times as many chunks in memory."""
 
@@ -122,6 +122,7 @@ class Blobs:
             async for chunks in handfuls:
                 if rows:
                     await write(lambda connection, rows=rows: self.put_chunks(connection, rows))  # type: ignore[misc]
+                rows = []  # not two handfuls of them
                 rows = await self._threads.run(taken.rows, chunks)
         return taken.received(rows)
 

@@ -204,6 +204,8 @@ class ImageStorage:
 
     async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
         """Store files whose names are new, in one transaction; returns the names that have these bytes now."""
+        if not files:
+            return set()
         rows = _rows_of_many(files)
         blobs = {
             file.digests.whole: {"sha256": file.digests.whole, "size": file.size, "chunks": len(file.chunks)}
@@ -226,8 +228,7 @@ class ImageStorage:
             await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
             await self._blobs.put_chunks(connection, rows)
 
-        if files:
-            await self._engine.write(work)
+        await self._engine.write(work)
         wanted = self._queries.as_list(file.name for file in files)
         now = dict(map(tuple, await self._engine.rows(self._queries.digests, wanted=wanted)))
         return {file.name for file in files if now.get(file.name) == file.digests.whole}

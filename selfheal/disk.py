@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from . import staging, syscalls
 from .errors import DiskUnwritable, NotAFile
@@ -45,6 +46,29 @@ class _Root(Directory):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.identity = _identity(os.fstat(fd))
+
+
+class Opened:
+    """Directories that stay open while many files are staged. A context manager; any thread may use it."""
+
+    def __init__(self) -> None:
+        self.root: _Root | None = None
+        self.folders: dict[str, int] = {}
+        self._late: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (*self.folders.values(), *self._late):
+            os.close(fd)
+
+    def keep(self, folder: str, fd: int) -> int:
+        """Remember a folder's descriptor; returns the one to use, if another thread was faster."""
+        kept = self.folders.setdefault(folder, fd)
+        if kept != fd:
+            self._late.append(fd)
+        return kept
 
 
 class UploadsDirectory:
@@ -132,22 +156,23 @@ class UploadsDirectory:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, opened: dict[str, Directory] | None = None) -> Staged:
-        """A file on its way to `name`; directories are made. Raises `DiskUnwritable` (`OSError`: no descriptors).
+    def stage(self, name: str) -> Staged:
+        """A file on its way to `name`; directories are made. Raises `DiskUnwritable` (`OSError`: no descriptors)."""
+        with Opened() as opened:
+            return self.stage_among(opened, name)
 
-        `opened`, one for many files, keeps the directories open that were opened for the files before.
-        """
-        opened = {} if opened is None else opened
+    def stage_among(self, opened: Opened, name: str) -> Staged:
+        """As `stage`, for many files: directories stay open that were opened for the ones before."""
         folder = name.rpartition("/")[0]
         why, since = self._refused
         if time.monotonic() - since < REFUSED_FOR:
             raise DiskUnwritable(why)
         with self.writing():
-            if "" not in opened:
-                opened[""] = self._root_to_write()
-            if folder not in opened:
-                opened[folder] = Directory(self._make_folder(opened[""].fd, folder))
-            return Staged(opened[""], opened[folder], name)
+            root = opened.root = opened.root or self._root_to_write()
+            parent = opened.folders.get(folder)
+            if parent is None:
+                parent = opened.keep(folder, self._make_folder(root.fd, folder))
+            return Staged(root, parent, name)
 
     def reader(self, staged: Staged, name: str) -> OpenFile:
         """A second descriptor of a staged file, for those who read it while it grows."""

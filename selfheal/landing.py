@@ -10,13 +10,12 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 
 from .db import ImageStorage
-from .disk import UploadsDirectory
+from .disk import Opened, UploadsDirectory
 from .errors import CorruptBlob, NotAFile, NotStored, SelfHealError, Unsettled
 from .flight import ahead
 from .records import Found, Record
 from .sources import CHUNK
 from .staging import Staged
-from .syscalls import Directory
 
 FILES_AT_ONCE = 256
 SMALL_AT_ONCE = 16 * 1024 * 1024
@@ -83,21 +82,18 @@ class Landing:
 
     async def _land_large(self, names: Sequence[str]) -> list[Landed]:
         records = await self._database.find_many(names)
-        opened: dict[str, Directory] = {}
-        with ExitStack() as stack:
+        with Opened() as opened, ExitStack() as stack:
             async with asyncio.TaskGroup() as group:
                 work = [self._stage_large(name, records.get(name), stack, opened) for name in names]
                 tasks = [group.create_task(one) for one in work]
             return await self._threads.run(self._publish_all, [task.result() for task in tasks])
 
-    async def _stage_large(
-        self, name: str, record: Record | None, stack: ExitStack, opened: dict[str, Directory]
-    ) -> _Ready | Landed:
+    async def _stage_large(self, name: str, record: Record | None, stack: ExitStack, opened: Opened) -> _Ready | Landed:
         if record is None or record.is_deleted:
             return Landed(name, None)
         async with self._places:
             try:
-                staged = stack.enter_context(await self._threads.run(self._disk.stage, name, opened))
+                staged = stack.enter_context(await self._threads.run(self._disk.stage_among, opened, name))
                 async with aclosing(ahead(self._database.read_whole(record))) as handfuls:
                     async for chunks in handfuls:
                         await self._threads.run(self._write, staged, chunks)
@@ -122,20 +118,17 @@ class Landing:
     # -- in a thread ----------------------------------------------------------------------------------------------
 
     def _land_small(self, batch: Iterable[tuple[str, Found | None]]) -> list[Landed]:
-        opened: dict[str, Directory] = {}
-        with ExitStack() as stack:
+        with Opened() as opened, ExitStack() as stack:
             return self._publish_all([self._stage_small(name, found, stack, opened) for name, found in batch])
 
-    def _stage_small(
-        self, name: str, found: Found | None, stack: ExitStack, opened: dict[str, Directory]
-    ) -> _Ready | Landed:
+    def _stage_small(self, name: str, found: Found | None, stack: ExitStack, opened: Opened) -> _Ready | Landed:
         if found is None or found.record.is_deleted or found.record.size > CHUNK:
             return Landed(name, None)
         record = found.record
         try:
             if record.size and not isinstance(found.first, bytes):  # SQLite keeps what others wrote, text too
                 raise CorruptBlob(name, "chunk 0 is missing")
-            staged = stack.enter_context(self._disk.stage(name, opened))
+            staged = stack.enter_context(self._disk.stage_among(opened, name))
             if found.first:
                 self._write(staged, [found.first])
             return _Ready(record, _checked(staged, record))
@@ -190,7 +183,7 @@ class _Ready:
 def in_batches(wanted: Iterable[Wanted], size: int) -> Iterator[list[str]]:
     """Names in lists of at most `FILES_AT_ONCE`, and of about `size` bytes."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = max(1, min(FILES_AT_ONCE, (descriptors - 128) // 2))  # a staged file holds one, its directory one
+    most = max(1, min(FILES_AT_ONCE, (descriptors - 128) // 3))  # a staged file holds two, its directory one
     batch: list[str] = []
     held = 0
     for name, bytes_of_it in wanted:

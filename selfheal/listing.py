@@ -68,6 +68,7 @@ class Listing:
         files = frozenset(itertools.islice(_regular_files(directory), LISTED_AT_MOST + 1))
         if len(files) > LISTED_AT_MOST:
             return _Large(directory)
+        directory.close()
         self._held += len(files)
         while self._folders and (self._held > LISTED_AT_MOST or len(self._folders) >= FOLDERS_AT_MOST):
             self._forget(next(iter(self._folders)))
@@ -107,18 +108,19 @@ def _walk(root: Directory, folder: str) -> Iterator[Entry]:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory a moment ago
             return
         raise
-    with os.scandir(directory.fd) as scan:
-        entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
-    entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * (entry[1] and entry[0][0] != ".")))
-    for last, is_directory in entries:
-        name = folder + last
-        if last in _NOISE or (not folder and last.startswith(OWN_PREFIX)):
-            continue
-        if is_directory and not last.startswith("."):
-            yield from _walk(root, f"{name}/")
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                yield _entry(name, os.stat(last, dir_fd=directory.fd, follow_symlinks=False))
+    with directory:
+        with os.scandir(directory.fd) as scan:
+            entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
+        entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * (entry[1] and entry[0][0] != ".")))
+        for last, is_directory in entries:
+            name = folder + last
+            if last in _NOISE or (not folder and last.startswith(OWN_PREFIX)):
+                continue
+            if is_directory and not last.startswith("."):
+                yield from _walk(root, f"{name}/")
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    yield _entry(name, os.stat(last, dir_fd=directory.fd, follow_symlinks=False))
 
 
 def _entry(name: str, measured: os.stat_result) -> Entry:

@@ -40,6 +40,10 @@ class OnDisk:
 Answer = Incoming | FromDatabase | InMemory | OnDisk | None
 
 
+_LookedUp = tuple[Found | None, bool, SelfHealError | None]
+"""What was found of a name; whether its file has landed already; and why it has not, if that was tried."""
+
+
 class _Gone(Exception):
     pass
 
@@ -189,22 +193,17 @@ class Restorer:
                 raise
 
     async def _restore(self, name: str, answer: asyncio.Future[Answer]) -> None:
-        if self._database.is_at_hand and self._here < HERE_AT_ONCE:
-            self._here += 1
-            try:
-                is_settled, landed = await self._threads.run(self._restore_here, name)
-            finally:
-                self._here -= 1
-            if is_settled:
-                self._settle(name, landed, answer)
-                return
-        found = await self._lookups.get(name)
+        found, is_landed, error = await self._look_up(name)
         if found is None or found.record.is_deleted:
             self._settle(name, None, answer)
             return
         record = found.record
         try:
-            if record.size <= CHUNK:
+            if error is not None:
+                raise error
+            if is_landed:
+                pass
+            elif record.size <= CHUNK:
                 await self._look_again(record, published=await self._threads.run(self._land, found))
             else:
                 with await self._threads.run(self._stage, record) as staged:
@@ -217,6 +216,18 @@ class Restorer:
             if not answer.done():
                 answer.set_result(await self._without_disk(found))
             self._events.emit(Kind.STREAMED, name, record.size, str(error))
+
+    async def _look_up(self, name: str) -> _LookedUp:
+        """What the database has of a name; where any thread can ask it, small files are restored on the way."""
+        if self._database.is_at_hand and self._here < HERE_AT_ONCE:
+            self._here += 1
+            try:
+                return await self._threads.run(self._restore_here, name)
+            except DatabaseUnavailable:
+                pass  # it is locked: others wait for it without holding a thread
+            finally:
+                self._here -= 1
+        return await self._lookups.get(name), False, None
 
     def _settle(self, name: str, landed: Record | None, answer: asyncio.Future[Answer]) -> None:
         """A name was restored from its record, or there is none."""
@@ -295,26 +306,21 @@ class Restorer:
 
     # -- in a thread ----------------------------------------------------------------------------------------------
 
-    def _restore_here(self, name: str) -> tuple[bool, Record | None]:
-        """All of it in one go, where this thread can ask the database: whether that settled it, and what was restored.
-
-        What is large, damaged, locked or finds no place on the disk goes the long way, from the beginning.
-        """
+    def _restore_here(self, name: str) -> _LookedUp:
+        """Look up and restore a file of one chunk in one go."""
+        found = self._database.fetch_here(name)
+        if found is None or found.record.is_deleted or found.record.size > CHUNK:
+            return found, False, None
         try:
-            found = self._database.fetch_here(name)
-            if found is None or found.record.is_deleted:
-                return True, None
-            if found.record.size > CHUNK:
-                return False, None
             published = self._land(found)
-        except (DatabaseUnavailable, CorruptBlob, DiskUnwritable):
-            return False, None
+        except SelfHealError as error:
+            return found, False, error
         with contextlib.suppress(DatabaseUnavailable):  # it was right a moment ago
             if self._database.generation_here(name) != found.record.generation:
                 if published:
                     self._disk.remove(name)
                 raise _Gone
-        return True, found.record
+        return found, True, None
 
     def _stage(self, record: Record) -> Staged:
         return self._disk.stage(record.name)

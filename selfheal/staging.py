@@ -25,16 +25,23 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
 
 
 class Staged:
-    """Bytes on their way to a name below `parent`. Use as a context manager: what was not published leaves no trace."""
+    """Bytes on their way to a name. Use as a context manager: what was not published leaves no trace.
 
-    def __init__(self, root: Directory, parent: Directory, name: str) -> None:
+    `parent` is the descriptor of the directory that is to hold it; it is duplicated.
+    """
+
+    def __init__(self, root: Directory, parent: int, name: str) -> None:
         self.size = self._begun = 0
         self._hash = hashlib.sha256()
         self._last = name.rpartition("/")[2]
         self._temporary: _Temporary | None = None
         self._root = root
-        self._parent = parent
-        self.fd = self._open()
+        self._parent = os.dup(parent)
+        try:
+            self.fd = self._open()
+        except BaseException:
+            os.close(self._parent)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -72,9 +79,9 @@ class Staged:
         """Give the file its name; False, and no change, if the name is taken."""
         try:
             if self._temporary is None:
-                syscalls.name_descriptor(self.fd, self._parent.fd, self._last)
+                syscalls.name_descriptor(self.fd, self._parent, self._last)
             else:
-                self._temporary.link(self._parent.fd, self._last)
+                self._temporary.link(self._parent, self._last)
         except FileExistsError:
             return False
         return True
@@ -86,22 +93,23 @@ class Staged:
         if self._temporary is None:
             self._temporary = _Temporary(self._root.fd)
             syscalls.name_descriptor(self.fd, self._temporary.directory, self._temporary.name)
-        self._temporary.rename(self._parent.fd, self._last)
+        self._temporary.rename(self._parent, self._last)
 
     def close(self) -> None:
-        """Close the descriptor; remove what was not published."""
+        """Close both descriptors; remove what was not published."""
         if self._temporary is not None:
             self._temporary.close(self._root.fd)
             self._temporary = None
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            os.close(self._parent)
+        self.fd = self._parent = -1
 
     def _open(self) -> int:
         try:
-            return syscalls.open_unnamed(self._parent.fd)
+            return syscalls.open_unnamed(self._parent)
         except OSError as error:
-            if error.errno == errno.EPERM and not os.fstat(self._parent.fd).st_nlink:  # ext4: the directory was removed
+            if error.errno == errno.EPERM and not os.fstat(self._parent).st_nlink:  # ext4: the directory was removed
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._last) from None
             if error.errno not in _NO_UNNAMED_FILES:
                 raise

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import sys
+from typing import Self
 
 _OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH, _RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
@@ -35,15 +36,27 @@ _syscall.restype = ctypes.c_long
 
 
 class Directory:
-    """An open directory; closed when the last one who works through it lets go of it."""
+    """An open directory, closed when it is told to be, or when the last one who works through it lets go of it."""
 
     __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __del__(self) -> None:
-        os.close(self.fd)
+        self.close()
+
+    def close(self) -> None:
+        """Close it; closing twice is harmless."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _openat2(root: int, path: str, how: _OpenHow) -> int:

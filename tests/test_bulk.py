@@ -911,7 +911,8 @@ async def test_a_database_that_goes_away_ends_the_run(
         raise DatabaseUnavailable("gone")
         yield b""
 
-    monkeypatch.setattr(store.database, "read_handfuls", fail_reading)
+    for reading in ("read_handfuls", "read_whole"):
+        monkeypatch.setattr(store.database, reading, fail_reading)
     for run in (bulk.restore(store), bulk.verify(store), bulk.verify(store, drill=True)):
         with pytest.raises(DatabaseUnavailable):
             await told(run)

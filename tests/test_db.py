@@ -453,7 +453,7 @@ async def test_a_dry_purge(images: ImageStorage, database_url: str) -> None:
 
 async def break_off(images: ImageStorage, name: str, *, promise: bool = False) -> None:
     """Begin a large upload, and go away when its first chunks stand in the database."""
-    data = random.Random(name).randbytes(2 * LARGE + CHUNK)
+    data = random.Random(name).randbytes(4 * LARGE + CHUNK)
 
     async def breaking() -> AsyncIterator[bytes]:
         yield data

@@ -709,7 +709,7 @@ async def test_sigkill_after_an_uploads_commit(tmp_path: Path, sqlite_store: Upl
 
 
 @pytest.mark.parametrize(
-    ("size", "moment"), [(SMALL, 1), (40 * CHUNK, 1), (40 * CHUNK, 2)], ids=["small", "large", "large, later"]
+    ("size", "moment"), [(SMALL, 1), (80 * CHUNK, 1), (80 * CHUNK, 2)], ids=["small", "large", "large, later"]
 )
 async def test_sigkill_before_an_uploads_commit(
     tmp_path: Path, sqlite_store: UploadStore, faults: Faults, size: int, moment: int

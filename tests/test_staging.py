@@ -71,8 +71,8 @@ class Place:
     def stage(self, name: str = "tom.png") -> Staged:
         """A file on its way to a name."""
         folder = name.rpartition("/")[0]
-        parent = Directory(syscalls.open_directory(self.fd, folder)) if folder else self.root
-        return Staged(self.root, parent, name)
+        with Directory(syscalls.open_directory(self.fd, folder)) as parent:
+            return Staged(self.root, parent.fd, name)
 
     def put(self, data: bytes, name: str = "tom.png") -> None:
         """Stage bytes and put them at a name, whatever stands there."""
