@@ -135,7 +135,10 @@ class Reconciler:
             return
         with file:
             digest = await self._threads.run(file.sha256)
-            if digest == record.sha256:
+            now = await self._database.find(name)
+            if now is None or now.generation != record.generation:
+                await self.check(name)  # these bytes may be those of a save that was committed meanwhile
+            elif digest == record.sha256:
                 await self._threads.run(self._disk.set_modified, name, record.modified_ns)
             elif await self._is_overwrite(name, file, digest, record):
                 await self._store(name, file, only_new=False)
