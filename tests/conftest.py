@@ -76,15 +76,15 @@ class PostgresServer:
         return done.stdout
 
     def control(self, *arguments: str) -> None:
-        """Run pg_ctl, for instance `restart -m immediate`. A server it starts would keep a pipe of ours open."""
-        subprocess.run(
-            [str(self.programs / "pg_ctl"), "-D", str(self.data), "-w", *arguments],
-            user=self.user,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-        )
+        """Run pg_ctl, for instance `restart -m immediate`; what it says, and the server, goes to `run/said`.
+
+        A pipe of ours would stay open with the server that it starts.
+        """
+        command = [str(self.programs / "pg_ctl"), "-D", str(self.data), "-w", *arguments]
+        with (self.data.parent / "run" / "said").open("w+") as said:
+            done = subprocess.run(command, user=self.user, stdout=said, stderr=said, cwd="/")
+            said.seek(0)
+            assert done.returncode == 0, f"pg_ctl {' '.join(arguments)}: {said.read()}"
 
 
 def _postgres_programs() -> Path | None:
