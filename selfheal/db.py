@@ -147,7 +147,7 @@ class ImageStorage:
     async def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
         """Records without bytes in the order of names, `size` at a time: the living, the deleted, or (None) all."""
         query, after = self._queries.pages[deleted], ""
-        while rows := await self._engine.rows(query, after=after, size=size):
+        while rows := await self._engine.rows(query, **self._queries.from_after(after), size=size):
             yield [to_record(row) for row in rows]
             after = rows[-1][0]
 
@@ -155,7 +155,7 @@ class ImageStorage:
         """Names with their sizes, in the order of names, `size` at a time: of the living, or of the deleted."""
         query = self._queries.first_names[deleted]
         after = ""
-        while rows := await self._engine.rows(query, after=after, size=size):
+        while rows := await self._engine.rows(query, **self._queries.from_after(after), size=size):
             yield [to_name(row) for row in rows]
             query, after = self._queries.names[deleted], rows[-1][0]
 

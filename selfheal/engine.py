@@ -31,6 +31,7 @@ _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
 LOCK_PATIENCE = 10.0
 """Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
 _NO_SUCH = ("no such table", "no such column", "has no column named")
+_NOT_UTF8 = "Could not decode"
 _KNOWN_DRIVERS = ("aiosqlite", "asyncpg")
 _COMPILED_AT_MOST = 64
 _POOL_AT_MOST = 10
@@ -155,6 +156,12 @@ class Engine:
             return (await connection.execute(query, values)).all()
         text, positional = self._bind(connection.dialect, query, values)
         if kind == "aiosqlite":
+            try:
+                return await driver.execute_fetchall(text, positional)
+            except sqlite3.OperationalError as error:
+                if not str(error).startswith(_NOT_UTF8):
+                    raise
+            driver.text_factory = _decode  # takes longer than SQLite's own, so only where it is needed
             return await driver.execute_fetchall(text, positional)
         try:
             return await driver.fetch(text, *positional)
@@ -290,6 +297,11 @@ def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:
     if wal_is_safe(sqlite3.sqlite_version_info):
         cursor.execute("PRAGMA journal_mode=WAL")
     cursor.close()
+
+
+def _decode(text: bytes) -> str:
+    """Text of a SQLite database in which somebody else wrote some that is no UTF-8; the grammar of names has none."""
+    return text.decode(errors="surrogateescape")
 
 
 def _was_dead(cause: BaseException | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     ColumnElement,
     Integer,
     Select,
@@ -16,6 +17,8 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    case,
+    cast,
     func,
     select,
     true,
@@ -48,11 +51,9 @@ class Queries:
             .where(version.c.name == bindparam("name", type_=String))
             .order_by(version.c.generation.desc())
         )
+        after = self._after()
         page = (
-            select(record)
-            .where(record.c.name > bindparam("after", type_=String))
-            .order_by(record.c.name)
-            .limit(bindparam("size", type_=Integer))
+            select(record).where(record.c.name > after).order_by(record.c.name).limit(bindparam("size", type_=Integer))
         )
         self.pages: dict[bool | None, Select[Any]] = {
             False: page.where(alive),
@@ -60,7 +61,6 @@ class Queries:
             None: page.where(true()),
         }
         names = select(record.c.name, record.c.size).order_by(record.c.name).limit(bindparam("size", type_=Integer))
-        after = bindparam("after", type_=String)
         self.names: dict[bool, Select[Any]] = {False: names.where(alive), True: names.where(dead)}
         self.first_names = {dead: query.where(record.c.name >= after) for dead, query in self.names.items()}
         self.names = {dead: query.where(record.c.name > after) for dead, query in self.names.items()}
@@ -76,6 +76,20 @@ class Queries:
     def as_list(self, wanted: Iterable[str]) -> Any:
         """Many names as the one value that `find` and `fetch` take."""
         return json.dumps(list(wanted)) if self._is_sqlite else list(wanted)
+
+    def from_after(self, last: Any) -> dict[str, Any]:
+        """The values that `pages` and `names` take to go on after the last name of a page, as the driver gave it."""
+        if not self._is_sqlite:
+            return {"after": last}
+        is_text = isinstance(last, str)
+        return {"is_text": is_text, "after": last.encode(errors="surrogateescape") if is_text else last}
+
+    def _after(self) -> ColumnElement[Any]:
+        """SQLite keeps what others write, text that is no UTF-8 among it, which can be bound as bytes only."""
+        after = bindparam("after", type_=String)
+        if not self._is_sqlite:
+            return after
+        return case((bindparam("is_text", type_=Boolean), cast(after, String)), else_=after)
 
     def _among(self, name: ColumnElement[str]) -> ColumnElement[bool]:
         """Whether a name is among the `wanted` ones: one parameter, however many they are."""

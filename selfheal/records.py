@@ -105,7 +105,9 @@ def to_record(row: Sequence[Any]) -> Record:
     if not isinstance(modified_ns, int):
         modified_ns = 0
     gone = None if deleted_at is None else to_utc(deleted_at)
-    return Record(name, sha256, size, kind, modified_ns, generation, to_utc(created_at), to_utc(changed_at), gone)
+    return Record(
+        name, _to_digest(sha256), size, kind, modified_ns, generation, to_utc(created_at), to_utc(changed_at), gone
+    )
 
 
 def to_name(row: Sequence[Any]) -> tuple[str, int]:
@@ -119,7 +121,12 @@ def to_name(row: Sequence[Any]) -> tuple[str, int]:
 def to_version(row: Sequence[Any]) -> Version:
     """A version from a row of `image_history`, its columns in their order."""
     name, generation, sha256, size, kind, modified_ns, replaced_at = row
-    return Version(name, generation, sha256, size, kind, modified_ns, to_utc(replaced_at))
+    return Version(name, generation, _to_digest(sha256), size, kind, modified_ns, to_utc(replaced_at))
+
+
+def _to_digest(sha256: str) -> str:
+    """What is no digest becomes the digest of nothing that is stored."""
+    return sha256 if sha256.isascii() else ""
 
 
 def to_utc(moment: datetime | str) -> datetime:

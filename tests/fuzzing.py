@@ -358,7 +358,7 @@ class Records(Target):
                 assert (hashlib.sha256(answer.body).hexdigest(), len(answer.body)) == (sha256, size)
                 assert names.is_valid(name)
                 assert not deleted
-            elif deleted or not names.is_valid(name):
+            elif deleted or not names.is_valid(name) or (self.directory / name).is_dir():  # another name's directory
                 assert answer.status == 404
             else:
                 assert answer.status == 500

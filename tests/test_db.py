@@ -649,6 +649,20 @@ async def test_pages(images: ImageStorage, size: int) -> None:
     assert {record.name: record for record in got} == await images.find_many(DISTINCT)
 
 
+async def test_pages_of_text_that_is_no_utf8(sqlite_url: str) -> None:
+    """SQLite keeps names that are no UTF-8, and names that are no text: each is told once, and those after it come."""
+    async with UploadStore("uploads", sqlite_url) as store:
+        images = store.database
+        await images.create_tables()
+        for name in ("a", "b", "c", "d", "e", "é"):
+            await images.store_image(name, b"x")
+        for name, value in {"b": "CAST(x'61ff' AS TEXT)", "c": "CAST(x'61fe' AS TEXT)", "d": "x'61ff'"}.items():
+            await execute(sqlite_url, f"UPDATE image_storage SET name = {value} WHERE name = '{name}'")
+        records = [record.name async for page in images.pages(size=1) for record in page]
+        names = [name async for page in images.names(size=1) for name, _ in page]
+    assert records == names == ["a", "a\udcfe", "a\udcff", "e", "é", "a\ufffd"]
+
+
 async def test_pages_of_the_living_and_the_dead(images: ImageStorage) -> None:
     """Pages bring the living, the deleted, or all."""
     for name in "abcdef":
