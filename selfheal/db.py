@@ -159,6 +159,17 @@ class ImageStorage:
             yield [to_name(row) for row in rows]
             query, after = self._queries.names[deleted], rows[-1][0]
 
+    async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
+        """Names, not new ones, that were changed `since`, at most `size`, with their generations; and the next `since`.
+
+        It lies a minute back, on the database's clock: a transaction may be committed so long after its changes.
+        None asks for nothing but the next.
+        """
+        if since is None:
+            return [], (await self._engine.rows(self._queries.moment))[0][0]
+        rows = await self._engine.rows(self._queries.changes, since=since, size=size)
+        return [(to_name((row[0], 0))[0], row[1]) for row in rows], rows[0][2] if rows else since
+
     async def count(self) -> int:
         """How many living records there are."""
         return int((await self._engine.rows(self._queries.count))[0][0])
@@ -301,6 +312,8 @@ class ImageStorage:
     async def _create_tables(self, connection: AsyncConnection) -> None:
         for table in self.tables.all():
             await connection.run_sync(table.create, checkfirst=True)
+        for index in self.tables.records.indexes:  # of a table that an earlier selfheal made
+            await connection.run_sync(index.create, checkfirst=True)
         version = (await connection.execute(select(func.max(self.tables.schema.c.version)))).scalar_one()
         check_version(version)
         ours = self._blobs.insert(self.tables.schema).values(version=SCHEMA_VERSION)

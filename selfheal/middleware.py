@@ -55,6 +55,7 @@ class SelfHealMiddleware:
             else:
                 await self.app(scope, receive, send)
             return
+        self.store.follow()
         path = scope["path"]
         root = scope.get("root_path")
         if root and path.startswith(f"{root}/"):

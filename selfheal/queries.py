@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     ColumnElement,
+    DateTime,
     Integer,
     Select,
     String,
@@ -20,7 +21,9 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal_column,
     select,
+    text,
     true,
 )
 
@@ -64,6 +67,14 @@ class Queries:
         self.names: dict[bool, Select[Any]] = {False: names.where(alive), True: names.where(dead)}
         self.first_names = {dead: query.where(record.c.name >= after) for dead, query in self.names.items()}
         self.names = {dead: query.where(record.c.name > after) for dead, query in self.names.items()}
+        overlap = text("datetime('now', '-60 seconds')" if self._is_sqlite else "now() - interval '60 seconds'")
+        self.moment: Select[Any] = select(overlap)
+        self.changes: Select[Any] = (
+            select(record.c.name, record.c.generation, overlap)
+            .where(record.c.generation > literal_column("1"))
+            .where(record.c.changed_at >= bindparam("since", type_=DateTime(timezone=True)))
+            .limit(bindparam("size", type_=Integer))
+        )
         self.count: Select[Any] = select(func.count()).select_from(record).where(alive)
         self.chunks: Select[Any] = (
             select(chunk.c.position, chunk.c.digest, chunk.c.data)

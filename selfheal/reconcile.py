@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from .db import ImageStorage
@@ -11,6 +12,7 @@ from .errors import CorruptBlob, DatabaseUnavailable, NotStored, SelfHealError, 
 from .events import Events, Kind, logger
 from .files import Identity, OpenFile, identity_of
 from .flight import Batches, Tasks
+from .following import Follower
 from .records import Record
 from .restoration import Restorer
 
@@ -18,6 +20,8 @@ SETTLED_AFTER = 1.0
 """Seconds for which a file must have held still before it is taken for whole."""
 QUIET_FOR = 5.0
 """Seconds for which nothing is asked behind hits after the database gave no answer."""
+FOLLOWED_EVERY = 2.0
+"""Seconds, at least, between two askings what other nodes did."""
 CHANGING_FOR = 60.0
 """Seconds for which every hit of a changed name is compared: how long a caller's own transaction may take."""
 CHANGING_AT_MOST = 10_000
@@ -43,6 +47,9 @@ class Reconciler:
         self._changing: dict[str, float] = {}
         self._behind: set[str] = set()
         self._quiet_until = 0.0
+        self._follower = Follower(database)
+        self._follow_from = 0.0
+        self._following: asyncio.Task[None] | None = None
 
     def noticed(self, name: str, identity: Identity, *, adopt: bool) -> None:
         """A hit was answered: if this process has not seen this file yet, ask the database about it, behind."""
@@ -52,6 +59,14 @@ class Reconciler:
             return
         self._behind.add(name)
         self._tasks.start(self._look_behind(name, identity, adopt=adopt))
+
+    def follow(self) -> None:
+        """A visitor came: every few seconds, ask behind what other nodes did."""
+        now = time.monotonic()
+        if now < self._follow_from or now < self._quiet_until:
+            return
+        if self._following is None or self._following.done():
+            self._following = self._tasks.start(self._follow())
 
     def forget(self, name: str) -> None:
         """A name was changed: what was seen of it says nothing any more."""
@@ -103,6 +118,23 @@ class Reconciler:
         return record
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """What other nodes changed counts as seen no more, and goes from this disk even if nobody asks for it."""
+        try:
+            changed = await self._follower.changed()
+            if changed is None:
+                self._seen.clear()
+            for name in changed or ():
+                self.forget(name)
+                with contextlib.suppress(OSError):  # a disk that gives no answer: told at the next hit
+                    there = await self._threads.run(self._disk.stat, name)
+                    if there is not None:
+                        await self._look_behind(name, identity_of(there), adopt=False)
+        except DatabaseUnavailable:
+            self._quiet_until = time.monotonic() + QUIET_FOR
+        finally:
+            self._follow_from = time.monotonic() + FOLLOWED_EVERY
 
     async def _look_behind(self, name: str, identity: Identity, *, adopt: bool) -> None:
         try:

@@ -231,6 +231,10 @@ class UploadStore:
         """A disk copy that cannot be read goes to quarantine."""
         await self._restorer.quarantine(name, "the disk copy cannot be read")
 
+    def follow(self) -> None:
+        """A visitor came, for whatever: every few seconds, take over what other nodes deleted or overwrote, behind."""
+        self._reconciler.follow()
+
     def noticed(self, name: str, identity: Identity, *, adopt: bool) -> None:
         """A hit was answered from the file with this identity; compare it with its record, behind."""
         self._reconciler.noticed(name, identity, adopt=adopt)

@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     DateTime,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Text,
     event,
     func,
+    literal_column,
 )
 
 SCHEMA_VERSION = 1
@@ -60,6 +62,8 @@ def define_tables(metadata: MetaData) -> Tables:
         Column("generation", BigInteger, nullable=False, server_default="1"),
         Column("deleted_at", _Moment),
     )
+    changed = records.c.generation > literal_column("1")  # new names, of which nobody has an old copy, cost nothing
+    Index("ix_image_storage_changed_at", records.c.changed_at, sqlite_where=changed, postgresql_where=changed)
     blobs = Table(
         "image_blob",
         metadata,

@@ -312,7 +312,7 @@ MISSING = {
     "DROP TABLE image_chunk": ("fetch", "read", "store_image", "store_many", "mend"),
     "DROP TABLE image_blob": ("store_image", "store_many", "mend"),
     "DROP TABLE image_history": ("history", "bury", "purge"),
-    "ALTER TABLE image_storage DROP COLUMN generation": ("find", "fetch", "pages", "bury"),
+    "ALTER TABLE image_storage RENAME COLUMN generation TO other": ("find", "fetch", "pages", "bury"),
     "ALTER TABLE image_chunk DROP COLUMN digest": ("read", "store_image", "mend"),
 }
 

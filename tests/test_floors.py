@@ -16,7 +16,7 @@ FLOORS = [
     {"blobs", "responses", "listing"},
     {"db"},
     {"bodies", "landing", "gathering", "outcomes"},
-    {"restoration"},
+    {"restoration", "following"},
     {"reconcile"},
     {"store"},
     {"middleware", "bulk"},

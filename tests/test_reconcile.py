@@ -22,8 +22,10 @@ from sides import (
     noise,
     on_both_sides,
     on_disk,
+    resize,
     statements,
 )
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from selfheal import UploadStore
@@ -31,6 +33,7 @@ from selfheal.errors import Unsettled
 from selfheal.sources import CHUNK
 
 NAME = "cats/tom.jpg"
+OTHER = "dogs/rex.jpg"
 OLD, NEW, THIRD = b"the old bytes", b"the new bytes, which are others", b"yet another picture"
 A_DAY = 86_400 * 10**9
 
@@ -136,6 +139,127 @@ async def test_a_disk_copy_damaged_in_size_is_restored(store: UploadStore) -> No
             assert saved.path.stat().st_mtime_ns == saved.modified_ns
             assert damaged in in_quarantine(store)
     assert await generation_of(store) == 2
+
+
+# -- what another node did ------------------------------------------------------------------------------------------
+
+
+async def until_followed(store: UploadStore, holds: Callable[[], bool]) -> None:
+    """Visitors come, for whatever, until something holds."""
+
+    async def visited() -> bool:
+        store.follow()
+        await store.tasks.settle(30)
+        return holds()
+
+    await eventually(visited)
+
+
+@pytest.fixture
+async def seen_on_both(store: UploadStore, elsewhere: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names that both nodes have, and know to be right."""
+    resize(monkeypatch, FOLLOWED_EVERY=0.05, QUIET_FOR=0.2)
+    for name in (NAME, OTHER):
+        await store.save(name, OLD)
+        await elsewhere.restore(name)
+        for node in (store, elsewhere):
+            await looked_behind(node, name)
+
+
+@pytest.mark.usefixtures("seen_on_both")
+async def test_a_deletion_reaches_other_disks_without_a_visitor(store: UploadStore, elsewhere: UploadStore) -> None:
+    """What one node deletes goes from the disk of another that has seen it, though nobody asks for that name."""
+    await elsewhere.delete(NAME)
+    assert on_disk(store, NAME) == OLD
+    await until_followed(store, lambda: on_disk(store, NAME) is None)
+    assert on_disk(store, OTHER) == OLD
+
+
+@pytest.mark.usefixtures("seen_on_both")
+async def test_changes_reach_other_disks_one_after_the_other(store: UploadStore, elsewhere: UploadStore) -> None:
+    """Every later change of the same name is followed as well, an overwrite, an undo and a deletion."""
+    await elsewhere.save(NAME, NEW)
+    await until_followed(store, lambda: on_disk(store, NAME) == NEW)
+    await elsewhere.undo(NAME)
+    await until_followed(store, lambda: on_disk(store, NAME) == OLD)
+    await elsewhere.delete(NAME)
+    await until_followed(store, lambda: on_disk(store, NAME) is None)
+    assert in_quarantine(store) == []
+
+
+@pytest.mark.usefixtures("seen_on_both")
+async def test_a_change_in_a_long_transaction_is_followed(store: UploadStore, elsewhere: UploadStore) -> None:
+    """A change is found however long before its commit its transaction began, and whatever was followed meanwhile."""
+    if store.database.url.get_backend_name() == "sqlite":
+        pytest.skip("one writer at a time: nothing is changed meanwhile")
+    engine = create_async_engine(store.database.url)
+    async with engine.begin() as connection:
+        await elsewhere.save(NAME, NEW, connection=connection)
+        await elsewhere.save(OTHER, THIRD)
+        await until_followed(store, lambda: on_disk(store, OTHER) == THIRD)
+        assert on_disk(store, NAME) == OLD
+    await engine.dispose()
+    await until_followed(store, lambda: on_disk(store, NAME) == NEW)
+
+
+@pytest.mark.usefixtures("seen_on_both")
+async def test_too_many_changes_to_follow(
+    store: UploadStore, elsewhere: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more was changed than a node wants to hold, it takes nothing for seen: a visitor is enough for each."""
+    resize(monkeypatch, CHANGES_AT_MOST=2)
+    for name in ("x.jpg", "y.jpg", NAME):
+        await elsewhere.save(name, THIRD)
+        await elsewhere.delete(name)
+    await until_followed(store, lambda: True)
+
+    async def gone() -> bool:
+        await looked_behind(store, OTHER)
+        await looked_behind(store, NAME)
+        return on_disk(store, NAME) is None
+
+    await eventually(gone)
+
+
+@pytest.mark.usefixtures("seen_on_both")
+async def test_followed_again_after_an_outage(store: UploadStore, elsewhere: UploadStore) -> None:
+    """A database that gave no answer is left alone for a while; then what happened meanwhile is followed."""
+    await elsewhere.delete(NAME)
+    await execute(store, "ALTER TABLE image_storage RENAME TO away")
+    await until_followed(store, lambda: True)
+    await execute(store, "ALTER TABLE away RENAME TO image_storage")
+    await until_followed(store, lambda: on_disk(store, NAME) is None)
+
+
+@pytest.mark.usefixtures("seen_on_both")
+async def test_nobody_follows_a_name_outside_the_grammar(
+    store: UploadStore, elsewhere: UploadStore, directory: Path
+) -> None:
+    """A record that others wrote leads to no file outside the uploads, and hides no other change."""
+    outside = directory.parent / "outside.jpg"
+    outside.write_bytes(THIRD)
+    await elsewhere.save("z.jpg", THIRD)
+    await elsewhere.delete("z.jpg")
+    await execute(store, "UPDATE image_storage SET name = '../outside.jpg' WHERE name = 'z.jpg'")
+    await elsewhere.delete(NAME)
+    await until_followed(store, lambda: on_disk(store, NAME) is None)
+    assert outside.read_bytes() == THIRD
+
+
+async def test_following_reads_no_more_than_the_changes(store: UploadStore) -> None:
+    """An index holds the changed names alone; a table that an earlier selfheal made gets it by `create_tables`."""
+    await execute(store, "DROP INDEX ix_image_storage_changed_at")
+    await store.database.create_tables()
+    question = "SELECT name FROM image_storage WHERE generation > 1 AND changed_at >= '2026-01-01 00:00:00'"
+    engine = create_async_engine(store.database.url)
+    async with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            question = f"QUERY PLAN {question}"
+        else:
+            await connection.execute(text("SET enable_seqscan = off"))  # of an empty table it would read the one page
+        plan = (await connection.execute(text(f"EXPLAIN {question}"))).all()
+    await engine.dispose()
+    assert "ix_image_storage_changed_at" in str(plan)
 
 
 # -- a copy of an earlier generation --------------------------------------------------------------------------------
