@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 from asgi import Wrapped, ask
+from sides import resize
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from selfheal import DatabaseUnavailable, Record, SchemaError, SelfHealMiddleware, UploadStore, bulk, landing, listing
+from selfheal import DatabaseUnavailable, Record, SchemaError, SelfHealMiddleware, UploadStore, bulk, landing
 from selfheal.names import to_path
 from selfheal.outcomes import Result
 from selfheal.sources import CHUNK
@@ -248,12 +249,8 @@ async def test_batches_and_pages_have_no_seams(
     store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many more files than one batch or page holds each is told once, by every run."""
-    for room, limit in ((bulk, "FILES_AT_ONCE"), (landing, "FILES_AT_ONCE"), (bulk, "ENTRIES_AT_ONCE")):
-        monkeypatch.setattr(room, limit, 8)
-    monkeypatch.setattr(bulk, "NAMES_AT_ONCE", 20)
-    monkeypatch.setattr(listing, "LISTED_AT_MOST", 9)
-    for limit in ("SMALL_AT_ONCE", "LARGE_AT_ONCE"):
-        monkeypatch.setattr(landing, limit, 3 * CHUNK)
+    resize(monkeypatch, FILES_AT_ONCE=8, ENTRIES_AT_ONCE=8, NAMES_AT_ONCE=20, LISTED_AT_MOST=9)
+    resize(monkeypatch, SMALL_AT_ONCE=3 * CHUNK, LARGE_AT_ONCE=3 * CHUNK)
     for index in range(90):
         lay(directory, f"{index % 7}/{index:02}.png", noise(index % 50 + CHUNK * (index % 9 == 0), index))
     assert (await told(bulk.migrate(store))).counts == {"migrated": 90}

@@ -19,7 +19,9 @@ FLOORS = [
     {"restoration", "following"},
     {"reconcile"},
     {"store"},
-    {"middleware", "bulk"},
+    {"middleware", "sides"},
+    {"bulk_restore", "bulk_migrate", "bulk_verify"},
+    {"bulk"},
     {"scripts"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

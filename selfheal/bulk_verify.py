@@ -1,0 +1,116 @@
+"""Every byte on both sides, compared with what was recorded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+
+from . import names
+from .disk import UploadsDirectory
+from .errors import CorruptBlob, NotStored, SelfHealError
+from .flight import ahead
+from .gathering import fault_in_database
+from .landing import SMALL_AT_ONCE, Landed, Landing, in_batches
+from .listing import Entry
+from .outcomes import Outcome, Result, each, of_error, problem, sort, split
+from .records import Found, Record
+from .sides import NAMES_AT_ONCE, digest_of, entries_of, settled, still_there
+from .sources import CHUNK
+from .store import UploadStore
+
+
+async def verify(store: UploadStore, *, drill: bool = False, jobs: int = 4) -> AsyncGenerator[Result, None]:
+    """Compare every byte on both sides with what was recorded; with `drill` also restore everything, elsewhere.
+
+    Changes nothing. Raises `DatabaseUnavailable`.
+    """
+    async with aclosing(ahead(_fetch_all(store))) as pages:
+        async for found, wrong in pages:
+            for result in wrong:
+                yield result
+            drilled = await _drill(store, found, jobs) if drill else {}
+            checks = (settled(store, one, partial(_verify, store)) for one in found)
+            async with aclosing(each(jobs, checks)) as verified:
+                async for one in verified:
+                    if one is not None:
+                        yield drilled.get(one.name, one)
+    async with aclosing(ahead(entries_of(store))) as batches:
+        async for entries in batches:
+            records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
+            uploads, wrong = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
+            for result in wrong:
+                yield result
+            for entry in uploads:
+                yield await still_there(store, entry.name) if entry.name in records else _not_backed_up(entry)
+
+
+async def _fetch_all(store: UploadStore) -> AsyncGenerator[tuple[list[Found], list[Result]], None]:
+    """The living records with their first chunks, and what is wrong with others."""
+    async with aclosing(store.database.names(size=NAMES_AT_ONCE)) as pages:
+        async for page in pages:
+            valid, wrong = split(page)
+            yield [], wrong
+            for wanted in in_batches(((name, min(size, CHUNK)) for name, size in valid), SMALL_AT_ONCE):
+                yield list((await store.database.fetch(wanted)).values()), []
+
+
+async def _verify(store: UploadStore, found: Found) -> Result | None:
+    record = found.record
+    if record.is_deleted:
+        return None  # meanwhile: the walk finds it if it is still on disk
+    try:
+        fault = await fault_in_database(store.database, found, store.threads)
+        if fault:
+            return problem(record.name, Outcome.CORRUPT_IN_DATABASE, fault, record.size)
+        digest = await store.threads.run(digest_of, store.disk, record.name)
+    except (SelfHealError, OSError) as error:
+        return of_error(record.name, error)
+    if digest is None:
+        return problem(record.name, Outcome.MISSING_ON_DISK, "`selfheal restore` brings it back", record.size)
+    if digest != record.sha256:
+        detail = "the disk's bytes are not the recorded ones; `selfheal restore --verify` heals them"
+        return problem(record.name, Outcome.DIFFERS, detail, record.size)
+    return Result(record.name, Outcome.OK, record.size)
+
+
+async def _drill(store: UploadStore, found: Sequence[Found], jobs: int) -> dict[str, Result]:
+    """Restore records into an empty directory, compare, and throw it away; a result for each name that went wrong."""
+    wrong: dict[str, Result] = {}
+    wanted = [(one.record.name, one.record.size) for one in found]
+    with tempfile.TemporaryDirectory(prefix="selfheal-drill-") as place:
+        elsewhere = UploadsDirectory(place, threads=store.threads)
+        async with aclosing(Landing(elsewhere, store.database, jobs).land(wanted)) as batches:
+            async for landed in batches:
+                for one in await store.threads.run(_drilled, elsewhere, landed):
+                    if one.error is not None and not isinstance(one.error, NotStored):
+                        wrong[one.name] = of_error(one.name, one.error)
+    return wrong
+
+
+def _drilled(elsewhere: UploadsDirectory, landed: Iterable[Landed]) -> list[Landed]:
+    """Compare what was restored in a drill, and throw it away."""
+    return [one if one.record is None or one.error else _compared(elsewhere, one, one.record) for one in landed]
+
+
+def _compared(elsewhere: UploadsDirectory, one: Landed, record: Record) -> Landed:
+    if digest_of(elsewhere, record.name) != record.sha256:
+        return replace(one, error=CorruptBlob(record.name, "what was restored in the drill has other bytes"))
+    elsewhere.remove(record.name)
+    return one
+
+
+def _not_backed_up(entry: Entry) -> Result:
+    detail = "it is not backed up; `selfheal migrate` brings it in"
+    return problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.stat.st_size)
+
+
+def _is_living(record: Record | None) -> bool:
+    return record is not None and not record.is_deleted
+
+
+def _is_text(name: str) -> bool:
+    """Whether a database can be asked for a name; a file's name may hold bytes that are no text."""
+    return names.is_valid(name) or name.isprintable()
