@@ -158,21 +158,20 @@ class UploadsDirectory:
 
     def stage(self, name: str) -> Staged:
         """A file on its way to `name`; directories are made. Raises `DiskUnwritable` (`OSError`: no descriptors)."""
-        with Opened() as opened:
+        with Opened() as opened, self.writing():
             return self.stage_among(opened, name)
 
     def stage_among(self, opened: Opened, name: str) -> Staged:
-        """As `stage`, for many files: directories stay open that were opened for the ones before."""
+        """As `stage`, for many files, in directories that stay open; what an `OSError` means tells `refusal`."""
         folder = name.rpartition("/")[0]
         why, since = self._refused
         if time.monotonic() - since < REFUSED_FOR:
             raise DiskUnwritable(why)
-        with self.writing():
-            root = opened.root = opened.root or self._root_to_write()
-            parent = opened.folders.get(folder)
-            if parent is None:
-                parent = opened.keep(folder, self._make_folder(root.fd, folder))
-            return Staged(root, parent, name)
+        root = opened.root = opened.root or self._root_to_write()
+        parent = opened.folders.get(folder)
+        if parent is None:
+            parent = opened.keep(folder, self._make_folder(root.fd, folder))
+        return Staged(root, parent, name)
 
     def reader(self, staged: Staged, name: str) -> OpenFile:
         """A second descriptor of a staged file, for those who read it while it grows."""
@@ -181,16 +180,23 @@ class UploadsDirectory:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what a disk says when it takes no more into `DiskUnwritable`, and remember it if it is for good."""
+        """Raise what the errors of a disk that takes no more mean (`refusal`)."""
         try:
             yield
         except OSError as error:
-            if error.errno in _OUT_OF_RESOURCES:
+            refusal = self.refusal(error)
+            if refusal is error:
                 raise
-            why = f"{self.path} takes no file: {error.strerror or error}"
-            if error.errno in _FOR_GOOD:
-                self._refused = (why, time.monotonic())
-            raise DiskUnwritable(why) from error
+            raise refusal from error
+
+    def refusal(self, error: OSError) -> OSError | DiskUnwritable:
+        """What an error of writing means: `DiskUnwritable`, remembered if it is for good, unless we lack resources."""
+        if error.errno in _OUT_OF_RESOURCES:
+            return error
+        why = f"{self.path} takes no file: {error.strerror or error}"
+        if error.errno in _FOR_GOOD:
+            self._refused = (why, time.monotonic())
+        return DiskUnwritable(why)
 
     def sync(self) -> None:
         """Bring everything staged and published so far to the disk, at once (syncfs)."""

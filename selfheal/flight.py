@@ -6,11 +6,13 @@ The work runs in a task of its own. An asker that goes away (a client hangs up, 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 K = TypeVar("K")
 
 
@@ -73,6 +75,25 @@ async def ahead(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         finally:
             coming.cancel()
             await asyncio.gather(coming, return_exceptions=True)
+
+
+async def overlapped(
+    source: AsyncGenerator[T, None], work: Callable[[T], Coroutine[Any, Any, R]], at_once: int
+) -> AsyncGenerator[R, None]:
+    """What `work` makes of each item of `source`, in their order, so many in the making at once."""
+    making = deque[asyncio.Task[R]]()
+    async with aclosing(source):
+        try:
+            async for item in source:
+                making.append(asyncio.create_task(work(item)))
+                if len(making) == at_once:
+                    yield await making.popleft()
+            while making:
+                yield await making.popleft()
+        finally:
+            for task in making:
+                task.cancel()
+            await asyncio.gather(*making, return_exceptions=True)
 
 
 async def _next(source: AsyncGenerator[T, None]) -> tuple[T] | None:

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from .db import ImageStorage
 from .disk import Opened, UploadsDirectory
 from .errors import CorruptBlob, NotAFile, NotStored, SelfHealError, Unsettled
-from .flight import ahead
+from .flight import ahead, overlapped
 from .records import Found, Record
 from .sources import CHUNK
 from .staging import Staged
 
 FILES_AT_ONCE = 256
-SMALL_AT_ONCE = 16 * 1024 * 1024
-"""Bytes of small files that are held in memory at once; three such batches are on their way."""
+BATCHES_AT_ONCE = 2
+"""Batches of small files that are written at once: half of the time they are outside of the interpreter's lock."""
+SMALL_AT_ONCE = 12 * 1024 * 1024
+"""Bytes of small files in one batch; there are two more in memory than are written at once."""
 LARGE_AT_ONCE = 256 * 1024 * 1024
 """Bytes of large files, which are streamed, that one sync brings to the disk."""
 TRIES = 3
@@ -69,9 +71,9 @@ class Landing:
     async def _land_all(self, wanted: Sequence[Wanted]) -> AsyncGenerator[list[Landed], None]:
         small = [one for one in wanted if one[1] <= CHUNK]
         large = [one for one in wanted if one[1] > CHUNK]
-        async with aclosing(ahead(self._fetch(small))) as batches:
+        async with aclosing(overlapped(ahead(self._fetch(small)), self._land_fetched, BATCHES_AT_ONCE)) as batches:
             async for batch in batches:
-                yield await self._threads.run(self._land_small, batch)
+                yield batch
         for names in in_batches(large, LARGE_AT_ONCE):
             yield await self._land_large(names)
 
@@ -79,6 +81,9 @@ class Landing:
         for names in in_batches(wanted, SMALL_AT_ONCE):
             found = await self._database.fetch(names)
             yield [(name, found.get(name)) for name in names]
+
+    async def _land_fetched(self, batch: list[tuple[str, Found | None]]) -> list[Landed]:
+        return await self._threads.run(self._land_small, batch)
 
     async def _land_large(self, names: Sequence[str]) -> list[Landed]:
         records = await self._database.find_many(names)
@@ -99,7 +104,7 @@ class Landing:
                         await self._threads.run(self._write, staged, chunks)
                 return _Ready(record, _checked(staged, record))
             except (SelfHealError, OSError) as error:
-                return Landed(name, record, error)
+                return Landed(name, record, self._meaning(error))
 
     async def _look_again(self, landed: list[Landed]) -> tuple[list[Landed], list[Wanted]]:
         """What is to be told, and what has changed: bytes that look damaged may only be old ones."""
@@ -118,22 +123,32 @@ class Landing:
     # -- in a thread ----------------------------------------------------------------------------------------------
 
     def _land_small(self, batch: Iterable[tuple[str, Found | None]]) -> list[Landed]:
-        with Opened() as opened, ExitStack() as stack:
-            return self._publish_all([self._stage_small(name, found, stack, opened) for name, found in batch])
+        coming: list[_Ready | Landed] = []
+        with Opened() as opened:
+            try:
+                for name, found in batch:
+                    coming.append(self._stage_small(name, found, opened))
+                return self._publish_all(coming)
+            finally:
+                for one in coming:
+                    if isinstance(one, _Ready):
+                        one.staged.close()
 
-    def _stage_small(self, name: str, found: Found | None, stack: ExitStack, opened: Opened) -> _Ready | Landed:
+    def _stage_small(self, name: str, found: Found | None, opened: Opened) -> _Ready | Landed:
         if found is None or found.record.is_deleted or found.record.size > CHUNK:
             return Landed(name, None)
-        record = found.record
+        record, staged = found.record, None
         try:
             if record.size and not isinstance(found.first, bytes):  # SQLite keeps what others wrote, text too
                 raise CorruptBlob(name, "chunk 0 is missing")
-            staged = stack.enter_context(self._disk.stage_among(opened, name))
+            staged = self._disk.stage_among(opened, name)
             if found.first:
-                self._write(staged, [found.first])
+                staged.write(found.first)
             return _Ready(record, _checked(staged, record))
         except (SelfHealError, OSError) as error:
-            return Landed(name, record, error)
+            if staged is not None:
+                staged.close()
+            return Landed(name, record, self._meaning(error))
 
     def _publish_all(self, coming: Sequence[_Ready | Landed]) -> list[Landed]:
         """One sync for all of them; only then does each get its name."""
@@ -150,14 +165,16 @@ class Landing:
 
     def _publish(self, record: Record, staged: Staged) -> Landed:
         try:
-            with self._disk.writing():
-                if staged.publish():
-                    return Landed(record.name, record, inode=os.fstat(staged.fd).st_ino)
-                if self._disk.stat(record.name) is None:
-                    raise NotAFile(record.name)
+            if staged.publish():
+                return Landed(record.name, record, inode=os.fstat(staged.fd).st_ino)
+            if self._disk.stat(record.name) is None:
+                raise NotAFile(record.name)
         except (SelfHealError, OSError) as error:
-            return Landed(record.name, record, error)
+            return Landed(record.name, record, self._meaning(error))
         return Landed(record.name, record)
+
+    def _meaning(self, error: SelfHealError | OSError) -> Exception:
+        return self._disk.refusal(error) if isinstance(error, OSError) else error
 
     def _take_back(self, changed: Iterable[Landed]) -> None:
         """Remove what was published here, unless an app has put another file in its place."""
@@ -183,7 +200,8 @@ class _Ready:
 def in_batches(wanted: Iterable[Wanted], size: int) -> Iterator[list[str]]:
     """Names in lists of at most `FILES_AT_ONCE`, and of about `size` bytes."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = max(1, min(FILES_AT_ONCE, (descriptors - 128) // 3))  # a staged file holds two, its directory one
+    files = (descriptors - 128) // 3 // BATCHES_AT_ONCE  # a staged file holds two, its directory one
+    most = max(1, min(FILES_AT_ONCE, files))
     batch: list[str] = []
     held = 0
     for name, bytes_of_it in wanted:

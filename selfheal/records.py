@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from .digests import Digests
@@ -132,8 +133,13 @@ def _to_digest(sha256: str) -> str:
 def to_utc(moment: datetime | str) -> datetime:
     """SQLite has no zones, and gives the clock as text: what it says is UTC. What is no time is the first there is."""
     if not isinstance(moment, datetime):
-        try:
-            moment = datetime.fromisoformat(moment)
-        except (TypeError, ValueError):
-            moment = datetime.min.replace(tzinfo=UTC)
+        return _parsed(moment)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@lru_cache(1024)  # what was saved together has the same time
+def _parsed(moment: str) -> datetime:
+    try:
+        return to_utc(datetime.fromisoformat(moment))
+    except (TypeError, ValueError):
+        return datetime.min.replace(tzinfo=UTC)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from selfheal.flight import Batches, Flights, Tasks
+from selfheal.flight import Batches, Flights, Tasks, overlapped
 
 PATIENCE = 5.0
 """Seconds within which every asker must have been answered."""
@@ -504,3 +505,72 @@ def test_a_loop_that_ends_leaves_nothing_behind(started: int) -> None:
 
     asyncio.run(leave())
     assert asyncio.run(stay()) == [4, 16, 36]
+
+
+# -- some of many at once ---------------------------------------------------------------------------------------------
+
+
+async def numbers(stop: int, given: list[int]) -> AsyncGenerator[int, None]:
+    """Numbers from 0 on; `given` are those that were asked for."""
+    for number in range(stop):
+        given.append(number)
+        yield number
+
+
+async def test_some_are_made_at_once_and_come_in_their_order() -> None:
+    """So many are in the making as was said, neither more nor fewer, and who is slow holds its place."""
+    making, most = 0, 0
+
+    async def make(number: int) -> int:
+        nonlocal making, most
+        making += 1
+        most = max(most, making)
+        await asyncio.sleep(0.02 if number % 3 == 0 else 0)
+        making -= 1
+        return number * number
+
+    made = [square async for square in overlapped(numbers(10, []), make, 2)]
+    assert made == [number * number for number in range(10)]
+    assert (making, most) == (0, 2)
+
+
+async def test_when_one_fails_nothing_goes_on() -> None:
+    """The failure of one is raised in its turn; what is in the making ends, and no more is asked for."""
+    given: list[int] = []
+    ended: list[int] = []
+
+    async def make(number: int) -> int:
+        try:
+            await asyncio.sleep(0 if number < 2 else 10)
+        finally:
+            ended.append(number)
+        if number == 1:
+            raise LookupError
+        return number
+
+    before = asyncio.all_tasks()
+    made = overlapped(numbers(10, given), make, 3)
+    assert await anext(made) == 0
+    with pytest.raises(LookupError):
+        await anext(made)
+    assert asyncio.all_tasks() == before
+    assert {0, 1, 2} <= set(ended) <= set(given)
+    assert len(given) < 6
+
+
+async def test_who_stops_early_leaves_nothing_running() -> None:
+    """Whoever needs no more ends what is in the making."""
+    ended: list[int] = []
+
+    async def make(number: int) -> int:
+        try:
+            await asyncio.sleep(0 if number == 0 else 10)
+        finally:
+            ended.append(number)
+        return number
+
+    async with aclosing(overlapped(numbers(10, []), make, 2)) as made:
+        async for number in made:
+            assert number == 0
+            break
+    assert sorted(ended) == [0, 1]
