@@ -73,12 +73,14 @@ class Blobs:
         self._threads = threads
         self._places = Places(KNOWN_UPLOADS_AT_ONCE)
 
-    async def read(self, name: str, sha256: str, size: int, first: int = 0) -> AsyncGenerator[list[bytes], None]:
-        """The chunks of a blob of `size` bytes from number `first` on, a few at a time, each checked by its digest.
+    async def read(
+        self, name: str, sha256: str, size: int, first: int, at_once: int
+    ) -> AsyncGenerator[list[bytes], None]:
+        """The chunks of a blob of `size` bytes from number `first` on, some `at_once`, each checked by its digest.
 
         No connection is held between them. Raises `CorruptBlob`, of `name`; the whole digest is the reader's care.
         """
-        async with aclosing(self._read_rows(name, sha256, size, first)) as handfuls:
+        async with aclosing(self._read_rows(name, sha256, size, first, at_once)) as handfuls:
             async for rows in handfuls:
                 why = await self._threads.run(_damage, rows)
                 if why is not None:
@@ -87,16 +89,18 @@ class Blobs:
 
     async def read_whole(self, name: str, sha256: str, size: int) -> AsyncGenerator[list[bytes], None]:
         """As `read`, for who believes none of it before the whole digest is checked: hashing once is enough then."""
-        async with aclosing(self._read_rows(name, sha256, size, 0)) as handfuls:
+        async with aclosing(self._read_rows(name, sha256, size, 0, READ_AT_ONCE)) as handfuls:
             async for rows in handfuls:
                 yield [data for _, _, data in rows]
 
-    async def _read_rows(self, name: str, sha256: str, size: int, first: int) -> AsyncGenerator[_Rows, None]:
+    async def _read_rows(
+        self, name: str, sha256: str, size: int, first: int, at_once: int
+    ) -> AsyncGenerator[_Rows, None]:
         if size < 0 or (size == 0 and sha256 != _SHA256_OF_NOTHING):
             raise CorruptBlob(name, f"its size is {size}")
         count = -(-size // CHUNK)
-        for start in range(first, count, READ_AT_ONCE):
-            wanted = range(start, min(count, start + READ_AT_ONCE))
+        for start in range(first, count, at_once):
+            wanted = range(start, min(count, start + at_once))
             stop = wanted.stop + (wanted.stop == count)  # one more than the last: there must be none
             rows = await self._engine.rows(self._read, sha256=sha256, start=wanted.start, stop=stop)
             why = _misfit(rows, wanted, size)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from .db import ImageStorage
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
-from .files import OpenFile
+from .files import CROWD, OpenFile
 from .records import Record
 from .sources import CHUNK
 
@@ -26,7 +26,7 @@ class FromDatabase:
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Every chunk is checked; the last piece of a whole answer is held back until the whole digest is."""
         whole, at = hashlib.sha256(), start // CHUNK * CHUNK
-        async with aclosing(self._database.read(self._record, start // CHUNK)) as chunks:
+        async with aclosing(self._database.read(self._record, start // CHUNK, at_once=1)) as chunks:
             async for chunk in chunks:
                 whole.update(chunk)
                 if at + len(chunk) >= self.size and not start and whole.hexdigest() != self._record.sha256:
@@ -139,7 +139,7 @@ class Incoming:
             if start >= ready:
                 await self.progress.wait(self._patience)
                 continue
-            piece = await self._staged.read(start, min(CHUNK, ready - start))
+            piece = await self._staged.read(start, min(CROWD.piece, ready - start))
             start += len(piece)
             yield piece
         if start < stop:

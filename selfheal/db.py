@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .blobs import Blobs, Write
+from .blobs import READ_AT_ONCE, Blobs, Write
 from .content_types import content_type as type_of
 from .digests import Digests
 from .engine import Engine, check_version, unavailable
@@ -107,12 +107,15 @@ class ImageStorage:
         rows = await self._engine.rows(self._queries.fetch, wanted=self._queries.as_list(wanted))
         return {row[0]: _to_found(row) for row in rows}
 
-    async def read(self, version: Record | Version, first: int = 0) -> AsyncGenerator[bytes, None]:
+    async def read(
+        self, version: Record | Version, first: int = 0, *, at_once: int = READ_AT_ONCE
+    ) -> AsyncGenerator[bytes, None]:
         """The bytes of a record from chunk number `first` on, chunk by chunk, each checked against its own digest.
 
-        No connection is held between chunks. Raises `CorruptBlob`; the whole digest is the reader's to check.
+        So many chunks are in memory `at_once`, and no connection is held meanwhile. Raises `CorruptBlob`; the whole
+        digest is the reader's to check.
         """
-        async with aclosing(self.read_handfuls(version, first)) as handfuls:
+        async with aclosing(self._blobs.read(version.name, version.sha256, version.size, first, at_once)) as handfuls:
             async for chunks in handfuls:
                 for chunk in chunks:
                     yield chunk
@@ -134,7 +137,7 @@ class ImageStorage:
 
     def read_handfuls(self, version: Record | Version, first: int = 0) -> AsyncGenerator[list[bytes], None]:
         """As `read`, a few chunks at a time: for those who take them to a thread."""
-        return self._blobs.read(version.name, version.sha256, version.size, first)
+        return self._blobs.read(version.name, version.sha256, version.size, first, READ_AT_ONCE)
 
     def read_whole(self, record: Record) -> AsyncGenerator[list[bytes], None]:
         """As `read_handfuls`, for who believes none of it before the whole digest is checked."""

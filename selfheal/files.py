@@ -16,6 +16,9 @@ from .threads import Threads
 
 PIECE = 256 * 1024
 """Bytes read and sent at a time: more costs memory and gains nothing."""
+LEAST_PIECE = 16 * 1024
+PIECES_TOGETHER = 8 * 1024 * 1024
+"""Bytes that the pieces of all who are being sent something have together: each slow client holds one in a buffer."""
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
@@ -26,6 +29,29 @@ Identity = tuple[int, int, int, int]
 def identity_of(measured: os.stat_result) -> Identity:
     """(mtime in ns, size in bytes, inode, ctime in ns): who lays an old file back can keep all but the last."""
     return measured.st_mtime_ns, measured.st_size, measured.st_ino, measured.st_ctime_ns
+
+
+class Crowd:
+    """Those who are being sent something piece by piece; entered and left by each. The more, the smaller the pieces."""
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        self._size += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._size -= 1
+
+    @property
+    def piece(self) -> int:
+        """How many bytes each is sent at a time."""
+        return max(LEAST_PIECE, min(PIECE, PIECES_TOGETHER // (self._size or 1)))
+
+
+CROWD = Crowd()
+"""That of this process, whose memory it is."""
 
 
 class OpenFile:
@@ -104,7 +130,7 @@ class OpenFile:
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """The bytes from `start` up to, without, `stop`; raises `Unsettled` if the file was cut short meanwhile."""
         while start < stop:
-            piece = await self.read(start, min(PIECE, stop - start))
+            piece = await self.read(start, min(CROWD.piece, stop - start))
             if not piece:
                 raise Unsettled(f"{self.path} was cut short while it was read")
             start += len(piece)

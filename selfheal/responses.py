@@ -17,7 +17,7 @@ from typing import Protocol, Self
 from starlette.types import Message, Receive, Scope, Send
 
 from .content_types import can_run_script, content_type
-from .files import PIECE, OpenFile
+from .files import CROWD, PIECE, OpenFile
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -93,7 +93,7 @@ class Responder:
         size = plan.stop - plan.start
         if size > PIECE and can_pathsend(scope, plan, file.size):
             return plan, b""
-        first = await file.read(plan.start, min(size, PIECE)) if size else b""
+        first = await file.read(plan.start, size if size <= PIECE else CROWD.piece) if size else b""
         return plan, first
 
     async def send_file(
@@ -206,18 +206,19 @@ def can_pathsend(scope: Scope, plan: Plan, size: int) -> bool:
 
 
 async def _send_pieces(scope: Scope, receive: Receive, send: Send, plan: Plan, body: Body, first: bytes = b"") -> None:
-    await send({"type": "http.response.start", "status": plan.status, "headers": plan.headers})
-    start, stop = plan.start + len(first), plan.stop
-    if first or start == stop:
-        await send({"type": "http.response.body", "body": first, "more_body": start < stop})
-    if start == stop:
-        return
-    async with _Gone(scope, receive, stop - start) as gone, aclosing(body.pieces(start, stop)) as pieces:
-        async for piece in pieces:
-            start += len(piece)
-            await send({"type": "http.response.body", "body": piece, "more_body": start < stop})
-            if gone.is_so:
-                return
+    with CROWD:
+        await send({"type": "http.response.start", "status": plan.status, "headers": plan.headers})
+        start, stop = plan.start + len(first), plan.stop
+        if first or start == stop:
+            await send({"type": "http.response.body", "body": first, "more_body": start < stop})
+        if start == stop:
+            return
+        async with _Gone(scope, receive, stop - start) as gone, aclosing(body.pieces(start, stop)) as pieces:
+            async for piece in pieces:
+                start += len(piece)
+                await send({"type": "http.response.body", "body": piece, "more_body": start < stop})
+                if gone.is_so:
+                    return
 
 
 class _Gone:

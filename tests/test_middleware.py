@@ -1140,3 +1140,44 @@ async def test_lifespan_twice(fresh_store: UploadStore, mode: bool) -> None:
         await server.say("shutdown")
         await server.task
         assert is_closed(fresh_store)
+
+
+# -- a crowd ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_disk", [True, False], ids=["hit", "miss"])
+async def test_many_slow_clients_take_little_memory(sqlite_store: UploadStore, on_disk: bool) -> None:
+    """What they are sent at a time grows far less than their number; one alone is sent large pieces."""
+    await put(sqlite_store, "film.mp4", FILM, on_disk=on_disk)
+    app = SelfHealMiddleware(Wrapped(), sqlite_store)
+    are_fast = asyncio.Event()
+    sent: list[list[int]] = []
+
+    async def visit() -> None:
+        pieces: list[int] = []
+        sent.append(pieces)
+
+        async def send(message: Message) -> None:
+            body = message.get("body", b"")
+            assert body == FILM[sum(pieces) : sum(pieces) + len(body)]
+            if body:
+                pieces.append(len(body))
+                await are_fast.wait()
+
+        await app(scope_of(f"{PREFIX}/film.mp4"), asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    async def all_were_sent_something() -> bool:
+        return all(sent)
+
+    visits = [asyncio.create_task(visit()) for _ in range(400)]
+    await asyncio.sleep(0)
+    await eventually(all_were_sent_something)
+    assert sum(map(sum, sent)) < 400 * CHUNK / 3
+    for leaving in visits[3:]:
+        leaving.cancel()
+    await asyncio.gather(*visits[3:], return_exceptions=True)
+    are_fast.set()
+    await asyncio.gather(*visits[:3])
+    assert [sum(pieces) for pieces in sent[:3]] == [len(FILM)] * 3
+    await visit()
+    assert set(sent[-1]) == {CHUNK}
