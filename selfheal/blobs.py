@@ -20,6 +20,7 @@ from .errors import CorruptBlob, Unsettled
 from .flight import Places, ahead
 from .sources import CHUNK, Source
 from .sources import chunks as chunks_of
+from .statements import execute_many
 from .tables import Tables
 from .threads import Threads
 
@@ -148,14 +149,14 @@ class Blobs:
         put = self.insert(self._chunks)
         changed = {"data": put.excluded.data, "digest": put.excluded.digest, "stored_at": func.now()}
         put = put.on_conflict_do_update(index_elements=["sha256", "position"], set_=changed)
-        await self._engine.execute_many(connection, put, rows)
+        await execute_many(connection, put, rows)
 
     async def put_blobs(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
         """Say that the chunks of these blobs are all there."""
         put = self.insert(self._blobs)
         changed = {"size": put.excluded.size, "chunks": put.excluded.chunks, "stored_at": func.now()}
         put = put.on_conflict_do_update(index_elements=["sha256"], set_=changed)
-        await self._engine.execute_many(connection, put, rows)
+        await execute_many(connection, put, rows)
 
     async def keep(self, connection: AsyncConnection, sha256: str) -> bool:
         """Tell a purge that a blob is wanted again; False if it is gone."""

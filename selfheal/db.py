@@ -8,7 +8,7 @@ from contextlib import aclosing
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, delete, func, select, union, update
+from sqlalchemy import func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -16,6 +16,7 @@ from sqlalchemy.schema import MetaData
 
 from . import names
 from .blobs import READ_AT_ONCE, Blobs, Write
+from .catalogue import Catalogue
 from .content_types import content_type as type_of
 from .digests import Digests
 from .engine import Engine, check_version, unavailable
@@ -29,8 +30,6 @@ from .records import (
     Record,
     SmallFile,
     Version,
-    contents,
-    earlier,
     to_name,
     to_record,
     to_utc,
@@ -64,6 +63,7 @@ class ImageStorage:
         self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or Tasks())
         self._queries = Queries(self.tables, self._engine.dialect)
         self._blobs = Blobs(self._engine, self.tables, self._queries.chunks, self._threads)
+        self._catalogue = Catalogue(self.tables, self._blobs.insert)
 
     @property
     def url(self) -> URL:
@@ -209,7 +209,7 @@ class ImageStorage:
 
         async def work(connection: AsyncConnection) -> Record:
             # everybody locks in this order (record, history, blob, chunks), so that nobody waits in a circle
-            record = await self._put_record(connection, values, only_new=only_new)
+            record = await self._catalogue.put(connection, values, only_new=only_new)
             await self._blobs.finish(connection, received)
             return record
 
@@ -237,8 +237,7 @@ class ImageStorage:
         ]
 
         async def work(connection: AsyncConnection) -> None:
-            put = self._blobs.insert(self.tables.records).on_conflict_do_nothing()
-            await self._engine.execute_many(connection, put, values)
+            await self._catalogue.put_new(connection, values)
             await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
             await self._blobs.put_chunks(connection, rows)
 
@@ -256,19 +255,7 @@ class ImageStorage:
 
     async def bury(self, name: str) -> Record | None:
         """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record."""
-        table = self.tables.records
-
-        async def work(connection: AsyncConnection) -> Record | None:
-            record = await self._lock(connection, name)
-            if record is None or record.is_deleted:
-                return record
-            await self._remember(connection, record)
-            now = func.now()
-            changed = {"deleted_at": now, "changed_at": now, "generation": record.generation + 1}
-            await connection.execute(update(table).where(table.c.name == name).values(changed))
-            return await self._get(connection, name)
-
-        return await self._engine.write(work)
+        return await self._engine.write(lambda connection: self._catalogue.bury(connection, name))
 
     async def undo(self, name: str, generation: int | None = None) -> Record:
         """Make a name what it was before its last overwrite or deletion, or what it was as `generation`.
@@ -277,33 +264,25 @@ class ImageStorage:
         """
 
         async def work(connection: AsyncConnection) -> Record:
-            record = await self._lock(connection, name)
+            record = await self._catalogue.lock(connection, name)
             if record is None:
                 raise NotStored(f"{name!r} is not in the database; there is nothing to undo")
-            version = await self._earlier(connection, record, generation)
+            version = await self._catalogue.earlier(connection, record, generation)
             if version is None:
                 raise NotStored(f"{name!r} has no such earlier version; `selfheal history` lists what there is")
             if not await self._blobs.keep(connection, version.sha256):
                 raise NotStored(f"the bytes of {name!r}, generation {version.generation}, were purged")
-            if not record.is_deleted:
-                await self._remember(connection, record)
-            await self._change(connection, record, version)
-            return await self._get(connection, name)
+            return await self._catalogue.change(connection, record, version)
 
         return await self._engine.write(work)
 
     async def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
         """Drop history older than `keep`, then the bytes that nothing refers to and that are older than `grace`."""
-        records, history = self.tables.records, self.tables.history
 
         async def work(connection: AsyncConnection) -> Purged:
             now = to_utc((await connection.execute(select(func.now()))).scalar_one())
-            old = history.c.replaced_at < now - keep
-            versions = (await connection.execute(select(func.count()).select_from(history).where(old))).scalar_one()
-            await connection.execute(delete(history).where(old))
-            living = select(records.c.sha256).where(records.c.deleted_at.is_(None))
-            wanted = union(living, select(history.c.sha256))
-            blobs, size = await self._blobs.sweep(connection, wanted, now - grace)
+            versions = await self._catalogue.drop_history(connection, now - keep)
+            blobs, size = await self._blobs.sweep(connection, self._catalogue.digests(), now - grace)
             if dry_run:
                 await connection.rollback()
             return Purged(versions, blobs, size)
@@ -321,50 +300,6 @@ class ImageStorage:
         check_version(version)
         ours = self._blobs.insert(self.tables.schema).values(version=SCHEMA_VERSION)
         await connection.execute(ours.on_conflict_do_nothing())
-
-    async def _put_record(self, connection: AsyncConnection, values: dict[str, Any], *, only_new: bool) -> Record:
-        name = values["name"]
-        insert = self._blobs.insert(self.tables.records).values(values)
-        if (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
-            return await self._get(connection, name)
-        record = await self._lock(connection, name)
-        if record is None:
-            raise DatabaseUnavailable(f"the record of {name!r} vanished while it was written; try again")
-        if only_new or (not record.is_deleted and record.sha256 == values["sha256"]):
-            return record
-        if not record.is_deleted:
-            await self._remember(connection, record)
-        await self._change(connection, record, Version(generation=0, replaced_at=record.changed_at, **values))
-        return await self._get(connection, name)
-
-    async def _change(self, connection: AsyncConnection, record: Record, to: Version) -> None:
-        table = self.tables.records
-        values = contents(to) | {
-            "generation": record.generation + 1,
-            "changed_at": func.now(),
-            "deleted_at": None,
-        }
-        await connection.execute(update(table).where(table.c.name == record.name).values(values))
-
-    async def _remember(self, connection: AsyncConnection, record: Record) -> None:
-        values = contents(record) | {"name": record.name, "generation": record.generation}
-        await connection.execute(self._blobs.insert(self.tables.history).values(values).on_conflict_do_nothing())
-
-    async def _earlier(self, connection: AsyncConnection, record: Record, generation: int | None) -> Version | None:
-        table = self.tables.history
-        query = select(table).where(table.c.name == record.name).order_by(table.c.generation.desc())
-        rows = (await connection.execute(query.with_for_update())).all()
-        return earlier(record, map(to_version, rows), generation)
-
-    async def _lock(self, connection: AsyncConnection, name: str) -> Record | None:
-        row = (await connection.execute(self._select(name).with_for_update())).first()
-        return None if row is None else to_record(row)
-
-    async def _get(self, connection: AsyncConnection, name: str) -> Record:
-        return to_record((await connection.execute(self._select(name))).one())
-
-    def _select(self, name: str) -> Select[Any]:
-        return select(self.tables.records).where(self.tables.records.c.name == name)
 
 
 def _within(connection: AsyncConnection | AsyncSession) -> Write:

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
-from sqlalchemy import Insert, Select, event, select
-from sqlalchemy.engine import URL, Dialect
+from sqlalchemy import Select, event, select
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
@@ -22,6 +22,7 @@ from .direct import Direct
 from .errors import DatabaseUnavailable, MissingExtra, SchemaError
 from .flight import Tasks
 from .settings import database_url, is_in_memory, sqlite_file
+from .statements import DeadConnection, Statements
 from .tables import SCHEMA_VERSION, Tables
 
 T = TypeVar("T")
@@ -31,9 +32,6 @@ _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
 LOCK_PATIENCE = 10.0
 """Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
 _NO_SUCH = ("no such table", "no such column", "has no column named")
-_NOT_UTF8 = "Could not decode"
-_KNOWN_DRIVERS = ("aiosqlite", "asyncpg")
-_COMPILED_AT_MOST = 64
 _POOL_AT_MOST = 10
 _NO_SUCH_STATES = ("42P01", "42703")
 
@@ -41,10 +39,6 @@ _NO_SUCH_STATES = ("42P01", "42703")
 def wal_is_safe(version: tuple[int, ...]) -> bool:
     """Whether this SQLite has the fix for the WAL-reset corruption (3.51.3 and later, or 3.50.7, 3.44.6)."""
     return version >= (3, 51, 3) or version[2] >= _SAFE_WAL_PATCHES.get((version[0], version[1]), 1 << 30)
-
-
-class _DeadConnection(ConnectionError):
-    """The server had closed the connection."""
 
 
 class Engine:
@@ -64,7 +58,7 @@ class Engine:
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._checked = False
         self._left: list[object] = []
-        self._compiled: dict[int, tuple[Select[Any], str, Sequence[str], dict[str, Any]]] = {}
+        self._statements = Statements()
         self._direct: Direct | None = None
         if self.dialect == "postgresql":
             with contextlib.suppress(ImportError):  # told when it is needed
@@ -90,21 +84,7 @@ class Engine:
 
         Times come as the driver gives them (see `to_utc`). A query that is always the same object is compiled once.
         """
-        return await self.read(lambda connection: self._fetch(connection, query, values))
-
-    async def execute_many(
-        self, connection: AsyncConnection, statement: Insert, rows: Sequence[dict[str, Any]]
-    ) -> None:
-        """Execute an INSERT for each of `rows`, which have the same keys; SQLite's driver is given them itself."""
-        if not rows:
-            return
-        if connection.dialect.driver != "aiosqlite":
-            await connection.execute(statement, rows)
-            return
-        made = statement.compile(dialect=connection.dialect, column_keys=list(rows[0]))
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        values = [[row[key] for key in made.positiontup or ()] for row in rows]
-        await (await driver.executemany(str(made), values)).close()
+        return await self.read(lambda connection: self._statements.fetch(connection, query, values))
 
     @property
     def is_at_hand(self) -> bool:
@@ -116,7 +96,7 @@ class Engine:
         engine, direct = self._engine, self._direct
         if engine is None or direct is None:
             raise DatabaseUnavailable("the database was closed meanwhile")
-        return direct.rows(*self._bind(engine.dialect, query, values))
+        return direct.rows(*self._statements.bind(engine.dialect, query, values))
 
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
@@ -147,40 +127,6 @@ class Engine:
                 direct.close()
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    async def _fetch(self, connection: AsyncConnection, query: Select[Any], values: dict[str, Any]) -> Any:
-        """Ask the driver itself, where it is one that we know: one hop to its thread, or one round trip, not five."""
-        driver = (await connection.get_raw_connection()).driver_connection
-        kind = connection.dialect.driver
-        if driver is None or kind not in _KNOWN_DRIVERS:
-            return (await connection.execute(query, values)).all()
-        text, positional = self._bind(connection.dialect, query, values)
-        if kind == "aiosqlite":
-            try:
-                return await driver.execute_fetchall(text, positional)
-            except sqlite3.OperationalError as error:
-                if not str(error).startswith(_NOT_UTF8):
-                    raise
-            driver.text_factory = _decode  # takes longer than SQLite's own, so only where it is needed
-            return await driver.execute_fetchall(text, positional)
-        try:
-            return await driver.fetch(text, *positional)
-        except Exception as error:
-            if driver.is_closed():
-                await connection.invalidate()
-                raise _DeadConnection(str(error)) from error
-            raise
-
-    def _bind(self, dialect: Dialect, query: Select[Any], values: dict[str, Any]) -> tuple[str, list[Any]]:
-        """A query as text, and its values in the order of their places in it."""
-        compiled = self._compiled.get(id(query))
-        if compiled is None or compiled[0] is not query:
-            made = query.compile(dialect=dialect)
-            if len(self._compiled) >= _COMPILED_AT_MOST:
-                self._compiled.clear()
-            compiled = self._compiled[id(query)] = (query, str(made), made.positiontup or (), dict(made.params))
-        _, text, order, constants = compiled
-        return text, [values[key] if key in values else constants[key] for key in order]
 
     @contextlib.asynccontextmanager
     async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
@@ -221,7 +167,7 @@ class Engine:
                 return
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
-        rows = await self._fetch(connection, select(self._tables.schema.c.version), {})
+        rows = await self._statements.fetch(connection, select(self._tables.schema.c.version), {})
         check_version(max((row[0] for row in rows), default=None))
         self._checked = True
 
@@ -299,13 +245,8 @@ def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:
     cursor.close()
 
 
-def _decode(text: bytes) -> str:
-    """Text of a SQLite database in which somebody else wrote some that is no UTF-8; the grammar of names has none."""
-    return text.decode(errors="surrogateescape")
-
-
 def _was_dead(cause: BaseException | None) -> bool:
-    return isinstance(cause, _DeadConnection) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
+    return isinstance(cause, DeadConnection) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
 
 
 def _database_errors() -> tuple[type[Exception], ...]:

@@ -11,9 +11,9 @@ PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
     {"settings", "names", "sources", "policy"},
-    {"staging", "tables", "files", "records", "direct"},
+    {"staging", "tables", "files", "records", "direct", "statements"},
     {"disk", "engine", "queries"},
-    {"blobs", "responses", "listing"},
+    {"blobs", "catalogue", "responses", "listing"},
     {"db"},
     {"bodies", "landing", "gathering", "outcomes"},
     {"restoration", "following"},
