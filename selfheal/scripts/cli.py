@@ -9,14 +9,12 @@ import json
 import os
 import select
 import sys
-from collections import ChainMap
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import timedelta
-from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import click
 
@@ -24,9 +22,10 @@ from .. import bulk, names
 from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, NotStored, SelfHealError, SettingsError
 from ..outcomes import Result
 from ..records import Record, Version
-from ..settings import Settings, database_url, sqlite_file
+from ..settings import Settings
 from ..sources import CHUNK
 from ..store import UploadStore
+from .common import F, common, missing_file, refuse_missing_database, run_with, settings_of
 from .reporting import (
     Report,
     answer,
@@ -36,22 +35,13 @@ from .reporting import (
     printable,
     progress,
     show,
-    show_failure,
     tell,
 )
 
-F = TypeVar("F", bound=Callable[..., Any])
 JOBS = click.IntRange(1, 64)
 DAYS = click.IntRange(0, 36_500)
 GENERATION = click.IntRange(1, 2**63 - 1)
-VARIABLES = {
-    "directory": "SELFHEAL_DIRECTORY",
-    "database": "SELFHEAL_DATABASE_URL",
-    "prefix": "SELFHEAL_PREFIX",
-}
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
-PATIENCE = 20.0
-"""Seconds that a command gives the database for an answer: more than a server may."""
 
 
 def run(command: str | None = None) -> None:
@@ -92,34 +82,13 @@ def selfheal() -> None:
     """Uploads live on disk and in the database; each side brings the other back."""
 
 
-def _common(function: F) -> F:
-    """The flags of every command; `settings` is what they and the environment say."""
-
-    @wraps(function)
-    def with_settings(directory: str | None, database: str | None, **rest: Any) -> Any:
-        try:
-            return function(settings=_settings(directory=directory, database=database), **rest)
-        except (SelfHealError, OSError, KeyboardInterrupt) as error:
-            show_failure(str(error) or "stopped by the user", as_json=rest["as_json"], quiet=rest["quiet"])
-            raise
-
-    for option in (
-        click.option("--quiet", is_flag=True, help="No progress and no summary; errors still on standard error."),
-        click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON object and nothing else."),
-        click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]"),
-        click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]"),
-    ):
-        with_settings = option(with_settings)
-    return with_settings  # type: ignore[return-value]
-
-
 def _bulk(function: F) -> F:
     for option in (
         click.option("--jobs", type=JOBS, default=4, show_default=True, metavar="N", help="How many files at once."),
         click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing on either side."),
     ):
         function = option(function)
-    return _common(function)
+    return common(function)
 
 
 # -- the bulk runs --------------------------------------------------------------------------------------------------
@@ -135,7 +104,7 @@ def migrate(settings: Settings, *, prefer: str | None, dry_run: bool, jobs: int,
     """
     if not settings.directory.is_dir():
         raise SettingsError(f"there is no directory {settings.directory} to migrate from; name it with --directory")
-    if dry_run and _missing_file(settings):
+    if dry_run and missing_file(settings):
         settings = settings.override(database="sqlite+aiosqlite:///:memory:")
     return _run_bulk(
         settings,
@@ -189,8 +158,8 @@ def _run_bulk(
                 await tell(results, report, draw)
 
     if report.command != "migrate":
-        _refuse_missing_database(settings)
-    _run(settings, work)
+        refuse_missing_database(settings)
+    run_with(settings, work)
     show(report, as_json=as_json, quiet=quiet)
     return 0 if report.ok else 1
 
@@ -201,33 +170,33 @@ def _run_bulk(
 @selfheal.command()
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@_common
+@common
 def save(settings: Settings, name: str, file: str, *, as_json: bool, quiet: bool) -> int:
     """Save FILE (- is standard input) under NAME, on both sides."""
     names.check(name)
-    _refuse_missing_database(settings)
+    refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> Record:
         return await store.save(name, _standard_input() if file == "-" else Path(file))
 
-    record = _run(settings, work)
+    record = run_with(settings, work)
     answer({"command": "save", "ok": True, **plain(record)}, f"saved {name}: {megabytes(record.size)}", as_json, quiet)
     return 0
 
 
 @selfheal.command()
 @click.argument("given", metavar="NAME...", nargs=-1, required=True)
-@_common
+@common
 def delete(settings: Settings, given: tuple[str, ...], *, as_json: bool, quiet: bool) -> int:
     """Delete names on both sides; nothing brings them back but a new save, or undo."""
     for name in given:
         names.check(name)
-    _refuse_missing_database(settings)
+    refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> dict[str, bool]:
         return {name: await store.delete(name) for name in given}
 
-    done = _run(settings, work)
+    done = run_with(settings, work)
     deleted = [name for name in done if done[name]]
     missing = [name for name in done if not done[name]]
     text = "\n".join(f"deleted {name}" for name in deleted)
@@ -239,10 +208,10 @@ def delete(settings: Settings, given: tuple[str, ...], *, as_json: bool, quiet: 
 
 @selfheal.command("list")
 @click.option("--deleted", is_flag=True, help="List the deleted names instead.")
-@_common
+@common
 def list_names(settings: Settings, *, deleted: bool, as_json: bool, quiet: bool) -> int:
     """List what the database holds: size in bytes, time of last modification, name."""
-    _refuse_missing_database(settings)
+    refuse_missing_database(settings)
     found: list[dict[str, Any]] = []
 
     async def work(store: UploadStore) -> None:
@@ -254,7 +223,7 @@ def list_names(settings: Settings, *, deleted: bool, as_json: bool, quiet: bool)
                     elif not quiet:
                         click.echo(f"{record.size:>12}  {moment(record.modified_ns)}  {printable(record.name)}")
 
-    _run(settings, work)
+    run_with(settings, work)
     if as_json:
         click.echo(json.dumps({"command": "list", "ok": True, "names": found}))
     return 0
@@ -262,16 +231,16 @@ def list_names(settings: Settings, *, deleted: bool, as_json: bool, quiet: bool)
 
 @selfheal.command()
 @click.argument("name")
-@_common
+@common
 def history(settings: Settings, name: str, *, as_json: bool, quiet: bool) -> int:
     """List what NAME was before each overwrite and deletion, newest first."""
     names.check(name)
-    _refuse_missing_database(settings)
+    refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> tuple[Record | None, list[Version]]:
         return await store.database.find(name), await store.database.history(name)
 
-    record, versions = _run(settings, work)
+    record, versions = run_with(settings, work)
     if record is None:
         raise NotStored(f"{name!r} is not in the database")
     state = "deleted" if record.is_deleted else f"{record.size} bytes"
@@ -287,16 +256,16 @@ def history(settings: Settings, name: str, *, as_json: bool, quiet: bool) -> int
 @selfheal.command()
 @click.argument("name")
 @click.option("--generation", type=GENERATION, metavar="N", help="Go back to this generation (see history).")
-@_common
+@common
 def undo(settings: Settings, name: str, *, generation: int | None, as_json: bool, quiet: bool) -> int:
     """Undo NAME's last overwrite or deletion."""
     names.check(name)
-    _refuse_missing_database(settings)
+    refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> Record:
         return await store.undo(name, generation)
 
-    record = _run(settings, work)
+    record = run_with(settings, work)
     text = f"{name} is back: {megabytes(record.size)}, generation {record.generation}"
     answer({"command": "undo", "ok": True, **plain(record)}, text, as_json, quiet)
     return 0
@@ -305,15 +274,15 @@ def undo(settings: Settings, name: str, *, generation: int | None, as_json: bool
 @selfheal.command()
 @click.option("--keep-days", type=DAYS, default=30, show_default=True, metavar="N", help="History to keep.")
 @click.option("--dry-run", is_flag=True, help="Say what would be dropped, and drop nothing.")
-@_common
+@common
 def purge(settings: Settings, *, keep_days: int, dry_run: bool, as_json: bool, quiet: bool) -> int:
     """Drop history older than --keep-days, and the bytes that nothing refers to any more."""
-    _refuse_missing_database(settings)
+    refuse_missing_database(settings)
 
     async def work(store: UploadStore) -> Any:
         return await store.database.purge(timedelta(days=keep_days), dry_run=dry_run)
 
-    gone = _run(settings, work)
+    gone = run_with(settings, work)
     mode = "would drop" if dry_run else "dropped"
     text = f"{mode} {gone.versions} old versions and {gone.blobs} blobs, {megabytes(gone.size)}"
     said = {"command": "purge", "ok": True, "versions": gone.versions, "blobs": gone.blobs, "bytes": gone.size}
@@ -341,46 +310,9 @@ def serve(
     """Serve an ASGI app with its uploads healed; without an app, the uploads alone."""
     from .serving import serve as run_server  # noqa: PLC0415 - uvicorn is an extra
 
-    settings = _settings(directory=directory, database=database, prefix=prefix)
+    settings = settings_of(directory=directory, database=database, prefix=prefix)
     run_server(settings, app, host=host, port=port, workers=workers)
     return 0
-
-
-# -- shared ---------------------------------------------------------------------------------------------------------
-
-T = TypeVar("T")
-
-
-def _settings(**flags: str | None) -> Settings:
-    """What the flags say, and the environment where they are silent."""
-    for flag, value in flags.items():
-        if value is not None and not value.strip():
-            raise SettingsError(f"--{flag} is empty; was it a variable that is not set?")
-    given = {VARIABLES[flag]: value for flag, value in flags.items() if value is not None}
-    return Settings.from_env(ChainMap(given, os.environ))
-
-
-def _run(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
-    async def with_store() -> T:
-        store = UploadStore(settings.directory, settings.database, deadline=60.0)
-        try:
-            return await work(store)
-        finally:
-            await store.close()
-
-    return asyncio.run(with_store())
-
-
-def _refuse_missing_database(settings: Settings) -> None:
-    file = _missing_file(settings)
-    if file is not None:
-        raise DatabaseUnavailable(f"there is no database {file}; `selfheal migrate` makes it")
-
-
-def _missing_file(settings: Settings) -> Path | None:
-    """The SQLite file, if there is none yet; asking SQLite itself would make it."""
-    file = sqlite_file(database_url(settings.database))
-    return None if file is None or file.exists() else file
 
 
 async def _standard_input() -> AsyncIterator[bytes]:

@@ -1,0 +1,82 @@
+"""What every command shares: its flags, the settings that they make, and a store to work with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import ChainMap
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import DatabaseUnavailable, SelfHealError, SettingsError
+from ..settings import Settings, database_url, sqlite_file
+from ..store import UploadStore
+from .reporting import show_failure
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+VARIABLES = {
+    "directory": "SELFHEAL_DIRECTORY",
+    "database": "SELFHEAL_DATABASE_URL",
+    "prefix": "SELFHEAL_PREFIX",
+}
+
+
+def common(function: F) -> F:
+    """The flags of every command; `settings` is what they and the environment say."""
+
+    @wraps(function)
+    def with_settings(directory: str | None, database: str | None, **rest: Any) -> Any:
+        try:
+            return function(settings=settings_of(directory=directory, database=database), **rest)
+        except (SelfHealError, OSError, KeyboardInterrupt) as error:
+            show_failure(str(error) or "stopped by the user", as_json=rest["as_json"], quiet=rest["quiet"])
+            raise
+
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress and no summary; errors still on standard error."),
+        click.option("--json", "as_json", is_flag=True, help="Standard output is one JSON object and nothing else."),
+        click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]"),
+        click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]"),
+    ):
+        with_settings = option(with_settings)
+    return with_settings  # type: ignore[return-value]
+
+
+def settings_of(**flags: str | None) -> Settings:
+    """What the flags say, and the environment where they are silent."""
+    for flag, value in flags.items():
+        if value is not None and not value.strip():
+            raise SettingsError(f"--{flag} is empty; was it a variable that is not set?")
+    given = {VARIABLES[flag]: value for flag, value in flags.items() if value is not None}
+    return Settings.from_env(ChainMap(given, os.environ))
+
+
+def run_with(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
+    """Run `work` over a store of its own; a command gives the database more patience than a server may."""
+
+    async def with_store() -> T:
+        store = UploadStore(settings.directory, settings.database, deadline=60.0)
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(with_store())
+
+
+def refuse_missing_database(settings: Settings) -> None:
+    """Raise `DatabaseUnavailable` if the SQLite file is not there: only `migrate` makes one."""
+    file = missing_file(settings)
+    if file is not None:
+        raise DatabaseUnavailable(f"there is no database {file}; `selfheal migrate` makes it")
+
+
+def missing_file(settings: Settings) -> Path | None:
+    """The SQLite file, if there is none yet; asking SQLite itself would make it."""
+    file = sqlite_file(database_url(settings.database))
+    return None if file is None or file.exists() else file
