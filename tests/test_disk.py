@@ -35,7 +35,7 @@ from test_staging import (
 
 from selfheal import disk as room
 from selfheal import syscalls
-from selfheal.disk import MARKER, QUARANTINE, UploadsDirectory
+from selfheal.disk import MARKER, QUARANTINE, Opened, UploadsDirectory
 from selfheal.errors import DiskUnwritable, NotAFile
 from selfheal.files import OpenFile
 from selfheal.listing import walk
@@ -205,6 +205,16 @@ def test_what_is_in_memory_is_opened_without_waiting(uploads: Uploads, disk: Upl
         assert cached is not None
         with cached:
             assert (cached.identity, cached.path) == (waited.identity, waited.path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG])
+def test_what_memory_knows_to_be_absent_is_none(
+    disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Some file systems remember that there is no such name: then nobody waits for the disk to say so again."""
+    put(disk, "tom.png")
+    monkeypatch.setattr(syscalls, "open_cached", fails(code))
+    assert disk.open_cached("mog.png") is None
 
 
 @pytest.mark.parametrize(
@@ -753,6 +763,29 @@ def test_many_make_the_same_directories_at_once(disk: UploadsDirectory) -> None:
     assert wrong == []
     assert sorted(below(disk.path)) == sorted(f"{batch}/b/c/{number}.png" for batch in range(10) for number in range(8))
     assert {mode_of(path) for path in disk.path.rglob("*") if path.is_dir()} == {0o755}
+
+
+def test_many_are_staged_among_directories_that_stay_open(disk: UploadsDirectory) -> None:
+    """A directory is opened once for all its files, and those of each directory arrive in it."""
+    names = [f"{folder}{number}.png" for folder in ("", "cats/", "cats/old/") for number in range(3)]
+    with Opened() as opened:
+        for name in names:
+            with disk.stage_among(opened, name) as staged:
+                staged.write(name.encode())
+                assert staged.publish()
+        assert sorted(opened.folders) == ["", "cats", "cats/old"]
+    assert below(disk.path) == {name: name.encode() for name in names}
+
+
+def test_of_two_who_open_a_directory_at_once_one_is_used(tmp_path: Path) -> None:
+    """The later thread gets the earlier one's descriptor; its own stays open until all are let go of, and no longer."""
+    first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    with Opened() as opened:
+        assert [opened.keep("cats", fd) for fd in (first, second, first)] == [first, first, first]
+        assert all(stat.S_ISDIR(os.fstat(fd).st_mode) for fd in (first, second))
+    for fd in (first, second):
+        with pytest.raises(OSError):
+            os.fstat(fd)
 
 
 def test_the_deepest_name(disk: UploadsDirectory) -> None:

@@ -183,6 +183,17 @@ def test_a_disk_that_takes_a_little_at_a_time_gets_it_all(
     assert (place.path / "tom.png").read_bytes() == NEW[:9000]
 
 
+def test_a_large_file_is_brought_to_the_disk_while_it_is_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk begins with each part once it is large enough: no byte is left out, and none is told twice."""
+    begun: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(staging, "WRITE_BEHIND", 1000)
+    monkeypatch.setattr(syscalls, "begin_writing_back", lambda *part: begun.append(part))
+    with place.stage() as staged:
+        for size in (999, 1, 400, 400, 400, 3000, 10):
+            staged.write(NEW[:size])
+        assert begun == [(staged.fd, 0, 1000), (staged.fd, 1000, 1200), (staged.fd, 2200, 3000)]
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o664])
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777], indirect=True)
 def test_the_mode_is_the_one_given(place: Place, umask: int, mode: int) -> None:
@@ -1024,6 +1035,17 @@ def test_a_root_that_was_deleted_takes_nothing(place: Place) -> None:
     with pytest.raises(OSError):
         place.put(NEW)
     assert not place.path.exists()
+
+
+def test_a_file_system_that_calls_a_deleted_directory_forbidden(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ext4 says EPERM where a directory is gone: that is no lack of rights, for which writing would stop altogether."""
+    monkeypatch.setattr(syscalls, "open_unnamed", fails(errno.EPERM))
+    with pytest.raises(PermissionError):
+        place.stage()
+    place.path.rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        place.stage()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, "tom.png")
 
 
 def test_a_root_that_is_deleted_while_staging(place: Place) -> None:
