@@ -136,7 +136,7 @@ class UploadsDirectory:
         """The stat of a name's file, following no link anywhere; None if there is no regular file."""
         try:
             with self._parent_of(name) as parent:
-                found = os.stat(_last(name), dir_fd=parent, follow_symlinks=False)
+                found = os.lstat(_last(name), dir_fd=parent)
         except OSError as error:
             if error.errno not in (*_ABSENT, *_NOT_A_FILE):
                 raise
@@ -149,7 +149,7 @@ class UploadsDirectory:
         self._looked = time.monotonic()
         try:
             if root is None or root.identity != _identity(os.stat(self.path)):
-                root = self._root = _Root(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+                root = self._root = _Root(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY))
         except (FileNotFoundError, NotADirectoryError):
             root = self._root = None
         return root
@@ -262,7 +262,7 @@ class UploadsDirectory:
             self._make_root()
             root = self.root()
         if root is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+            raise syscalls.failure(errno.ENOENT, str(self.path))
         return root
 
     def _make_root(self) -> None:
@@ -292,7 +292,7 @@ class UploadsDirectory:
     def _parent_of(self, name: str) -> Iterator[int]:
         root = self.root()
         if root is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            raise syscalls.failure(errno.ENOENT, name)
         parent = syscalls.open_directory(root.fd, name.rpartition("/")[0])
         try:
             yield parent
@@ -300,25 +300,13 @@ class UploadsDirectory:
             os.close(parent)
 
     def _quarantine_from(self, parent: int, name: str) -> Path:
-        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
-        os.stat(_last(name), dir_fd=parent, follow_symlinks=False)  # no directories for a file that is gone
-        for place in (self.quarantine_path, self.path / QUARANTINE):
-            target = place / stamp / name
-            try:
-                _make_private(place, may_be_link=place == self.quarantine_path)
-                target.parent.mkdir(mode=0o700, parents=True)
-            except OSError:
-                if place != self.quarantine_path:
-                    raise
-                continue
-            try:
-                os.rename(_last(name), target, src_dir_fd=parent)
-            except OSError as error:
-                if error.errno == errno.ENOENT or place != self.quarantine_path:
-                    raise
-            else:
-                return target
-        raise AssertionError  # pragma: no cover - the second place returns or raises
+        os.lstat(_last(name), dir_fd=parent)  # no directories for a file that is gone
+        with contextlib.suppress(OSError):
+            return _set_aside(parent, name, self.quarantine_path)
+        inside = self.path / QUARANTINE
+        if inside.is_symlink():
+            raise syscalls.failure(errno.ELOOP, str(inside))
+        return _set_aside(parent, name, inside)
 
 
 def _is_absent(error: OSError, name: str) -> bool:
@@ -335,10 +323,14 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _make_private(place: Path, *, may_be_link: bool) -> None:
-    if place.is_symlink() and not may_be_link:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(place))
-    os.makedirs(place, 0o700, exist_ok=True)
+def _set_aside(parent: int, name: str, quarantine: Path) -> Path:
+    os.makedirs(quarantine, 0o700, exist_ok=True)
+    own = quarantine / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+    own.mkdir(0o700)
+    target = own / name
+    os.makedirs(target.parent, exist_ok=True)
+    os.rename(_last(name), target, src_dir_fd=parent)
+    return target
 
 
 def _beside(path: Path) -> Path:

@@ -97,10 +97,9 @@ class OpenFile:
             if error.errno == errno.EOPNOTSUPP:
                 raise BlockingIOError from None
             raise
-        if got < size:
-            if got == 0:
-                raise BlockingIOError
-            del buffer[got:]
+        if got == 0:
+            raise BlockingIOError
+        del buffer[got:]
         return bytes(buffer)
 
     def read_waiting(self, start: int, size: int) -> bytes:

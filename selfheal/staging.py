@@ -110,7 +110,7 @@ class Staged:
             return syscalls.open_unnamed(self._parent)
         except OSError as error:
             if error.errno == errno.EPERM and not os.fstat(self._parent).st_nlink:  # ext4: the directory was removed
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._last) from None
+                raise syscalls.failure(errno.ENOENT, self._last) from None
             if error.errno not in _NO_UNNAMED_FILES:
                 raise
         temporary = _Temporary(self._root.fd)
@@ -129,12 +129,11 @@ class _Temporary:
     """
 
     def __init__(self, root: int) -> None:
-        self.name = secrets.token_hex(16)
+        self.name = secrets.token_hex()
         self.directory = _enter(root)
 
     def create(self) -> int:
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(self.name, flags, 0o600, dir_fd=self.directory)
+        return os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600, dir_fd=self.directory)
 
     def link(self, parent: int, last: str) -> None:
         try:
@@ -156,8 +155,8 @@ class _Temporary:
     def _move(self, parent: int, last: str) -> None:
         """Publish on a file system without links (FAT); between look and rename another process could be first."""
         with contextlib.suppress(FileNotFoundError):
-            os.stat(last, dir_fd=parent, follow_symlinks=False)
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), last)
+            os.lstat(last, dir_fd=parent)
+            raise FileExistsError
         self.rename(parent, last)
 
 
@@ -178,13 +177,13 @@ def _enter(root: int) -> int:
         if _is_there(root, directory):
             return directory
         os.close(directory)
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), TEMPORARY)
+    raise syscalls.failure(errno.EBUSY, TEMPORARY)
 
 
 def _is_there(root: int, directory: int) -> bool:
     """Whether the open directory still has its name."""
     try:
-        return os.path.samestat(os.stat(TEMPORARY, dir_fd=root, follow_symlinks=False), os.fstat(directory))
+        return os.path.samestat(os.lstat(TEMPORARY, dir_fd=root), os.fstat(directory))
     except FileNotFoundError:
         return False
 

@@ -59,6 +59,11 @@ class Directory:
             os.close(fd)
 
 
+def failure(code: int, path: str | None = None) -> OSError:
+    """What the system would raise with an errno: the subclass for it, with its message."""
+    return OSError(code, os.strerror(code), path)
+
+
 def _openat2(root: int, path: str, how: _OpenHow) -> int:
     if "\0" in path:
         raise ValueError("embedded null byte")  # C would end the name there
@@ -70,8 +75,7 @@ def _openat2(root: int, path: str, how: _OpenHow) -> int:
         _C_HOW_SIZE,
     )
     if fd < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), path)
+        raise failure(ctypes.get_errno(), path)
     return fd
 
 
@@ -99,7 +103,7 @@ HAS_OPENAT2 = _has_openat2()
 def open_cached(root: int, name: str) -> int:
     """Open a file beneath `root` for reading, only if the kernel can do so without waiting for a disk.
 
-    Raises `BlockingIOError` if it cannot tell without one (also for every absent name); follows no link anywhere
+    Raises `BlockingIOError` if it cannot tell without one (also for most absent names); follows no link anywhere
     (CVE-2024-23334). See openat2(2), RESOLVE_CACHED, Linux 5.12.
     """
     if not HAS_OPENAT2:
@@ -129,7 +133,7 @@ def _open_beneath(root: int, name: str, how: _OpenHow) -> int:
         return _openat2(root, name, how)
     *parents, last = parts = name.split("/")
     if ".." in parts:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)  # as RESOLVE_BENEATH does
+        raise failure(errno.EXDEV, name)  # as RESOLVE_BENEATH does
     here = os.dup(root)
     try:
         for part in parents:
@@ -144,7 +148,7 @@ def _open_beneath(root: int, name: str, how: _OpenHow) -> int:
 def open_unnamed(directory: int) -> int:
     """Open a new file without a name in `directory`; raises `OSError` where the file system has none (O_TMPFILE)."""
     if not hasattr(os, "O_TMPFILE"):
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        raise failure(errno.EOPNOTSUPP)
     return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
 
 
@@ -165,7 +169,6 @@ def sync_filesystem(fd: int) -> None:
     """Write everything of the file system that holds `fd` to its disk; raises `OSError` if that fails."""
     if hasattr(_libc, "syncfs"):
         if _libc.syncfs(ctypes.c_int(fd)) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+            raise failure(ctypes.get_errno())
     else:
         os.sync()

@@ -8,6 +8,7 @@ import gc
 import os
 import pwd
 import random
+import re
 import resource
 import shutil
 import socket
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -684,6 +686,18 @@ def test_everything_is_synced_at_once(disk: UploadsDirectory) -> None:
     assert read(disk, "tom.png") == PICTURE
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_what_does_not_reach_the_disk_is_told(
+    disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A bulk run must not record as safe what the disk failed to write."""
+    put(disk, "tom.png")
+    monkeypatch.setattr(syscalls, "sync_filesystem", fails(code))
+    with pytest.raises(OSError) as caught:
+        disk.sync()
+    assert caught.value.errno == code
+
+
 def test_what_the_dead_left_is_swept(disk: UploadsDirectory) -> None:
     """The temporary files of killed processes are removed and counted; uploads are not."""
     put(disk, "tom.png")
@@ -712,6 +726,14 @@ def test_a_marked_root_has_the_mode_given(uploads: Uploads, tmp_path: Path, umas
     disk = uploads(tmp_path / "uploads", directory_mode=0o755)
     disk.mark()
     assert oct(mode_of(disk.path)) == oct(0o755)
+
+
+@pytest.mark.parametrize("umask", [0o000], indirect=True)
+def test_a_marker_is_its_owners_to_write(uploads: Uploads, tmp_path: Path, umask: int) -> None:
+    """Others may read it, nobody else may write it, not even under the most open umask."""
+    disk = uploads(tmp_path / "uploads")
+    disk.mark()
+    assert oct(mode_of(disk.path / MARKER)) == oct(0o644)
 
 
 @pytest.mark.parametrize("umask", [0o000], indirect=True)
@@ -828,6 +850,8 @@ def test_a_staged_file_is_read_while_it_grows(
     with reader:
         assert Path(reader.path) == disk.path_of("cats/tom.png")
         assert reader.read_waiting(0, len(PICTURE) + 1) == PICTURE
+        assert os.path.samestat(reader.stat, os.fstat(reader.fd))
+        assert reader.threads is disk.threads
     assert below(disk.path) == {}
 
 
@@ -1084,6 +1108,58 @@ def test_a_bad_copy_is_set_aside(disk: UploadsDirectory, umask: int, name: str) 
     assert moved.is_relative_to(disk.quarantine_path)
 
 
+def test_a_bad_copy_tells_when_it_was_set_aside(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory it stands in begins with the time in UTC, wherever the machine believes to be."""
+    put(disk, "cats/tom.png")
+    try:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("TZ", "LINT-14")
+            time.tzset()
+            before = datetime.now(UTC).replace(microsecond=0)
+            moved = disk.quarantine("cats/tom.png")
+            after = datetime.now(UTC)
+    finally:
+        time.tzset()
+    assert moved is not None
+    stamp, _, token = moved.relative_to(disk.quarantine_path).parts[0].partition("-")
+    assert before <= datetime.strptime(f"{stamp}Z", "%Y%m%dT%H%M%S%z") <= after
+    assert re.fullmatch("[0-9a-f]{8}", token)
+
+
+@pytest.mark.parametrize("umask", [0o000], indirect=True)
+def test_a_bad_copy_is_private_in_an_open_place(disk: UploadsDirectory, umask: int) -> None:
+    """Where somebody made the quarantine for all to enter, what is set aside in it is still its owner's alone."""
+    disk.quarantine_path.mkdir(parents=True)
+    disk.quarantine_path.chmod(0o755)
+    put(disk, "cats/old/tom.png")
+    moved = disk.quarantine("cats/old/tom.png")
+    assert moved is not None
+    assert oct(mode_of(disk.quarantine_path / moved.relative_to(disk.quarantine_path).parts[0])) == oct(0o700)
+
+
+def test_a_link_is_set_aside_as_a_link(disk: UploadsDirectory) -> None:
+    """Also one that leads nowhere: it is not taken for absent, and what is moved is the link itself."""
+    disk.path.mkdir(parents=True)
+    disk.path_of("strange.png").symlink_to("nowhere")
+    moved = disk.quarantine("strange.png")
+    assert moved is not None
+    assert os.readlink(moved) == "nowhere"
+    assert list(disk.path.iterdir()) == []
+
+
+def test_the_place_may_be_a_link(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
+    """Who gives a quarantine may have it where it fits: there, and not in the root, is what was set aside."""
+    (tmp_path / "roomy").mkdir()
+    (tmp_path / "quarantine").symlink_to("roomy")
+    disk = uploads(directory, quarantine=tmp_path / "quarantine")
+    put(disk, "cats/tom.png")
+    moved = disk.quarantine("cats/tom.png")
+    assert moved is not None
+    assert moved.resolve().is_relative_to(tmp_path / "roomy")
+    assert moved.read_bytes() == PICTURE
+    assert list(directory.iterdir()) == [directory / "cats"]
+
+
 def test_each_bad_copy_of_a_name_is_set_aside(disk: UploadsDirectory) -> None:
     """A name may go bad several times in one second: all copies are kept, each by itself."""
     copies = [bytes([number]) * 100 for number in range(5)]
@@ -1190,8 +1266,10 @@ def test_no_link_leads_out_of_quarantine(uploads: Uploads, directory: Path, tmp_
     disk = uploads(directory, quarantine=tmp_path / "file" / "quarantine")
     put(disk, "tom.png")
     (directory / QUARANTINE).symlink_to(outside)
-    with contextlib.suppress(OSError):
+    with pytest.raises(OSError) as caught:
         disk.quarantine("tom.png")
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(directory / QUARANTINE))
+    assert read(disk, "tom.png") == PICTURE
     assert below(outside) == {"secret.png": SECRET}
 
 

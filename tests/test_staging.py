@@ -690,7 +690,37 @@ def test_a_temporary_directory_that_never_stays_is_given_up(place: Place, monkey
     monkeypatch.setattr(os, "mkdir", lambda *_, **__: None)
     with pytest.raises(OSError) as caught:
         place.stage()
-    assert caught.value.errno == errno.EBUSY
+    assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, TEMPORARY)
+
+
+@named_only
+def test_a_temporary_directory_that_another_removes_is_made_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that leaves takes the empty directory with it, just before it is opened here: staging goes on."""
+    real, made = os.mkdir, list[str]()
+
+    def too_late(path: str, mode: int, *, dir_fd: int) -> None:
+        real(path, mode, dir_fd=dir_fd)
+        made.append(path)
+        if len(made) == 1:
+            os.rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", too_late)
+    place.put(NEW)
+    assert made == [TEMPORARY, TEMPORARY]
+    assert (place.path / "tom.png").read_bytes() == NEW
+    assert place.entries() == ["tom.png"]
+
+
+@named_only
+def test_a_temporary_directory_that_cannot_be_opened_is_not_left(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made for a file that then cannot be staged (descriptors run out), it goes again."""
+    monkeypatch.setattr(syscalls, "open_directory", fails(errno.EMFILE))
+    with pytest.raises(OSError) as caught:
+        Staged(place.root, place.fd, "tom.png")
+    assert caught.value.errno == errno.EMFILE
+    assert place.entries() == []
 
 
 @named_only
