@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import os
 import pwd
@@ -192,6 +193,7 @@ def test_a_file_is_opened_and_measured(disk: UploadsDirectory, name: str) -> Non
         assert (file.size, file.modified_ns) == (len(PICTURE), MODIFIED)
         assert Path(file.path) == disk.path_of(name)
         assert os.path.samestat(file.stat, os.stat(file.path))
+        assert file.threads is disk.threads
 
 
 def test_what_is_in_memory_is_opened_without_waiting(uploads: Uploads, disk: UploadsDirectory) -> None:
@@ -209,6 +211,27 @@ def test_what_is_in_memory_is_opened_without_waiting(uploads: Uploads, disk: Upl
             assert (cached.identity, cached.path) == (waited.identity, waited.path)
 
 
+def test_the_root_is_looked_at_every_second(
+    disk: UploadsDirectory, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a second what is in memory is opened at once; then the path may lead elsewhere, and the disk is asked."""
+    monkeypatch.setattr(syscalls, "open_cached", syscalls.open_file)
+    put(disk, "tom.png")
+    for passed in (0.0, 0.5, 0.5):
+        clock.now += passed
+        file = disk.open_cached("tom.png")
+        assert file is not None
+        file.close()
+    clock.now += 0.1
+    with pytest.raises(BlockingIOError):
+        disk.open_cached("tom.png")
+    assert read(disk, "tom.png") == PICTURE
+    disk.open_cached("tom.png").close()  # type: ignore[union-attr]
+    clock.now += 1.1
+    with pytest.raises(BlockingIOError):
+        disk.open_cached("tom.png")
+
+
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG])
 def test_what_memory_knows_to_be_absent_is_none(
     disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, code: int
@@ -217,6 +240,17 @@ def test_what_memory_knows_to_be_absent_is_none(
     put(disk, "tom.png")
     monkeypatch.setattr(syscalls, "open_cached", fails(code))
     assert disk.open_cached("mog.png") is None
+
+
+@pytest.mark.parametrize("code", [errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV])
+def test_what_memory_knows_to_be_no_file_is_told(
+    disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Links, devices and directories are refused by name, without waiting for the disk."""
+    put(disk, "tom.png")
+    monkeypatch.setattr(syscalls, "open_cached", fails(code))
+    with pytest.raises(NotAFile, match=r"^cats/mog\.png$"):
+        disk.open_cached("cats/mog.png")
 
 
 @pytest.mark.parametrize(
@@ -319,10 +353,10 @@ def test_what_is_no_file_is_not_opened(disk: UploadsDirectory, name: str, stand:
     path = disk.path_of(name)
     path.parent.mkdir(parents=True)
     stand(path)
-    with pytest.raises(NotAFile):
-        disk.open(name)
-    with pytest.raises(NotAFile):
-        read(disk, name)
+    for ask in (disk.open, functools.partial(read, disk)):
+        with pytest.raises(NotAFile) as caught:
+            ask(name)
+        assert str(caught.value) == name
     assert disk.stat(name) is None
 
 
@@ -740,7 +774,7 @@ def test_a_marker_is_its_owners_to_write(uploads: Uploads, tmp_path: Path, umask
 def test_directories_are_never_more_open_than_asked(
     uploads: Uploads, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even between being made and getting their mode: a private directory is private from its beginning."""
+    """Not even between being made and getting their mode: a private directory is its owner's from its beginning."""
     disk = uploads(tmp_path / "uploads", directory_mode=0o700)
     real = os.mkdir
     modes = []
@@ -751,8 +785,7 @@ def test_directories_are_never_more_open_than_asked(
 
     monkeypatch.setattr(os, "mkdir", observed)
     put(disk, "a/b/tom.png")
-    assert len(modes) == 3
-    assert {mode & 0o077 for mode in modes} == {0}
+    assert [oct(mode) for mode in modes] == [oct(0o700)] * 3
 
 
 def test_directories_that_are_there_are_left_as_they_are(disk: UploadsDirectory) -> None:
