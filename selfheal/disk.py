@@ -262,7 +262,7 @@ class UploadsDirectory:
             self._make_root()
             root = self.root()
         if root is None:
-            raise syscalls.failure(errno.ENOENT, str(self.path))
+            raise syscalls.failure(errno.ENOENT)
         return root
 
     def _make_root(self) -> None:
