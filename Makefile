@@ -1,6 +1,7 @@
 # make demo   see a lost disk come back       make test   everything that CI runs
 # make check  lint and types only             make clean  remove what was made here
 # make bench  measure beside the peers        make campaign  kill, damage and fuzz it for hours
+# make mutants  break the code in a thousand small ways, and count what no test notices
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 CAMPAIGN := tests/test_kills.py tests/test_leaks.py tests/test_model.py tests/test_damage.py tests/test_fuzz.py tests/test_uploads.py
 READY := $(VENV)/.ready
 
-.PHONY: demo test check campaign clean system bench
+.PHONY: demo test check campaign clean system bench mutants
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("selfheal needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
@@ -28,6 +29,13 @@ test: $(READY) system check
 campaign: $(READY) system
 	@$(BIN)/python -m pytest --campaign --timeout 14400 -p no:randomly $(CAMPAIGN)
 
+# Killed and survived per room; `.venv/bin/mutmut show NAME` shows one that survived.
+mutants: $(READY)
+	@$(BIN)/mutmut run --max-children 2
+	@$(BIN)/mutmut results | grep survived || true
+	@$(BIN)/mutmut results --all True | awk -F '[. :]+' '/^ +selfheal/ { rooms[$$3]; seen[$$3, $$NF]++ } END { for (room in rooms) \
+		printf "%-10s %4d killed %4d survived\n", room, seen[room, "killed"] + seen[room, "timeout"], seen[room, "survived"] }' | sort
+
 check: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
@@ -43,4 +51,4 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks
 
 clean:
-	@rm -rf $(VENV) .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	@rm -rf $(VENV) .demo .bench mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
