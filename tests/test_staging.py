@@ -265,6 +265,22 @@ def test_closing_twice_is_harmless(place: Place) -> None:
     assert place.entries() == ["other"]
 
 
+def test_a_file_with_the_first_number_is_closed(place: Place) -> None:
+    """A process without standard input hands out 0 as a descriptor; it is closed like any other."""
+    kept, staged = os.dup(0), place.stage()
+    try:
+        os.dup2(staged.fd, 0)
+        os.close(staged.fd)
+        staged.fd = 0
+        staged.close()
+        with pytest.raises(OSError):
+            os.fstat(0)
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+    assert place.entries() == []
+
+
 # -- a name that is taken --------------------------------------------------------------------------------------------
 
 
