@@ -237,7 +237,7 @@ def test_the_three_answers_agree(name: str) -> None:
 
 
 @given(st.from_regex(names._PLAIN, fullmatch=True))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_what_is_taken_at_a_glance_would_be_taken_on_a_closer_look(name: str) -> None:
     """What nearly every name looks like is only a short cut: it lets nothing in that a rule refuses."""
     assert names.fault(name) == ""
