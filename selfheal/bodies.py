@@ -31,10 +31,8 @@ class FromDatabase:
                 whole.update(chunk)
                 if at + len(chunk) >= self.size and not start and whole.hexdigest() != self._record.sha256:
                     raise CorruptBlob(self._record.name, "the whole does not match its digest")
-                piece = chunk[max(start - at, 0) : stop - at]
+                yield chunk[max(start - at, 0) : stop - at]
                 at += len(chunk)
-                if piece:
-                    yield piece
                 if at >= stop:
                     return
 
@@ -78,7 +76,7 @@ class Progress:
         self.checked = checked
         self._wake()
 
-    def end(self, error: SelfHealError | None = None) -> None:
+    def end(self, error: SelfHealError | None) -> None:
         """Tell those who wait that no more will come."""
         self.is_over, self.error = True, error
         self._wake()
@@ -102,7 +100,6 @@ class Incoming:
     """
 
     def __init__(self, record: Record, staged: OpenFile, rest: FromDatabase, patience: float) -> None:
-        self.record = record
         self.size = record.size
         self.modified_ns = record.modified_ns
         self.progress = Progress()

@@ -175,13 +175,7 @@ class Restorer:
     async def _fly(self, name: str, answer: asyncio.Future[Answer]) -> None:
         try:
             async with self._places.one():
-                for _ in range(3):
-                    with contextlib.suppress(_Gone):
-                        await self._restore(name, answer)
-                    if answer.done():
-                        break
-            if not answer.done():
-                answer.set_result(None)
+                await self._restore_as_it_is(name, answer)
         except BaseException as error:
             if answer.done():
                 if not isinstance(error, SelfHealError):
@@ -191,6 +185,14 @@ class Restorer:
             answer.exception()  # read: the askers may have gone
             if not isinstance(error, Exception):
                 raise
+
+    async def _restore_as_it_is(self, name: str, answer: asyncio.Future[Answer]) -> None:
+        for _ in range(3):
+            with contextlib.suppress(_Gone):
+                await self._restore(name, answer)
+            if answer.done():
+                return
+        raise DatabaseUnavailable(f"{name!r} is changed as often as it is restored")
 
     async def _restore(self, name: str, answer: asyncio.Future[Answer]) -> None:
         found, is_landed, error = await self._look_up(name)
@@ -255,14 +257,11 @@ class Restorer:
                 if not answer.done():
                     answer.set_result(incoming)
             published = await self._threads.run(self._seal_and_publish, staged, record)
-            await self._look_again(record, published=published)
+            with contextlib.suppress(_Gone):  # who is being sent it meanwhile gets the whole old file
+                await self._look_again(record, published=published)
         except SelfHealError as failed:
             error = failed
             raise
-        except _Gone:
-            if not answer.done():
-                raise
-            # deleted or overwritten while it was being sent: those who are at it get the whole old file
         finally:
             incoming.progress.end(error)
             incoming.close()

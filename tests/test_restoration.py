@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import anyio
 import httpx
@@ -25,6 +27,7 @@ from sides import (
     execute,
     files_below,
     in_database,
+    in_quarantine,
     locked,
     noise,
     nothing_is_held_open,
@@ -44,10 +47,13 @@ from selfheal import (
     SelfHealMiddleware,
     UploadStore,
 )
-from selfheal.bodies import Incoming
+from selfheal.blobs import READ_AT_ONCE
+from selfheal.bodies import FromDatabase, Incoming
 from selfheal.digests import chunk_digest
+from selfheal.events import Event, Kind
 from selfheal.files import OpenFile
 from selfheal.restoration import ABSENT_FOR, WHOLE_FIRST
+from selfheal.settings import sqlite_file
 from selfheal.sources import CHUNK
 
 NAME = "cats/tom.jpg"
@@ -220,6 +226,50 @@ async def test_a_slow_disk_is_a_503_by_the_deadline(sqlite_store: UploadStore, d
         assert await brought_back(hurried, NAME) == data
 
 
+async def test_a_large_restore_that_stands_still_is_given_up_by_its_readers(
+    sqlite_store: UploadStore, disk: BrokenDisk
+) -> None:
+    """Who follows a restore that no longer moves waits no longer than the deadline; the restore itself goes on."""
+    data = await saved_and_lost(sqlite_store, STREAMED)
+    async with UploadStore(sqlite_store.disk.path, sqlite_store.database.url, deadline=0.4) as hurried:
+        held = disk.hold("pwrite", after=16)
+        body = await hurried.bring_back(NAME)
+        assert isinstance(body, Incoming)
+        await held.met()
+        pieces = body.pieces(0, body.size)
+        for number in range(16):
+            assert await anext(pieces) == data[number * CHUNK : (number + 1) * CHUNK]
+        with pytest.raises(DatabaseUnavailable, match="stands still"):
+            await anext(pieces)
+        with pytest.raises(DatabaseUnavailable, match="stands still"):
+            await body.finished()
+        held.release()
+        await body.finished()
+        assert on_disk(hurried, NAME) == data
+        body.close()
+        await hurried.tasks.settle(30)
+    await nothing_is_held_open(sqlite_store.disk.path)
+
+
+async def test_a_restore_that_is_stopped_leaves_nobody_waiting(
+    sqlite_store: UploadStore, disk: BrokenDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that closes over a restore that does not end stops it: its askers are told, and nothing is left."""
+    monkeypatch.setattr("selfheal.store.CLOSING_GRACE", 0.05)
+    await saved_and_lost(sqlite_store, 3 * CHUNK)
+    held = disk.hold("pwrite")
+    asking = asyncio.create_task(sqlite_store.bring_back(NAME))
+    await held.met()
+    closing = asyncio.create_task(sqlite_store.close())
+    await asyncio.sleep(0.1)
+    held.release()
+    await closing
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert files_below(sqlite_store.disk.path) == []
+    await nothing_is_held_open(sqlite_store.disk.path)
+
+
 # -- failing --------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +401,97 @@ async def test_overwritten_while_being_restored(
     assert await on_both_sides(store, NAME) == NEW
 
 
+def also(monkeypatch: pytest.MonkeyPatch, do: Any, times: int) -> None:
+    """The first `times` files that get their names: something is done just after, in the same thread."""
+    real, left = os.link, times
+
+    def link(source: str, target: str, **named: Any) -> None:
+        nonlocal left
+        real(source, target, **named)
+        left -= 1
+        if left >= 0:
+            do(target, named["dst_dir_fd"])
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.parametrize("size", [1000, 3 * CHUNK])
+@pytest.mark.parametrize("times", [2, 3])
+async def test_what_is_changed_as_often_as_it_is_restored_is_unknown(
+    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch, size: int, times: int
+) -> None:
+    """A name that has a record all the time is never answered as absent; after three tries it is unknown."""
+    data = await saved_and_lost(sqlite_store, size)
+
+    def change(*_: Any) -> None:
+        with contextlib.closing(sqlite3.connect(str(sqlite_file(sqlite_store.database.url)))) as connection:
+            connection.execute("UPDATE image_storage SET generation = generation + 1")
+            connection.commit()
+
+    also(monkeypatch, change, times)
+    if times < 3:
+        assert await brought_back(sqlite_store, NAME) == data
+        return
+    with pytest.raises(DatabaseUnavailable):
+        await brought_back(sqlite_store, NAME)
+    assert files_below(sqlite_store.disk.path) == []
+    assert await brought_back(sqlite_store, NAME) == data
+
+
+@pytest.mark.parametrize("times", [2, 3])
+async def test_what_vanishes_as_often_as_it_is_restored_is_unknown(
+    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Something that removes every file as soon as it has its name makes no name absent; two tries more are made."""
+    data = await saved_and_lost(sqlite_store, 1000)
+    also(monkeypatch, lambda name, directory: os.unlink(name, dir_fd=directory), times)
+    if times < 3:
+        assert await brought_back(sqlite_store, NAME) == data
+        return
+    with pytest.raises(DatabaseUnavailable, match="vanishes"):
+        await brought_back(sqlite_store, NAME)
+    assert await brought_back(sqlite_store, NAME) == data
+
+
+@pytest.mark.parametrize("size", [1000, 3 * CHUNK])
+async def test_a_newer_file_that_was_faster_stays(store: UploadStore, disk: BrokenDisk, size: int) -> None:
+    """A restore of what was overwritten meanwhile takes back nothing that it has not put there itself."""
+    await saved_and_lost(store, size)
+    held = disk.hold("fsync")
+    asking = asyncio.create_task(brought_back(store, NAME))
+    await held.met()
+    disk.mend()
+    saved = await store.save(NAME, NEW)
+    inode = saved.path.stat().st_ino
+    held.release()
+    assert await asking == NEW
+    assert saved.path.stat().st_ino == inode
+    assert await on_both_sides(store, NAME) == NEW
+
+
+@pytest.mark.parametrize("size", [1000, 3 * CHUNK])
+async def test_a_database_lost_before_the_last_look(store: UploadStore, disk: BrokenDisk, size: int) -> None:
+    """Bytes that are checked and whole are served, and stay, though nobody can say any more whether they still hold."""
+    data = await saved_and_lost(store, size)
+    held = disk.hold("fsync")
+    asking = asyncio.create_task(brought_back(store, NAME))
+    await held.met()
+    await execute(store, "ALTER TABLE image_storage RENAME TO image_storage_away")
+    held.release()
+    assert await asking == data
+    assert on_disk(store, NAME) == data
+    await execute(store, "ALTER TABLE image_storage_away RENAME TO image_storage")
+
+
+async def test_a_file_whose_name_is_not_cached_is_waited_for(
+    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where opening what was just restored might wait for a disk, it is opened in a thread."""
+    data = await saved_and_lost(sqlite_store, 1000)
+    monkeypatch.setattr("selfheal.disk.LOOK_EVERY", -1.0)
+    assert await brought_back(sqlite_store, NAME) == data
+
+
 async def test_saved_on_this_node_while_being_restored(store: UploadStore, disk: BrokenDisk) -> None:
     """A save that overtakes a restore wins on both sides."""
     await saved_and_lost(store, 1000)
@@ -410,6 +551,45 @@ async def test_a_large_file_is_sent_while_it_is_restored(store: UploadStore, dis
     await store.tasks.settle(30)
     assert on_disk(store, NAME) == data
     await nothing_is_held_open(store.disk.path)
+
+
+async def test_what_stands_on_the_disk_already_is_not_read_again(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
+    """Who follows a restore is sent what was written, as soon as it was, whatever becomes of it in the database."""
+    data = await saved_and_lost(sqlite_store, STREAMED)
+    written, sealed = disk.hold("pwrite", after=16), disk.hold("fsync")
+    body = await sqlite_store.bring_back(NAME)
+    assert isinstance(body, Incoming)
+    await written.met()
+    await execute(sqlite_store, "DELETE FROM image_chunk WHERE position < 16")
+    tail = body.pieces(16 * CHUNK - 10, STREAMED)
+    assert await anext(tail) == data[16 * CHUNK - 10 : 16 * CHUNK]
+    coming = asyncio.ensure_future(anext(tail))
+    await asyncio.sleep(0.01)
+    assert not coming.done()
+    written.release()
+    got = await coming
+    await sealed.met()
+    while len(got) < STREAMED - 16 * CHUNK - 1:
+        got += await anext(tail)
+    assert got == data[16 * CHUNK : -1]
+    sealed.release()
+    assert [piece async for piece in tail] == [data[-1:]]
+    body.close()
+    await sqlite_store.tasks.settle(30)
+    assert on_disk(sqlite_store, NAME) == data
+
+
+async def test_a_part_is_read_from_the_database_no_further_than_it_goes(
+    sqlite_store: UploadStore, disk: BrokenDisk
+) -> None:
+    """A range that ends with a handful of chunks asks for no more of them: damage past it does not spoil it."""
+    data = await saved_and_lost(sqlite_store, STREAMED)
+    disk.fail("pwrite", errno.ENOSPC)
+    body = await sqlite_store.bring_back(NAME)
+    assert isinstance(body, FromDatabase)
+    await execute(sqlite_store, f"DELETE FROM image_chunk WHERE position >= {READ_AT_ONCE}")
+    start, stop = 3, READ_AT_ONCE * CHUNK
+    assert b"".join([piece async for piece in body.pieces(start, stop)]) == data[start:stop]
 
 
 async def test_memory_does_not_grow_with_the_file(store: UploadStore) -> None:
@@ -605,6 +785,25 @@ async def test_whatever_the_disk_refuses_the_visitor_is_served(
         disk.mend()
     assert await in_database(sqlite_store, "1000.jpg") == noise(1000)
     await nothing_is_held_open(sqlite_store.disk.path)
+
+
+# -- set aside ------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_set_aside_is_told_once(sqlite_store: UploadStore) -> None:
+    """A copy goes to quarantine with an event that says where to; of a file that is not there nothing is said."""
+    saved = await sqlite_store.save(NAME, OLD)
+    told: list[Event] = []
+    sqlite_store.events.listeners = (told.append,)
+    for _ in range(2):
+        await sqlite_store.set_aside(NAME)
+    assert on_disk(sqlite_store, NAME) is None
+    assert in_quarantine(sqlite_store) == [OLD]
+    (event,) = told
+    assert (event.kind, event.name) == (Kind.QUARANTINED, NAME)
+    assert str(sqlite_store.disk.quarantine_path) in event.detail
+    assert await brought_back(sqlite_store, NAME) == OLD
+    assert saved.path.stat().st_mtime_ns == saved.modified_ns
 
 
 # -- what it looks like after ---------------------------------------------------------------------------------------
