@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import eventually
 from sides import (
+    BrokenDisk,
     execute,
     files_below,
     hit,
@@ -29,7 +30,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from selfheal import UploadStore
-from selfheal.errors import Unsettled
+from selfheal.errors import NotStored, Unsettled
 from selfheal.sources import CHUNK
 
 NAME = "cats/tom.jpg"
@@ -43,6 +44,12 @@ async def elsewhere(store: UploadStore, tmp_path: Path) -> AsyncIterator[UploadS
     """Another node: a disk of its own, the same database."""
     async with UploadStore(tmp_path / "elsewhere" / "uploads", store.database.url) as other:
         yield other
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> BrokenDisk:
+    """A disk that can be broken and mended."""
+    return BrokenDisk(monkeypatch)
 
 
 def laid(store: UploadStore, data: bytes, modified_ns: int, name: str = NAME) -> Path:
@@ -383,6 +390,53 @@ async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: Upl
     assert path.exists()
 
 
+@pytest.mark.parametrize("is_known", [True, False], ids=["saved", "forgotten"])
+async def test_a_save_that_is_committed_while_two_sides_are_compared(
+    store: UploadStore, elsewhere: UploadStore, disk: BrokenDisk, is_known: bool
+) -> None:
+    """Bytes are compared with the record of now: those of a save that was faster are no overwrite and no damage."""
+    await store.save(NAME, OLD)
+    written = laid(store, NEW, time.time_ns() - A_DAY).stat().st_mtime_ns
+    held = disk.hold("pread")
+    checking = asyncio.create_task(store.check(NAME))
+    await held.met()
+    if is_known:
+        await elsewhere.database.store_image(NAME, NEW, modified_ns=written)
+    else:
+        await execute(store, "DELETE FROM image_storage")
+    held.release()
+    await checking
+    assert await on_both_sides(store, NAME) == NEW
+    assert store.disk.path_of(NAME).stat().st_mtime_ns == written
+    assert await generation_of(store) == (2 if is_known else 1)
+    assert in_quarantine(store) == []
+
+
+async def test_a_file_that_vanishes_while_it_is_compared(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
+    """A file that differed and is gone the next moment is nobody's: nothing changes, and its name is restored."""
+    saved = await sqlite_store.save(NAME, OLD)
+    laid(sqlite_store, NEW, saved.modified_ns - A_DAY)
+    held = disk.hold("stat", after=1, done_first=True)
+    checking = asyncio.create_task(sqlite_store.check(NAME))
+    await held.met()
+    saved.path.unlink()
+    held.release()
+    await checking
+    assert on_disk(sqlite_store, NAME) is None
+    assert await in_database(sqlite_store, NAME) == OLD
+    assert in_quarantine(sqlite_store) == []
+
+
+async def test_what_is_not_on_the_disk_cannot_be_taken_over(sqlite_store: UploadStore) -> None:
+    """Without a file there is nothing that could become the next generation, and the record stays."""
+    saved = await sqlite_store.save(NAME, OLD)
+    saved.path.unlink()
+    with pytest.raises(NotStored):
+        await sqlite_store.take_over(NAME)
+    assert await in_database(sqlite_store, NAME) == OLD
+    assert await generation_of(sqlite_store) == 1
+
+
 # -- the same bytes -------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +531,45 @@ async def test_many_files_are_asked_about_together(store: UploadStore) -> None:
             hit(store, f"{number}.jpg")
         await store.tasks.settle(30)
     assert len(asked) < 20
+
+
+async def test_what_was_seen_takes_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many files are hit, only so many are remembered; of the others the database is asked again."""
+    monkeypatch.setattr("selfheal.reconcile.SEEN_AT_MOST", 3)
+    names = [f"{number}.jpg" for number in range(4)]
+
+    async def is_asked(name: str) -> bool:
+        with statements() as asked:
+            await looked_behind(sqlite_store, name)
+        return bool(asked)
+
+    for name in names:
+        await sqlite_store.save(name, NEW)
+    assert [await is_asked(name) for name in names[:3] * 2] == [True] * 3 + [False] * 3
+    assert [await is_asked(name) for name in (names[3], names[3], names[0])] == [True, False, True]
+
+
+async def test_expected_changes_take_bounded_memory(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the many changes that were expected, those are forgotten whose time is over, and no others."""
+    monkeypatch.setattr("selfheal.reconcile.CHANGING_AT_MOST", 2)
+    engine = create_async_engine(store.database.url)
+
+    async def expect(name: str, seconds: float) -> None:
+        monkeypatch.setattr("selfheal.reconcile.CHANGING_FOR", seconds)
+        async with engine.begin() as connection:
+            await store.save(name, NEW, connection=connection)
+
+    await expect("short.jpg", 0.0)
+    for name in ("long.jpg", "last.jpg"):
+        await expect(name, 60.0)
+    await engine.dispose()
+    assert len(store._reconciler._changing) == 2
+    for name, is_asked in (("short.jpg", False), ("long.jpg", True), ("last.jpg", True)):
+        await store.restore(name)
+        await looked_behind(store, name)
+        with statements() as asked:
+            await looked_behind(store, name)
+        assert bool(asked) == is_asked, name
 
 
 @pytest.mark.parametrize("adopt", [True, False])

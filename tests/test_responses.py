@@ -183,6 +183,16 @@ def test_what_looks_like_a_date(day: str, month: str, year: str, clock: str, zon
     assert plan(head, 100, (b"if-unmodified-since", date)).status in (200, 412)
 
 
+@pytest.mark.parametrize(
+    "date", ["Tue, 99 Nov 2023 22:13:20 GMT", "Tue, 14 Nov 2023 25:13:20 GMT", "Thu, 30 Feb 2023 22:13:20 GMT"]
+)
+def test_a_date_that_no_calendar_has_is_ignored(date: str) -> None:
+    """What has the form of a date and is none decides nothing (RFC 9110, section 13.1.3)."""
+    head = make_head("a.png", MODIFIED_NS, 100)
+    assert plan(head, 100, (b"if-modified-since", date.encode())).status == 200
+    assert plan(head, 100, (b"if-unmodified-since", date.encode())).status == 200
+
+
 @given(seconds=st.integers(-(2**31), 2**33), shift=st.integers(-3, 3))
 @settings(deadline=None, database=None)
 def test_dates_are_compared_as_times(seconds: int, shift: int) -> None:

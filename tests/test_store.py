@@ -50,7 +50,7 @@ from selfheal import (
     UploadTooLarge,
     UploadTypeRefused,
 )
-from selfheal.digests import Digests
+from selfheal.digests import Digests, chunk_digest
 from selfheal.records import SmallFile
 from selfheal.sources import CHUNK
 
@@ -477,6 +477,24 @@ async def test_an_overwrite_on_a_full_disk_is_healed_later(
     assert await on_both_sides(store, NAME) == NEW
 
 
+@pytest.mark.parametrize("is_known", [True, False], ids=["saved once", "unknown"])
+async def test_a_full_disk_serves_no_older_file_for_a_newer_record(
+    store: UploadStore, disk: BrokenDisk, is_known: bool
+) -> None:
+    """An old copy goes, because it would be served; bytes that only the disk has are kept in quarantine."""
+    path = store.disk.path_of(NAME)
+    if is_known:
+        await store.save(NAME, OLD)
+    else:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(OLD)
+    disk.fill_after(0)
+    await store.save(NAME, NEW)
+    assert on_disk(store, NAME) is None
+    assert in_quarantine(store) == ([] if is_known else [OLD])
+    assert await brought_back(store, NAME) == NEW
+
+
 async def test_out_of_descriptors_is_not_a_full_disk(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
     """Too many open files is the caller's error to see, not a reason to leave the disk out; nothing is left behind."""
     sqlite_store.disk.path.mkdir(parents=True)
@@ -646,6 +664,32 @@ async def test_delete_of_what_the_app_overwrote_keeps_its_bytes(store: UploadSto
     assert await on_both_sides(store, NAME) == OLD
 
 
+async def test_delete_of_bytes_that_cannot_be_read_keeps_them(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
+    """A copy of which nobody can tell whether the history holds it is set aside, not unlinked."""
+    saved = await sqlite_store.save(NAME, OLD)
+    saved.path.write_bytes(NEW)
+    disk.fail("pread", errno.EIO)
+    assert await sqlite_store.delete(NAME) is True
+    assert on_disk(sqlite_store, NAME) is None
+    assert in_quarantine(sqlite_store) == [NEW]
+
+
+async def test_delete_of_a_file_that_vanishes(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
+    """A file that somebody else removes while its name is deleted is no error, and is deleted."""
+    saved = await sqlite_store.save(NAME, OLD)
+    saved.path.write_bytes(NEW)
+    held = disk.hold("stat", after=1, done_first=True)
+    deleting = asyncio.create_task(sqlite_store.delete(NAME))
+    await held.met()
+    saved.path.unlink()
+    held.release()
+    assert await deleting is True
+    assert in_quarantine(sqlite_store) == []
+    record = await sqlite_store.database.find(NAME)
+    assert record is not None
+    assert record.is_deleted
+
+
 async def test_delete_without_a_database_leaves_the_file(directory: Path) -> None:
     """If the tombstone cannot be written the caller gets the error, and the file stays."""
     async with UploadStore(directory, f"postgresql://nobody@127.0.0.1:{free_port()}/none", deadline=2) as store:
@@ -776,6 +820,19 @@ async def test_bytes_unknown_to_the_history_are_set_aside(sqlite_store: UploadSt
     assert record.is_deleted
 
 
+async def test_bytes_are_set_aside_if_nobody_knows_the_history(store: UploadStore, engine: AsyncEngine) -> None:
+    """A copy of a deleted file goes to quarantine if the database cannot say whether its history holds it."""
+    saved = await store.save(NAME, OLD)
+    await store.save(NAME, NEW)
+    await store.delete(NAME)
+    saved.path.write_bytes(OLD)
+    async with engine.begin() as connection:
+        await connection.execute(text("ALTER TABLE image_history RENAME TO image_history_away"))
+    await store.check(NAME)
+    assert on_disk(store, NAME) is None
+    assert in_quarantine(store) == [OLD]
+
+
 # -- undo -----------------------------------------------------------------------------------------------------------
 
 
@@ -824,6 +881,24 @@ async def test_there_must_be_something_to_undo(store: UploadStore) -> None:
     assert await on_both_sides(store, NAME) == NEW
 
 
+async def test_undo_to_damaged_bytes_changes_nothing(store: UploadStore, engine: AsyncEngine) -> None:
+    """Chunks that agree with their own digests, but not with the file's, are found before a name goes back to them."""
+    first = await store.save(NAME, noise(2 * CHUNK))
+    await store.save(NAME, NEW)
+    data = b"x" * CHUNK
+    async with engine.begin() as connection:
+        await connection.execute(
+            text("UPDATE image_chunk SET data = :data, digest = :digest WHERE sha256 = :sha256 AND position = 1"),
+            {"data": data, "digest": chunk_digest(1, data), "sha256": first.sha256},
+        )
+    with pytest.raises(CorruptBlob):
+        await store.undo(NAME)
+    assert await on_both_sides(store, NAME) == NEW
+    record = await store.database.find(NAME)
+    assert record is not None
+    assert record.generation == 2
+
+
 async def test_undo_on_a_full_disk_is_healed_later(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
     """An undo that the disk has no room for is done in the database, and on disk at the first request with room."""
     await sqlite_store.save(NAME, OLD)
@@ -864,6 +939,28 @@ async def test_restore_of_an_unknown_name(sqlite_store: UploadStore) -> None:
     """A name that the database answers that it does not know is `NotStored`."""
     with pytest.raises(NotStored):
         await sqlite_store.restore(NAME)
+
+
+async def test_restore_of_a_file_that_only_the_disk_has(sqlite_store: UploadStore) -> None:
+    """What the database does not know is not restored, though it is there; nor is it adopted, or taken away."""
+    path = sqlite_store.disk.path_of(NAME)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(OLD)
+    with pytest.raises(NotStored):
+        await sqlite_store.restore(NAME)
+    await sqlite_store.save(NAME, NEW)
+    await sqlite_store.database.bury(NAME)
+    with pytest.raises(NotStored):
+        await sqlite_store.restore(NAME)
+    assert on_disk(sqlite_store, NAME) == NEW
+
+
+async def test_mending_from_a_file_that_is_not_there(sqlite_store: UploadStore) -> None:
+    """Without a disk copy there is nothing to mend a record from."""
+    saved = await sqlite_store.save(NAME, OLD)
+    saved.path.unlink()
+    with pytest.raises(NotStored):
+        await sqlite_store.mend(saved)
 
 
 @pytest.mark.parametrize("size", [10, 3 * CHUNK, 65 * CHUNK])
