@@ -100,10 +100,7 @@ class Responder:
         self, scope: Scope, receive: Receive, send: Send, file: OpenFile, plan: Plan, first: bytes
     ) -> None:
         """Answer from an open file, as planned."""
-        if len(first) == plan.stop - plan.start:
-            await send({"type": "http.response.start", "status": plan.status, "headers": plan.headers})
-            await send({"type": "http.response.body", "body": first})
-        elif not first and can_pathsend(scope, plan, file.size):
+        if not first and plan.start < plan.stop and can_pathsend(scope, plan, file.size):
             await send({"type": "http.response.start", "status": plan.status, "headers": plan.headers})
             await send({"type": "http.response.pathsend", "path": file.path})
         else:

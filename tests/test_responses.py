@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from email.utils import formatdate, parsedate_to_datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 from asgi import Answer, ask_and_leave, ask_scope, scope_of
@@ -16,7 +18,10 @@ from hypothesis import strategies as st
 from starlette.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from selfheal.disk import UploadsDirectory
+from selfheal.files import PIECE as FILE_PIECE
 from selfheal.responses import (
+    HEADS_AT_MOST,
     SANDBOX,
     Head,
     Plan,
@@ -40,10 +45,10 @@ class Bytes:
         self.size = len(data)
         self.modified_ns = modified_ns
         self.read = 0
-        self.is_open = False
+        self.was_asked = self.is_open = False
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        self.is_open = True
+        self.was_asked = self.is_open = True
         try:
             for at in range(start, stop, PIECE):
                 self.read = min(stop, at + PIECE)
@@ -151,10 +156,42 @@ def test_cache_control_of_ones_own(value: str) -> None:
         assert [said for key, said in planned.headers if key == b"cache-control"] == [b"no-store"]
 
 
+async def test_cache_control_as_it_is_given() -> None:
+    """The option reaches the client in every letter that a header can hold; without it there is no such header."""
+    for value in ("no-cache", 'private="\xfc"', None):
+        answer = await ask_scope(answering(Bytes(b"x"), cache_control=value), scope_of("/"))  # type: ignore[arg-type]
+        assert answer.headers.get("cache-control") == value
+
+
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 KEYS = (b"range", b"if-range", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since")
 STATUSES = {200, 206, 304, 412, 416}
+
+
+def test_headers_of_every_answer() -> None:
+    """What is said with a 200, 206, 304, 412 and 416 is written down here once, header by header (RFC 9110)."""
+    head = make_head("a.png", 1_500_000_000, 100)
+    common = {
+        b"last-modified": b"Thu, 01 Jan 1970 00:00:01 GMT",
+        b"etag": b'"' + hashlib.md5(b"1.5-100").hexdigest().encode() + b'"',
+        b"x-content-type-options": b"nosniff",
+    }
+    whole = {b"content-type": b"image/png", b"accept-ranges": b"bytes", b"content-length": b"100", **common}
+    none = {**common, b"content-length": b"0", b"cache-control": b"no-store"}
+    for lines, expected in (
+        ([], (200, whole, 0, 100)),
+        ([(b"range", b"bytes=10-19")],
+            (206, {**whole, b"content-length": b"10", b"content-range": b"bytes 10-19/100"}, 10, 20)),
+        ([(b"if-none-match", b"*")], (304, common, 0, 0)),
+        ([(b"if-match", b'"x"')], (412, none, 0, 0)),
+        ([(b"range", b"bytes=100-")], (416, {**none, b"content-range": b"bytes */100"}, 0, 0)),
+    ):  # fmt: skip
+        planned = plan(head, 100, *lines)
+        assert (planned.status, dict(planned.headers), planned.start, planned.stop) == expected
+        assert len(planned.headers) == len(dict(planned.headers))
+    for lines in ([], [(b"if-none-match", b'"x"')]):
+        assert plan(head, 100, *lines, is_head=True) == Plan(200, head.headers)
 
 
 @given(lines=st.lists(st.tuples(st.sampled_from(KEYS), st.binary(max_size=60)), max_size=6), is_head=st.booleans())
@@ -202,6 +239,49 @@ def test_dates_are_compared_as_times(seconds: int, shift: int) -> None:
     assert plan(head, 100, (b"if-modified-since", date)).status == (304 if shift >= 0 else 200)
     assert plan(head, 100, (b"if-unmodified-since", date)).status == (200 if shift >= 0 else 412)
     assert plan(head, 100, (b"range", b"bytes=0-9"), (b"if-range", date)).status == (206 if shift == 0 else 200)
+
+
+@pytest.mark.parametrize(
+    ("said", "if_match", "if_none_match"),
+    [
+        ("{}", 200, 304),
+        ("W/{}", 412, 304),
+        ("*", 200, 304),
+        (" * ", 200, 304),
+        ('"x", {}', 200, 304),
+        ('"x",W/{}', 412, 304),
+        ('W/"x",{} , "y"', 200, 304),
+        ('"x"', 412, 200),
+        ('"*"', 412, 200),
+        ("", 412, 200),
+        ("x", 412, 200),
+    ],
+)
+def test_tags_are_compared_as_they_should_be(said: str, if_match: int, if_none_match: int) -> None:
+    """If-Match compares strongly, If-None-Match weakly; lists may come in one line or several (RFC 9110, 8.8.3.2)."""
+    head = make_head("a.png", MODIFIED_NS, 100)
+    whole = said.format(head.etag)
+    for lines in ([whole], whole.split(",")):
+        said_lines = [line.encode() for line in lines]
+        assert plan(head, 100, *((b"if-match", line) for line in said_lines)).status == if_match
+        assert plan(head, 100, *((b"if-none-match", line) for line in said_lines)).status == if_none_match
+
+
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Tokyo"])
+@pytest.mark.parametrize("pattern", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+def test_dates_of_every_form_are_those_of_greenwich(monkeypatch: pytest.MonkeyPatch, zone: str, pattern: str) -> None:
+    """All three forms of a date (RFC 9110, 5.6.7) are understood, to the second, wherever the server stands."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        head = make_head("a.png", MODIFIED_NS, 100)
+        for shift, unmodified in ((-1, False), (0, True), (1, True)):
+            date = time.strftime(pattern, time.gmtime(MODIFIED_NS // 10**9 + shift)).encode()
+            assert plan(head, 100, (b"if-modified-since", date)).status == (304 if unmodified else 200)
+            assert plan(head, 100, (b"if-unmodified-since", date)).status == (200 if unmodified else 412)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @given(size=st.integers(0, 2**40), first=st.integers(0, 2**41), last=st.integers(0, 2**41))
@@ -303,7 +383,7 @@ async def test_answer_without_bytes_reads_none(method: str, headers: list[tuple[
     """HEAD, 304, 412 and 416 read nothing."""
     body = Bytes(os.urandom(12 * PIECE))
     answer = await ask_scope(answering(body), scope_of("/", method=method, headers=headers))  # type: ignore[arg-type]
-    assert (answer.body, body.read) == (b"", 0)
+    assert (answer.body, body.read, body.was_asked) == (b"", 0, False)
 
 
 @pytest.mark.parametrize("spec_version", ["2.0", "2.1", "2.3", "2.4", "2.5", "3.0", None])
@@ -380,13 +460,65 @@ async def test_damaged_body_is_never_finished() -> None:
     assert not answer.is_over
 
 
+OFFERED = {"extensions": {"http.response.pathsend": {}}}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
+    """A directory of files, each of as many bytes as its name says."""
+    disk = UploadsDirectory(tmp_path)
+    for size in (0, 100, FILE_PIECE, FILE_PIECE + 1, 3 * FILE_PIECE):
+        (tmp_path / f"{size}.png").write_bytes(os.urandom(size))
+    yield disk
+    disk.close()
+
+
+@pytest.mark.parametrize("more", [{}, OFFERED], ids=["bytes", "path"])
+@pytest.mark.parametrize(
+    ("size", "headers", "start", "stop"),
+    [
+        (0, [], 0, 0),
+        (100, [], 0, 100),
+        (100, [("Range", "bytes=10-89")], 10, 90),
+        (FILE_PIECE, [], 0, FILE_PIECE),
+        (FILE_PIECE + 1, [], 0, FILE_PIECE + 1),
+        (3 * FILE_PIECE, [("Range", "bytes=7-")], 7, 3 * FILE_PIECE),
+        (3 * FILE_PIECE, [("Range", f"bytes={FILE_PIECE}-{2 * FILE_PIECE}")], FILE_PIECE, 2 * FILE_PIECE + 1),
+    ],
+)
+async def test_an_open_file_is_sent(
+    disk: UploadsDirectory, more: dict[str, Any], size: int, headers: list[tuple[str, str]], start: int, stop: int
+) -> None:
+    """Its first piece is read before the answer begins, unless the server sends it by its path: large and whole."""
+    by_path = bool(more) and start == 0 and stop == size > FILE_PIECE
+    data = disk.path_of(f"{size}.png").read_bytes()
+    firsts: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        responder, file = Responder(), disk.open(f"{size}.png")
+        assert file is not None
+        with file:
+            planned, first = await responder.read_first(scope, "a.png", file)
+            firsts.append(first)
+            await responder.send_file(scope, receive, send, file, planned, first)
+
+    for method in ("GET", "HEAD"):
+        answer = await ask_scope(app, scope_of("/", method=method, headers=headers, **more))
+        is_path, is_sent = by_path and method == "GET", method == "GET" and not by_path
+        assert firsts.pop() == (data[start:stop][:FILE_PIECE] if is_sent else b"")
+        assert answer.body == (data[start:stop] if is_sent else b"")
+        assert [said["path"] for said in answer.messages if "path" in said] == [f"{disk.path}/{size}.png"] * is_path
+        assert answer.status == (206 if headers and method == "GET" else 200)
+        assert answer.headers["etag"] == make_head("", disk.path_of(f"{size}.png").stat().st_mtime_ns, size).etag
+
+
 @pytest.mark.parametrize("extensions", [None, {}, {"http.response.pathsend": {}}])
 @pytest.mark.parametrize("whole", [True, False])
 def test_path_is_sent_where_that_is_offered(extensions: dict[str, object] | None, whole: bool) -> None:
     """Only a whole file, and only where the server offers it (ASGI's path send extension)."""
     scope = {**scope_of("/"), "extensions": extensions}
-    planned = Plan(200, [], 0, 100) if whole else Plan(206, [], 10, 100)
-    assert can_pathsend(scope, planned, 100) == (bool(extensions) and whole)
+    for planned in [Plan(200, [], 0, 100)] if whole else [Plan(206, [], 10, 100), Plan(206, [], 10, 90)]:
+        assert can_pathsend(scope, planned, 100) == (bool(extensions) and whole)
 
 
 def test_scope_without_extensions() -> None:
@@ -403,7 +535,10 @@ def test_answer_without_a_file(status: int, is_head: bool) -> None:
     """It says its length, is never stored and never sniffed; to HEAD it has the same headers and no body."""
     start, body = error_messages(status, is_head=is_head, more=[(b"retry-after", b"2")])
     headers = dict(start["headers"])
-    assert start["status"] == status
+    text = {404: b"Not Found\n", 500: b"Internal Server Error\n", 503: b"Service Unavailable\n"}[status]
+    assert (start["type"], start["status"]) == ("http.response.start", status)
+    assert body == {"type": "http.response.body", "body": b"" if is_head else text}
+    assert headers[b"content-type"] == b"text/plain; charset=utf-8"
     assert headers[b"cache-control"] == b"no-store"
     assert headers[b"x-content-type-options"] == b"nosniff"
     assert headers[b"retry-after"] == b"2"
@@ -457,5 +592,6 @@ async def test_no_file_is_taken_for_another() -> None:
             answer.take(message)
 
         await responder.send_body(scope_of("/"), None, send, f"{index % 5000}.png", body)  # type: ignore[arg-type]
+        assert len(responder._heads) <= HEADS_AT_MOST
         head = make_head("a.png", MODIFIED_NS + index, index % 7)
         assert (answer.headers["etag"], answer.headers["content-length"]) == (head.etag, str(index % 7))

@@ -561,6 +561,7 @@ async def test_what_stands_on_the_disk_already_is_not_read_again(sqlite_store: U
     assert isinstance(body, Incoming)
     await written.met()
     await execute(sqlite_store, "DELETE FROM image_chunk WHERE position < 16")
+    assert b"".join([piece async for piece in body.pieces(5, 25)]) == data[5:25]
     tail = body.pieces(16 * CHUNK - 10, STREAMED)
     assert await anext(tail) == data[16 * CHUNK - 10 : 16 * CHUNK]
     coming = asyncio.ensure_future(anext(tail))
