@@ -306,8 +306,42 @@ def test_any_range(size: int, first: int, last: int) -> None:
 @pytest.mark.parametrize(("first", "last", "status"), [(30, 20, 200), (20, 20, 416), (20, 30, 416)])
 def test_numbers_beyond_every_file(first: int, last: int, status: int) -> None:
     """A range in numbers of many digits is reversed, and ignored, or past the end: as with small ones."""
-    head = make_head("a.png", MODIFIED_NS, 100)
-    assert plan(head, 100, (b"range", f"bytes={10**first}-{10**last}".encode())).status == status
+    for size in (100, 2**50):
+        head = make_head("a.png", MODIFIED_NS, size)
+        assert plan(head, size, (b"range", f"bytes={10**first}-{10**last}".encode())).status == status
+
+
+@pytest.mark.parametrize(
+    ("said", "planned"),
+    [
+        ("bytes=-", (200, 0, 100)),
+        ("bytes=", (200, 0, 100)),
+        ("bytes", (200, 0, 100)),
+        ("items=0-9", (200, 0, 100)),
+        ("bytes 0-9", (200, 0, 100)),
+        ("bytes=0-9,20-29", (200, 0, 100)),
+        ("bytes=1_0-2_0", (200, 0, 100)),
+        ("bytes=+1-3", (200, 0, 100)),
+        ("bytes=\xb2-3", (200, 0, 100)),
+        ("bytes=a-b", (200, 0, 100)),
+        ("bytes=20-19", (200, 0, 100)),
+        ("bytes=020-19", (200, 0, 100)),
+        ("bytes=-0", (416, 0, 0)),
+        ("bytes=-00", (416, 0, 0)),
+        ("bytes=100-", (416, 0, 0)),
+        ("bytes=0-0", (206, 0, 1)),
+        ("bytes=00-009", (206, 0, 10)),
+        ("BYTES= 10-19\t", (206, 10, 20)),
+        ("bytes=99-1000", (206, 99, 100)),
+        (f"bytes=10-{10**30}", (206, 10, 100)),
+        (f"bytes=-{10**30}", (206, 0, 100)),
+        ("bytes=-1", (206, 99, 100)),
+    ],
+)
+def test_every_form_of_a_range(said: str, planned: tuple[int, int, int]) -> None:
+    """One range of ASCII digits is answered; what is malformed, several or of another unit gets the whole file."""
+    answer = plan(make_head("a.png", MODIFIED_NS, 100), 100, (b"range", said.encode("latin-1")))
+    assert (answer.status, answer.start, answer.stop) == planned
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import os
 import random
 import re
 import tempfile
+import threading
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
@@ -23,9 +25,11 @@ from sides import (
     BrokenDisk,
     brought_back,
     files_below,
+    held_open,
     hit,
     in_database,
     in_quarantine,
+    locked,
     looked_behind,
     noise,
     nothing_is_held_open,
@@ -33,7 +37,7 @@ from sides import (
     on_disk,
     pieces_of,
 )
-from sqlalchemy import text
+from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from starlette.datastructures import UploadFile
 
@@ -51,8 +55,11 @@ from selfheal import (
     UploadTypeRefused,
 )
 from selfheal.digests import Digests, chunk_digest
+from selfheal.disk import MARKER
+from selfheal.events import Event
 from selfheal.records import SmallFile
 from selfheal.sources import CHUNK
+from selfheal.staging import TEMPORARY
 
 NAME = "cats/tom.jpg"
 OLD, NEW = b"the old bytes", b"the new bytes, which are others"
@@ -80,6 +87,14 @@ async def rows(engine: AsyncEngine) -> dict[str, int]:
 async def engine(store: UploadStore) -> AsyncIterator[AsyncEngine]:
     """The app's own engine, on the same database as the store."""
     engine = create_async_engine(store.database.url)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+async def engine_of_sqlite(sqlite_url: str) -> AsyncIterator[AsyncEngine]:
+    """The app's own engine, on the database of `sqlite_store`."""
+    engine = create_async_engine(sqlite_url)
     yield engine
     await engine.dispose()
 
@@ -1032,6 +1047,62 @@ async def test_a_new_file_is_adopted_behind_its_first_hit(sqlite_store: UploadSt
     await eventually(is_adopted)
 
 
+# -- what is told ---------------------------------------------------------------------------------------------------
+
+
+async def test_every_change_is_told_once_with_its_size(
+    directory: Path, sqlite_url: str, disk: BrokenDisk, engine_of_sqlite: AsyncEngine
+) -> None:
+    """Listeners hear of each verb, and of each thing done behind, in the order in which it happened."""
+    told: list[tuple[str, str, int]] = []
+
+    def listen(event: Event) -> None:
+        told.append((event.kind.value, event.name, event.size))
+
+    def heard() -> list[tuple[str, str, int]]:
+        now, told[:] = told[:], []
+        return now
+
+    async with UploadStore(directory, sqlite_url, listeners=[listen]) as store:
+        await store.database.create_tables()
+        path = (await store.save(NAME, OLD)).path
+        await store.save(NAME, NEW)
+        await store.delete(NAME)
+        await store.delete(NAME)
+        assert heard() == [("saved", NAME, len(OLD)), ("saved", NAME, len(NEW)), ("deleted", NAME, 0)]
+        assert await brought_back(store, NAME) is None
+        await store.undo(NAME)
+        assert heard() == [("absent", NAME, 0), ("undone", NAME, len(NEW))]
+        for size in (1000, 3 * CHUNK):
+            (await store.save(NAME, noise(size))).path.unlink()
+            await brought_back(store, NAME)
+            assert heard() == [("saved", NAME, size), ("restored", NAME, size)]
+        path.write_bytes(b"which nobody has saved")
+        os.utime(path, ns=(0, 0))
+        await store.check(NAME)
+        assert heard() == [("quarantined", NAME, 0), ("restored", NAME, 3 * CHUNK)]
+        store.disk.path_of("new.jpg").write_bytes(OLD)
+        await store.adopt("new.jpg")
+        assert heard() == [("adopted", "new.jpg", len(OLD))]
+        await store.database.bury("new.jpg")
+        await store.check("new.jpg")
+        assert heard() == [("removed", "new.jpg", 0)]
+        disk.fill_after(0)
+        await store.save("full.jpg", OLD)
+        await brought_back(store, "full.jpg")
+        assert heard() == [("streamed", "full.jpg", 13), ("saved", "full.jpg", 13), ("streamed", "full.jpg", 13)]
+        disk.mend()
+        async with engine_of_sqlite.begin() as connection:
+            await connection.execute(text("UPDATE image_chunk SET data = digest"))
+        with pytest.raises(CorruptBlob):
+            await store.restore("full.jpg")
+        path.write_bytes(OLD)
+        os.utime(path, ns=(0, 0))
+        with pytest.raises(CorruptBlob):
+            await store.check(NAME)
+        assert heard() == [("corrupt", "full.jpg", 13), ("corrupt", NAME, 3 * CHUNK)]
+
+
 # -- opening and closing --------------------------------------------------------------------------------------------
 
 
@@ -1053,3 +1124,68 @@ async def test_the_apps_own_engine_is_used_and_left_open(store: UploadStore, eng
     async with engine.connect() as connection:
         assert (await connection.execute(text("SELECT count(*) FROM image_storage"))).scalar_one() == 1
     assert await on_both_sides(store, NAME) == OLD
+
+
+async def test_options_reach_where_they_belong(directory: Path, sqlite_url: str, tmp_path: Path) -> None:
+    """Modes, quarantine, marker and tables are those that the app has asked for."""
+    metadata = MetaData()
+    async with UploadStore(
+        directory, sqlite_url, metadata=metadata, file_mode=0o600, directory_mode=0o700,
+        quarantine=tmp_path / "bad", require_marker=True,
+    ) as store:  # fmt: skip
+        assert "image_storage" in metadata.tables
+        await store.database.create_tables()
+        store.disk.mark()
+        for name in (NAME, "other.jpg"):
+            saved = await store.save(name, OLD)
+            assert saved.path.stat().st_mode & 0o7777 == 0o600
+        assert saved.path.parent.stat().st_mode & 0o7777 == (directory / "cats").stat().st_mode & 0o7777 == 0o700
+        await store.set_aside(NAME)
+        assert [path.name for path in (tmp_path / "bad").rglob("*.jpg")] == ["tom.jpg"]
+        (directory / MARKER).unlink()
+        await store.save("unmarked.jpg", OLD)
+        assert on_disk(store, "unmarked.jpg") is None
+    assert UploadStore(directory, sqlite_url).policy == UploadPolicy()
+    refusing = UploadStore(directory, sqlite_url, policy=UploadPolicy(extensions=frozenset({"gif"})))
+    with pytest.raises(UploadTypeRefused):
+        await refusing.save_uploaded_file(UploadFile(io.BytesIO(png()), filename="a.png"))
+
+
+async def test_the_deadline_bounds_the_database_too(store: UploadStore) -> None:
+    """Every question is given up before the deadline is over, so that whoever asks hears why."""
+    async with UploadStore(store.disk.path, store.database.url, deadline=0.8) as hurried:
+        await hurried.database.count()
+        async with locked(store):
+            started = time.monotonic()
+            with pytest.raises(DatabaseUnavailable):
+                await hurried.database.find(NAME)
+            assert time.monotonic() - started < 1.3
+
+
+async def test_a_store_sweeps_when_it_opens(directory: Path, sqlite_url: str) -> None:
+    """What a process that died has left in the temporary directory is gone once a store is open."""
+    litter = directory / TEMPORARY / "0123456789abcdef"
+    litter.parent.mkdir(parents=True)
+    litter.write_bytes(OLD)
+    async with UploadStore(directory, sqlite_url):
+        assert files_below(directory) == []
+
+
+async def test_a_closed_store_holds_nothing(directory: Path, sqlite_url: str, disk: BrokenDisk) -> None:
+    """What is under way ends first; then no thread, no file, no directory and no connection is left."""
+    before = set(threading.enumerate())
+    async with UploadStore(directory, sqlite_url) as store:
+        await store.database.create_tables()
+        saved = await store.save(NAME, noise(3 * CHUNK))
+        saved.path.unlink()
+        held = disk.hold("fsync")
+        asking = asyncio.create_task(brought_back(store, NAME))
+        await held.met()
+        asking.cancel()
+        asyncio.get_running_loop().call_later(0.05, held.release)
+    assert saved.path.read_bytes() == noise(3 * CHUNK)
+
+    async def nothing_is_left() -> bool:
+        return set(threading.enumerate()) <= before and not held_open(directory.parent.parent.parent)
+
+    await eventually(nothing_is_left)
