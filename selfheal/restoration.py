@@ -58,7 +58,7 @@ class Restorer:
         events: Events,
         tasks: Tasks,
         *,
-        deadline: float = 5.0,
+        deadline: float,
         at_once: int = 32,
     ) -> None:
         self._disk = disk

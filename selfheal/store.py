@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
@@ -242,12 +241,11 @@ class UploadStore:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     async def _save(self, name: str, source: Source) -> Record:
-        modified_ns = time.time_ns()
         digests: list[bytes] = []
         try:
             staged = await self.threads.run(self.disk.stage, name)
         except DiskUnwritable:
-            return await self._save_without_disk(name, source, modified_ns)
+            return await self._save_without_disk(name, source)
         try:
             async with aclosing(chunks_of(source, self.threads)) as chunks:
                 async for chunk in chunks:
@@ -255,16 +253,16 @@ class UploadStore:
                         await self.threads.run(self._write, staged, chunk, digests)
                     except DiskUnwritable:
                         async with aclosing(self._read_back(staged, name, chunk, chunks)) as rest:
-                            record = await self._save_without_disk(name, rest, modified_ns)
+                            record = await self._save_without_disk(name, rest)
                         staged.close()
                         return record
         except BaseException:
             staged.close()
             raise
-        return await self.tasks.finish(self._commit(name, staged, digests, modified_ns))
+        return await self.tasks.finish(self._commit(name, staged, digests))
 
-    async def _save_without_disk(self, name: str, source: Source, modified_ns: int) -> Record:
-        record = await self.database.store_image(name, source, modified_ns=modified_ns)
+    async def _save_without_disk(self, name: str, source: Source) -> Record:
+        record = await self.database.store_image(name, source)
         await self._withdraw(record, "the disk takes no file")
         return record
 
@@ -275,12 +273,11 @@ class UploadStore:
         except (SelfHealError, OSError) as error:
             logger.error("%r: an old copy stays on the disk, and is served: %s", record.name, error)
 
-    async def _commit(self, name: str, staged: Staged, digests: list[bytes], modified_ns: int) -> Record:
+    async def _commit(self, name: str, staged: Staged, digests: list[bytes]) -> Record:
         """The record first, then the file; then a look whether another process was faster."""
         with staged:
             async with aclosing(self._read_back(staged, name)) as source:
-                known = Digests(staged.sha256, digests)
-                record = await self.database.store_image(name, source, modified_ns=modified_ns, known=known)
+                record = await self.database.store_image(name, source, known=Digests(staged.sha256, digests))
             try:
                 await self._restorer.place(staged, record)
             except DiskUnwritable as error:
