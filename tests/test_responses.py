@@ -546,6 +546,28 @@ async def test_an_open_file_is_sent(
         assert answer.headers["etag"] == make_head("", disk.path_of(f"{size}.png").stat().st_mtime_ns, size).etag
 
 
+async def test_client_of_an_open_file_that_hangs_up_in_silence(disk: UploadsDirectory) -> None:
+    """The reading of a file stops, too, soon after the client has gone."""
+    sent = 0
+    with disk.path_of("long.png").open("wb") as long:
+        long.truncate(200 * FILE_PIECE)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            nonlocal sent
+            sent += len(message.get("body", b""))
+            await send(message)
+
+        responder, file = Responder(), disk.open("long.png")
+        assert file is not None
+        with file:
+            planned, first = await responder.read_first(scope, "long.png", file)
+            await responder.send_file(scope, receive, counting, file, planned, first)
+
+    await ask_and_leave(app, scope_of("/"), after=3 * FILE_PIECE)
+    assert 3 * FILE_PIECE <= sent <= 100 * FILE_PIECE
+
+
 @pytest.mark.parametrize("extensions", [None, {}, {"http.response.pathsend": {}}])
 @pytest.mark.parametrize("whole", [True, False])
 def test_path_is_sent_where_that_is_offered(extensions: dict[str, object] | None, whole: bool) -> None:

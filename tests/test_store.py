@@ -309,6 +309,20 @@ async def test_parallel_saves_of_one_name_end_alike_on_both_sides(store: UploadS
         assert on_disk(node, NAME) == final
 
 
+async def test_a_save_that_is_overtaken_between_its_sides(store: UploadStore, disk: BrokenDisk) -> None:
+    """A process that commits first and names its file last looks again: the newer bytes stand on disk in the end."""
+    await store.save(NAME, b"before both")
+    async with UploadStore(store.disk.path, store.database.url) as faster:
+        held = disk.hold("fsync")
+        saving = asyncio.create_task(store.save(NAME, OLD))
+        await held.met()
+        disk.mend()
+        await faster.save(NAME, NEW)
+        held.release()
+        await saving
+    assert await on_both_sides(store, NAME) == NEW
+
+
 # -- save within the caller's transaction ---------------------------------------------------------------------------
 
 
@@ -492,9 +506,10 @@ async def test_an_overwrite_on_a_full_disk_is_healed_later(
     assert await on_both_sides(store, NAME) == NEW
 
 
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 @pytest.mark.parametrize("is_known", [True, False], ids=["saved once", "unknown"])
 async def test_a_full_disk_serves_no_older_file_for_a_newer_record(
-    store: UploadStore, disk: BrokenDisk, is_known: bool
+    store: UploadStore, disk: BrokenDisk, is_known: bool, call: str
 ) -> None:
     """An old copy goes, because it would be served; bytes that only the disk has are kept in quarantine."""
     path = store.disk.path_of(NAME)
@@ -503,11 +518,14 @@ async def test_a_full_disk_serves_no_older_file_for_a_newer_record(
     else:
         path.parent.mkdir(parents=True)
         path.write_bytes(OLD)
-    disk.fill_after(0)
+    disk.fail(call, errno.ENOSPC)
     await store.save(NAME, NEW)
     assert on_disk(store, NAME) is None
     assert in_quarantine(store) == ([] if is_known else [OLD])
     assert await brought_back(store, NAME) == NEW
+    disk.fail("unlink", errno.EROFS)
+    await store.save(NAME, OLD)  # though nothing can be taken away
+    assert await in_database(store, NAME) == OLD
 
 
 async def test_out_of_descriptors_is_not_a_full_disk(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
@@ -687,6 +705,17 @@ async def test_delete_of_bytes_that_cannot_be_read_keeps_them(sqlite_store: Uplo
     assert await sqlite_store.delete(NAME) is True
     assert on_disk(sqlite_store, NAME) is None
     assert in_quarantine(sqlite_store) == [NEW]
+
+
+async def test_delete_of_a_file_that_looks_like_its_record_reads_none_of_it(
+    sqlite_store: UploadStore, disk: BrokenDisk
+) -> None:
+    """What has the record's time and size is taken for it, however large it is."""
+    await sqlite_store.save(NAME, OLD)
+    disk.fail("pread", errno.EIO)
+    assert await sqlite_store.delete(NAME) is True
+    assert on_disk(sqlite_store, NAME) is None
+    assert in_quarantine(sqlite_store) == []
 
 
 async def test_delete_of_a_file_that_vanishes(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
@@ -924,6 +953,11 @@ async def test_undo_on_a_full_disk_is_healed_later(sqlite_store: UploadStore, di
     disk.mend()
     assert await brought_back(sqlite_store, NAME) == OLD
     assert await on_both_sides(sqlite_store, NAME) == OLD
+    await sqlite_store.save(NAME, NEW)
+    disk.fill_after(0)
+    await sqlite_store.undo(NAME)
+    assert on_disk(sqlite_store, NAME) is None
+    assert await brought_back(sqlite_store, NAME) == OLD
 
 
 # -- restore --------------------------------------------------------------------------------------------------------
