@@ -533,6 +533,42 @@ async def test_many_files_are_asked_about_together(store: UploadStore) -> None:
     assert len(asked) < 20
 
 
+async def test_only_so_many_files_are_looked_at_behind(
+    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood of first hits does not become a flood of tasks: what is left out is looked at behind a later hit."""
+    monkeypatch.setattr("selfheal.reconcile.BEHIND_AT_ONCE", 3)
+    names = [f"{number}.jpg" for number in range(5)]
+    for name in names:
+        await sqlite_store.save(name, NEW)
+    for known in (3, 5):
+        with statements() as asked:
+            for name in names * 3:
+                hit(sqlite_store, name)
+            await sqlite_store.tasks.settle(30)
+        assert sum(statement.count(".jpg") for statement in asked) == (3 if known == 3 else 2)
+    with statements() as asked:
+        for name in names:
+            hit(sqlite_store, name)
+        await sqlite_store.tasks.settle(30)
+    assert asked == []
+
+
+async def test_what_cannot_be_settled_is_not_asked_about_at_every_hit(sqlite_store: UploadStore) -> None:
+    """A copy that differs from a damaged record is compared once, until it changes."""
+    saved = await sqlite_store.save(NAME, NEW)
+    await execute(sqlite_store, "UPDATE image_chunk SET data = digest")
+    laid(sqlite_store, OLD, saved.modified_ns - A_DAY)
+    await looked_behind(sqlite_store, NAME)
+    with statements() as asked:
+        await looked_behind(sqlite_store, NAME)
+    assert asked == []
+    laid(sqlite_store, THIRD, saved.modified_ns - A_DAY)
+    with statements() as asked:
+        await looked_behind(sqlite_store, NAME)
+    assert asked != []
+
+
 async def test_what_was_seen_takes_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many files are hit, only so many are remembered; of the others the database is asked again."""
     monkeypatch.setattr("selfheal.reconcile.SEEN_AT_MOST", 3)

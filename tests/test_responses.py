@@ -543,6 +543,7 @@ async def test_an_open_file_is_sent(
         assert answer.body == (data[start:stop] if is_sent else b"")
         assert [said["path"] for said in answer.messages if "path" in said] == [f"{disk.path}/{size}.png"] * is_path
         assert answer.status == (206 if headers and method == "GET" else 200)
+        assert "cache-control" not in answer.headers
         assert answer.headers["etag"] == make_head("", disk.path_of(f"{size}.png").stat().st_mtime_ns, size).etag
 
 
