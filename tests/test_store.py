@@ -528,6 +528,21 @@ async def test_a_full_disk_serves_no_older_file_for_a_newer_record(
     assert await in_database(store, NAME) == OLD
 
 
+async def test_an_old_file_that_could_not_be_taken_away_gives_way_later(
+    sqlite_store: UploadStore, disk: BrokenDisk
+) -> None:
+    """A disk that takes neither the new file nor the old one's end: the next hit compares them, seen before or not."""
+    saved = await sqlite_store.save(NAME, OLD)
+    await looked_behind(sqlite_store, NAME)
+    disk.fail("pwrite", errno.ENOSPC)
+    disk.fail("unlink", errno.EIO)
+    await sqlite_store.save(NAME, NEW)
+    assert saved.path.read_bytes() == OLD
+    disk.mend()
+    await looked_behind(sqlite_store, NAME)
+    assert await on_both_sides(sqlite_store, NAME) == NEW
+
+
 async def test_out_of_descriptors_is_not_a_full_disk(sqlite_store: UploadStore, disk: BrokenDisk) -> None:
     """Too many open files is the caller's error to see, not a reason to leave the disk out; nothing is left behind."""
     sqlite_store.disk.path.mkdir(parents=True)
