@@ -74,7 +74,6 @@ class Reconciler:
 
     def expect(self, name: str) -> None:
         """A name will be changed when somebody else's transaction is committed."""
-        self.forget(name)
         now = time.monotonic()
         if len(self._changing) >= CHANGING_AT_MOST:
             self._changing = {name: until for name, until in self._changing.items() if until > now}
@@ -84,7 +83,6 @@ class Reconciler:
         """Remember that this file is what its record says."""
         if self._changing.get(name, 0.0) > time.monotonic():
             return
-        self._changing.pop(name, None)
         if len(self._seen) >= SEEN_AT_MOST:
             self._seen.clear()
         self._seen[name] = identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -554,8 +555,10 @@ async def test_only_so_many_files_are_looked_at_behind(
     assert asked == []
 
 
-async def test_what_cannot_be_settled_is_not_asked_about_at_every_hit(sqlite_store: UploadStore) -> None:
-    """A copy that differs from a damaged record is compared once, until it changes."""
+async def test_what_cannot_be_settled_is_not_asked_about_at_every_hit(
+    sqlite_store: UploadStore, disk: BrokenDisk
+) -> None:
+    """A copy that differs from a damaged record, or cannot be read, is compared once, until it changes."""
     saved = await sqlite_store.save(NAME, NEW)
     await execute(sqlite_store, "UPDATE image_chunk SET data = digest")
     laid(sqlite_store, OLD, saved.modified_ns - A_DAY)
@@ -564,9 +567,12 @@ async def test_what_cannot_be_settled_is_not_asked_about_at_every_hit(sqlite_sto
         await looked_behind(sqlite_store, NAME)
     assert asked == []
     laid(sqlite_store, THIRD, saved.modified_ns - A_DAY)
-    with statements() as asked:
-        await looked_behind(sqlite_store, NAME)
-    assert asked != []
+    disk.fail("pread", errno.EIO)
+    for is_asked in (True, False):
+        with statements() as asked:
+            await looked_behind(sqlite_store, NAME)
+        assert bool(asked) == is_asked
+    assert on_disk(sqlite_store, NAME) == THIRD
 
 
 async def test_what_was_seen_takes_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
