@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .data import GIB, KIB, MIB, files, migrate, remove, scratch, selfheal, sqlite, warm
+from selfheal.sources import CHUNK
+
+from .data import GIB, KIB, MIB, files, migrate, name_of, remove, scratch, selfheal, sqlite, warm
 from .databases import postgres
 from .measure import PROJECT, Contest, Measures, Run, Unavailable, experiment
 from .servers import program
@@ -21,6 +23,7 @@ SETS = {
     "500 files of 4 MiB": (500, 4 * MIB),
     "1 file of 2 GiB": (1, 2 * GIB),
 }
+LEAST = "plain Python"
 Task = Callable[[], Measures]
 
 
@@ -112,7 +115,10 @@ def restoring(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
     def rsync() -> Task:
         return to("rsync", program("rsync"), "-a", f"{source}/", f"{place / 'out-rsync'}/")
 
-    return {"selfheal": ours, "tar": tar, "sqlite3 -A": sqlar, "restic": restic, "rsync": rsync}
+    def least() -> Task:
+        return to(LEAST, *plain_python("restore", source), place / f"out-{LEAST}", place / "uploads.db")
+
+    return {"selfheal": ours, "tar": tar, "sqlite3 -A": sqlar, "restic": restic, "rsync": rsync, LEAST: least}
 
 
 @experiment("Migrate everything: directory → empty database, synced")
@@ -153,7 +159,14 @@ def storing(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
 
         return after(prepare, lambda: cost(*command, "backup", ".", cwd=source, sync=place))
 
-    return {"selfheal": ours, "tar": tar, "sqlite3 -A": sqlar, "restic": restic}
+    def least() -> Task:
+        database, nothing = place / "least.db", place / "nothing"
+        nothing.mkdir(exist_ok=True)
+        command = plain_python("migrate", source)
+        prepare = lambda: (remove(database), migrate(nothing, sqlite(database)))  # noqa: E731 - it makes the tables
+        return after(prepare, lambda: cost(*command, source, database, sync=place))
+
+    return {"selfheal": ours, "tar": tar, "sqlite3 -A": sqlar, "restic": restic, LEAST: least}
 
 
 @experiment("The same beside itself on PostgreSQL", plot="none")
@@ -194,6 +207,13 @@ def verify(run: Run) -> Iterator[Contest]:
         yield run.contest(
             f"{count:,} files", "seconds", tasks, turns=5, wants={"sha256sum": "< 1"}, subject="disk side"
         )
+
+
+def plain_python(run: str, source: Path) -> list[object]:
+    """The least that a run over these files does; files of several chunks are not for it."""
+    if (source / name_of(0)).stat().st_size > CHUNK:
+        raise Unavailable("its files have one chunk")
+    return [sys.executable, "-m", "benchmarks.least", run]
 
 
 def archiver(source: Path) -> str:
