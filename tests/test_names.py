@@ -40,6 +40,7 @@ CONTROLS = [
     "a\x85.png",
     "a\x9f.png",
     "a\u2028b",
+    "a\u2029b",
 ]
 NO_ENCODING = ["\ufffd.png", "a\ufffd/b.png", "\ud800.png", "a\udcff.png"]
 EMPTY_PARTS = ["", "/", "a//b.png", "a/", "a.png/", "/a.png", "/kitten.png", "kitten//kitten.png", "kitten/"]
@@ -56,6 +57,7 @@ DEVICES = [
     "lpt0",
     "COM¹.png",
     "lpt³",
+    "LPT².png",
     "CONIN$",
     "conout$.txt",
     "con .png",
@@ -103,6 +105,9 @@ GOOD = [
     "100%.png",
     "100%25.png",
     "a%20b.png",
+    "a%50b.png",
+    "a%01b.png",
+    "\uff21.png",
     "%.png",
     "a?b.png",
     "a#b.png",
@@ -116,6 +121,7 @@ GOOD = [
     "12:30.png",
     "console.png",
     "com10.png",
+    "comA.png",
     "nullable/auxiliary.png",
     "COM.png",
     "uploads_private/x.png",
