@@ -250,7 +250,7 @@ class Restorer:
     async def _fill_while_answering(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
         reader = self._disk.reader(staged, record.name)
         incoming = Incoming(record, reader, FromDatabase(self._database, record), self._deadline)
-        error: SelfHealError | None = None
+        error: SelfHealError | None = DatabaseUnavailable(f"the restore of {record.name!r} was broken off")
         try:
             async for checked in self._write_all(staged, self._database.read_handfuls(record)):
                 incoming.progress.move(checked)
@@ -259,6 +259,7 @@ class Restorer:
             published = await self._threads.run(self._seal_and_publish, staged, record)
             with contextlib.suppress(_Gone):  # who is being sent it meanwhile gets the whole old file
                 await self._look_again(record, published=published)
+            error = None
         except SelfHealError as failed:
             error = failed
             raise

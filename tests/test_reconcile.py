@@ -648,6 +648,7 @@ async def test_a_file_that_vanishes_is_nobodys_harm(store: UploadStore) -> None:
     hit(store, NAME)
     saved.path.unlink()
     await store.tasks.settle(30)
+    await store.check(NAME)
     assert await in_database(store, NAME) == NEW
     assert await generation_of(store) == 1
 

@@ -270,6 +270,41 @@ async def test_a_restore_that_is_stopped_leaves_nobody_waiting(
     await nothing_is_held_open(sqlite_store.disk.path)
 
 
+async def test_who_follows_a_restore_that_is_stopped_is_told(
+    sqlite_store: UploadStore, disk: BrokenDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large restore that is stopped half way ends in an error for its readers, not in bytes that never came."""
+    monkeypatch.setattr("selfheal.store.CLOSING_GRACE", 0.05)
+    data = await saved_and_lost(sqlite_store, STREAMED)
+    held = disk.hold("pwrite", after=8)
+    body = await sqlite_store.bring_back(NAME)
+    assert isinstance(body, Incoming)
+    await held.met()
+    closing = asyncio.create_task(sqlite_store.close())
+    await asyncio.sleep(0.1)
+    held.release()
+    await closing
+    pieces = body.pieces(0, STREAMED)
+    with pytest.raises(DatabaseUnavailable, match="broken off"):
+        await anext(pieces)
+    with pytest.raises(DatabaseUnavailable, match="broken off"):
+        await body.finished()
+    assert await body._staged.read(0, CHUNK) == data[:CHUNK]  # it was open until now
+    body.close()
+    assert files_below(sqlite_store.disk.path) == []
+
+
+async def test_a_large_file_that_cannot_be_named_is_not_called_restored(
+    sqlite_store: UploadStore, disk: BrokenDisk
+) -> None:
+    """Whatever keeps the file from its name, whoever wants it on disk is told."""
+    await saved_and_lost(sqlite_store, STREAMED)
+    disk.fail("link", errno.ENOMEM)
+    with pytest.raises(SelfHealError):
+        await sqlite_store.is_on_disk_again(NAME)
+    assert files_below(sqlite_store.disk.path) == []
+
+
 # -- failing --------------------------------------------------------------------------------------------------------
 
 

@@ -1192,6 +1192,18 @@ async def test_the_apps_own_engine_is_used_and_left_open(store: UploadStore, eng
     assert await on_both_sides(store, NAME) == OLD
 
 
+async def test_a_store_as_the_environment_says(
+    directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both halves are where the two variables say."""
+    monkeypatch.setenv("SELFHEAL_DIRECTORY", str(directory))
+    monkeypatch.setenv("SELFHEAL_DATABASE_URL", sqlite_url)
+    async with UploadStore.from_env() as store:
+        await store.database.create_tables()
+        assert (await store.save(NAME, OLD)).path == directory / NAME
+        assert store.database.url.render_as_string() == sqlite_url
+
+
 async def test_options_reach_where_they_belong(directory: Path, sqlite_url: str, tmp_path: Path) -> None:
     """Modes, quarantine, marker and tables are those that the app has asked for."""
     metadata = MetaData()
