@@ -541,6 +541,7 @@ async def test_an_old_file_that_could_not_be_taken_away_gives_way_later(
     disk.mend()
     await looked_behind(sqlite_store, NAME)
     assert await on_both_sides(sqlite_store, NAME) == NEW
+    await looked_behind(sqlite_store, NAME)
     disk.fail("unlink", errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         await sqlite_store.delete(NAME)
