@@ -154,8 +154,8 @@ def stays_deleted(browser: httpx.Client, name: str, place: str) -> bool:
 
 def stay_open(server: subprocess.Popen[bytes], url: str) -> None:
     """Leave the gallery to be looked at until Ctrl-C."""
-    print(f"The gallery: {bold(url)}  (Ctrl-C ends it; delete what you like below {UPLOADS})")
     try:
+        print(f"The gallery: {bold(url)}  (Ctrl-C ends it; delete what you like below {UPLOADS})")
         server.wait()
     except KeyboardInterrupt:
         print()
