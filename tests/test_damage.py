@@ -110,7 +110,8 @@ def shelf_of(directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) 
             for name, data in files.items():
                 (directory / name).write_bytes(data)
             assert set((await Shelf(store, files).run(bulk.migrate(store))).values()) == {Outcome.MIGRATED}
-        async with UploadStore(directory, sqlite_url, **options) as store:
+        # a machine that starves for 5 s is no damage
+        async with UploadStore(directory, sqlite_url, deadline=60.0, **options) as store:
             yield Shelf(store, files)
 
     return make
