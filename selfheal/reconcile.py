@@ -123,8 +123,9 @@ class Reconciler:
             changed = await self._follower.changed()
             if changed is None:
                 self._seen.clear()
-            for name in changed or ():
+            for name in changed or ():  # all of them first: what follows may be broken off
                 self.forget(name)
+            for name in changed or ():
                 with contextlib.suppress(OSError):  # a disk that gives no answer: told at the next hit
                     there = await self._threads.run(self._disk.stat, name)
                     if there is not None:

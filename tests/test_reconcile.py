@@ -239,6 +239,24 @@ async def test_followed_again_after_an_outage(store: UploadStore, elsewhere: Upl
 
 
 @pytest.mark.usefixtures("seen_on_both")
+async def test_following_that_is_broken_off(
+    store: UploadStore, elsewhere: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was still to be looked at then is not taken for seen either: a visitor is enough for each."""
+    resize(monkeypatch, SETTLED_AFTER=1e9)  # the first look never ends
+    for name in (NAME, OTHER):
+        await elsewhere.delete(name)
+    for _ in range(30):
+        store.follow()
+        await asyncio.sleep(0.06)
+    await store.tasks.settle(0)
+    resize(monkeypatch, SETTLED_AFTER=0.0)
+    for name in (NAME, OTHER):
+        await looked_behind(store, name)
+        assert on_disk(store, name) is None
+
+
+@pytest.mark.usefixtures("seen_on_both")
 async def test_nobody_follows_a_name_outside_the_grammar(
     store: UploadStore, elsewhere: UploadStore, directory: Path
 ) -> None:
