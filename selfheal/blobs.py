@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, Protocol
 from uuid import uuid4
 
-from sqlalchemy import Select, Table, and_, delete, exists, func, select, update
+from sqlalchemy import Insert, Select, Table, and_, delete, exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .digests import Digests, chunk_digest
@@ -73,6 +73,8 @@ class Blobs:
         self._chunks = tables.chunks
         self._threads = threads
         self._places = Places(KNOWN_UPLOADS_AT_ONCE)
+        self._put_chunks = self._put(tables.chunks, "data", "digest")
+        self._put_blobs = self._put(tables.blobs, "size", "chunks")
 
     async def read(
         self, name: str, sha256: str, size: int, first: int, at_once: int
@@ -146,17 +148,18 @@ class Blobs:
 
     async def put_chunks(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
         """Write chunks. Those that are there are written again: that mends them, and tells a purge they are wanted."""
-        put = self.insert(self._chunks)
-        changed = {"data": put.excluded.data, "digest": put.excluded.digest, "stored_at": func.now()}
-        put = put.on_conflict_do_update(index_elements=["sha256", "position"], set_=changed)
-        await execute_many(connection, put, rows)
+        await execute_many(connection, self._put_chunks, rows)
 
     async def put_blobs(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
         """Say that the chunks of these blobs are all there."""
-        put = self.insert(self._blobs)
-        changed = {"size": put.excluded.size, "chunks": put.excluded.chunks, "stored_at": func.now()}
-        put = put.on_conflict_do_update(index_elements=["sha256"], set_=changed)
-        await execute_many(connection, put, rows)
+        await execute_many(connection, self._put_blobs, rows)
+
+    def _put(self, table: Table, *changed: str) -> Insert:
+        """An INSERT that writes these columns of a row that is there already, and the time."""
+        put = self.insert(table)
+        values = {column: put.excluded[column] for column in changed} | {"stored_at": func.now()}
+        upsert: Insert = put.on_conflict_do_update(index_elements=table.primary_key, set_=values)
+        return upsert
 
     async def keep(self, connection: AsyncConnection, sha256: str) -> bool:
         """Tell a purge that a blob is wanted again; False if it is gone."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 
 from .errors import SchemaError, SelfHealError
-from .flight import ahead
-from .gathering import LARGE, Read, fault_in_database, read_small
+from .flight import ahead, in_order
+from .gathering import LARGE, fault_in_database, read_small
 from .listing import Entry
-from .outcomes import Outcome, Result, each, of_error, problem, sort
+from .outcomes import Outcome, Result, Step, each, of_error, problem, sort
 from .records import Found
 from .sides import digest_of, entries_of, settled, still_there
 from .store import UploadStore
+from .workers import Alone, Workers
 
 
 async def migrate(
-    store: UploadStore, *, prefer_disk: bool = False, dry_run: bool = False, jobs: int = 4
+    store: UploadStore,
+    *,
+    prefer_disk: bool = False,
+    dry_run: bool = False,
+    jobs: int = 4,
+    workers: Workers | None = None,
 ) -> AsyncGenerator[Result, None]:
     """Bring every file that the database does not know into it, and mend what is damaged there from good disk copies.
 
@@ -26,44 +31,32 @@ async def migrate(
     """
     if not dry_run:
         await store.database.create_tables()
-    compare = partial(_compare, store, prefer_disk=prefer_disk, dry_run=dry_run)
-    async with aclosing(ahead(_gather(store, dry_run=dry_run))) as batches:
-        async for batch in batches:
-            for result in batch.results:
+    workers = workers or Alone(store)
+    work = partial(workers.run, _migrate, prefer_disk=prefer_disk, dry_run=dry_run, jobs=jobs)
+    async with aclosing(in_order(_steps(store, work), workers.at_once)) as batches:
+        async for results in batches:
+            for result in results:
                 yield result
-            async with aclosing(_bring_in(store, batch, jobs)) as brought_in:
-                async for result in brought_in:
-                    yield result
-            work = (settled(store, batch.known[entry.name], partial(compare, entry)) for entry in batch.old)
-            async with aclosing(each(jobs, work)) as compared:
-                async for result in compared:
-                    yield result
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Some of the files on disk: those that the database knows, new ones as they were read, and names of large ones."""
-
-    results: list[Result]
-    known: dict[str, Found]
-    old: list[Entry]
-    small: list[Read]
-    large: list[str]
-
-
-async def _gather(store: UploadStore, *, dry_run: bool) -> AsyncGenerator[_Batch, None]:
-    async with aclosing(entries_of(store)) as batches:
+async def _steps(store: UploadStore, work: Callable[[list[Entry]], Step]) -> AsyncGenerator[Step, None]:
+    async with aclosing(ahead(entries_of(store))) as batches:
         async for entries in batches:
-            uploads, results = sort(entries)
-            known = await _known(store, [entry.name for entry in uploads], dry_run=dry_run)
-            old = [entry for entry in uploads if entry.name in known]
-            new = [entry for entry in uploads if entry.name not in known]
-            if dry_run:
-                results += [_would_migrate(entry) for entry in new]
-                new = []
-            small = [entry.name for entry in new if entry.stat.st_size <= LARGE]
-            read = await store.threads.run(read_small, store.disk, small)
-            yield _Batch(results, known, old, read, [entry.name for entry in new if entry.stat.st_size > LARGE])
+            yield work(entries)
+
+
+async def _migrate(
+    store: UploadStore, entries: list[Entry], *, prefer_disk: bool, dry_run: bool, jobs: int
+) -> list[Result]:
+    """Some of the files on disk: new ones are brought in, those that the database knows are compared."""
+    uploads, results = sort(entries)
+    known = await _known(store, [entry.name for entry in uploads], dry_run=dry_run)
+    new = [entry for entry in uploads if entry.name not in known]
+    results += map(_would_migrate, new) if dry_run else await _bring_in(store, new, jobs)
+    compare = partial(_compare, store, prefer_disk=prefer_disk, dry_run=dry_run)
+    work = (settled(store, known[one.name], partial(compare, one)) for one in uploads if one.name in known)
+    async with aclosing(each(jobs, work)) as compared:
+        return results + [result async for result in compared]
 
 
 def _would_migrate(entry: Entry) -> Result:
@@ -79,20 +72,20 @@ async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dic
         return {}  # the tables that a real run would make are empty
 
 
-async def _bring_in(store: UploadStore, batch: _Batch, jobs: int) -> AsyncGenerator[Result, None]:
-    for one in batch.small:
-        if one.error is not None:
-            yield of_error(one.name, one.error)
-    files = [one.file for one in batch.small if one.file is not None]
+async def _bring_in(store: UploadStore, new: list[Entry], jobs: int) -> list[Result]:
+    small = [entry.name for entry in new if entry.stat.st_size <= LARGE]
+    read = await store.threads.run(read_small, store.disk, small)
+    results = [of_error(one.name, one.error) for one in read if one.error is not None]
+    files = [one.file for one in read if one.file is not None]
     stored = await store.database.store_many(files)
     for file in files:
         if file.name in stored:
-            yield Result(file.name, Outcome.MIGRATED, file.size)
+            results.append(Result(file.name, Outcome.MIGRATED, file.size))
         else:
-            yield problem(file.name, Outcome.FAILED, "somebody else saved or deleted it meanwhile; run again")
-    async with aclosing(each(jobs, (_adopt(store, name) for name in batch.large))) as adopted:
-        async for result in adopted:
-            yield result
+            results.append(problem(file.name, Outcome.FAILED, "somebody else saved or deleted it meanwhile; run again"))
+    large = (_adopt(store, entry.name) for entry in new if entry.stat.st_size > LARGE)
+    async with aclosing(each(jobs, large)) as adopted:
+        return results + [result async for result in adopted]
 
 
 async def _adopt(store: UploadStore, name: str) -> Result:

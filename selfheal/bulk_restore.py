@@ -4,45 +4,72 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from functools import partial
 
 from .disk import UploadsDirectory
 from .errors import NotStored, SelfHealError, Unsettled
-from .flight import ahead
-from .landing import FILES_AT_ONCE, Landed, Landing, Wanted
+from .flight import ahead, in_order
+from .landing import LARGE_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Listing
-from .outcomes import Outcome, Result, Survey, each, of_error, survey
+from .outcomes import Outcome, Result, Step, Survey, all_present, each, of_error, survey, told
 from .records import Record
 from .sides import NAMES_AT_ONCE, digest_of
 from .store import UploadStore
+from .workers import Alone, Workers
+
+Work = Callable[[list[Wanted]], Step]
 
 
 async def restore(
-    store: UploadStore, *, verify: bool = False, dry_run: bool = False, jobs: int = 4
+    store: UploadStore,
+    *,
+    verify: bool = False,
+    dry_run: bool = False,
+    jobs: int = 4,
+    workers: Workers | None = None,
 ) -> AsyncGenerator[Result, None]:
     """Bring back every living record whose file is missing; with `verify`, also heal those whose bytes differ.
 
     What was deleted and is still on disk is removed. Raises `DatabaseUnavailable`.
     """
-    landing = Landing(store.disk, store.database, jobs)
-    async with aclosing(ahead(_surveys(store))) as surveys:
-        async for found in surveys:
-            for result in found.wrong:
+    workers = workers or Alone(store)
+    land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
+    heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
+    surveys = _surveys(store) if verify else _quick_surveys(store)
+    async with aclosing(in_order(_steps(surveys, land, heal), workers.at_once)) as steps:
+        async for results in steps:
+            for result in results:
                 yield result
-            async with aclosing(_land(store, landing, found.missing, dry_run=dry_run)) as landed:
-                async for result in landed:
-                    yield result
-            if verify:
-                async with aclosing(_heal_all(store, found.present, jobs, dry_run=dry_run)) as healed:
-                    async for result in healed:
-                        yield result
-            elif found.present:
-                size = sum(size for _, size in found.present)
-                yield Result("", Outcome.OK, size, count=len(found.present))
     async with aclosing(_remove_lingering(store, dry_run=dry_run)) as removed:
         async for result in removed:
             yield result
+
+
+async def _steps(surveys: AsyncGenerator[Survey, None], land: Work, heal: Work) -> AsyncGenerator[Step, None]:
+    """What is to be done for all that was found."""
+    async with aclosing(ahead(surveys)) as found:
+        async for one in found:
+            yield told(one.wrong)
+            for batch in in_batches(one.missing, LARGE_AT_ONCE):
+                yield land(batch)
+            for batch in in_batches(one.present, LARGE_AT_ONCE):
+                yield heal(batch)
+
+
+async def _quick_surveys(store: UploadStore) -> AsyncGenerator[Survey, None]:
+    """Names are looked at one by one only where a page of them is not all there."""
+    listing = Listing(store.disk)
+    async with aclosing(ahead(store.database.summaries(NAMES_AT_ONCE))) as pages:
+        async for page in pages:
+            if await store.threads.run(all_present, listing, page):
+                yield Survey([], [], [Result("", Outcome.OK, int(page.size), count=page.count)])
+            else:
+                found = await store.threads.run(survey, listing, await store.database.names_of(page))
+                size = sum(size for _, size in found.present)
+                present = [Result("", Outcome.OK, size, count=len(found.present))] if found.present else []
+                yield Survey([], found.missing, found.wrong + present)
 
 
 async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerator[Survey, None]:
@@ -52,33 +79,19 @@ async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerat
             yield await store.threads.run(survey, listing, page)
 
 
-async def _land(
-    store: UploadStore, landing: Landing, missing: list[Wanted], *, dry_run: bool
-) -> AsyncGenerator[Result, None]:
-    if dry_run:
-        for result in await store.threads.run(_would_land, store.disk, missing):
-            yield result
-        return
-    async with aclosing(landing.land(missing)) as batches:
-        async for batch in batches:
-            for one in batch:
-                yield _landed(one)
+async def _land(store: UploadStore, missing: list[Wanted], *, jobs: int) -> list[Result]:
+    async with aclosing(Landing(store.disk, store.database, jobs).land(missing)) as batches:
+        return [_landed(one) async for batch in batches for one in batch]
 
 
-async def _heal_all(
-    store: UploadStore, present: list[Wanted], jobs: int, *, dry_run: bool
-) -> AsyncGenerator[Result, None]:
-    for start in range(0, len(present), FILES_AT_ONCE):
-        found = await store.database.find_many(name for name, _ in present[start : start + FILES_AT_ONCE])
-        records = list(found.values())
-        hashing = (store.threads.run(_as_recorded, store.disk, records[job::jobs]) for job in range(jobs))
-        same = set[str]().union(*await asyncio.gather(*hashing))
-        for name in same:
-            yield Result(name, Outcome.OK, found[name].size)
-        work = (_heal(store, record, dry_run=dry_run) for record in records if record.name not in same)
-        async with aclosing(each(jobs, work)) as healed:
-            async for result in healed:
-                yield result
+async def _heal_all(store: UploadStore, present: list[Wanted], *, dry_run: bool, jobs: int) -> list[Result]:
+    found = await store.database.find_many(name for name, _ in present)
+    records = list(found.values())
+    hashing = (store.threads.run(_as_recorded, store.disk, records[job::jobs]) for job in range(jobs))
+    same = set[str]().union(*await asyncio.gather(*hashing))
+    work = (_heal(store, record, dry_run=dry_run) for record in records if record.name not in same)
+    async with aclosing(each(jobs, work)) as healed:
+        return [Result(name, Outcome.OK, found[name].size) for name in same] + [result async for result in healed]
 
 
 def _as_recorded(disk: UploadsDirectory, records: Iterable[Record]) -> set[str]:
@@ -95,7 +108,11 @@ def _as_recorded(disk: UploadsDirectory, records: Iterable[Record]) -> set[str]:
     return same
 
 
-def _would_land(disk: UploadsDirectory, missing: Iterable[Wanted]) -> list[Result]:
+async def _would_land(store: UploadStore, missing: list[Wanted]) -> list[Result]:
+    return await store.threads.run(_look_at_each, store.disk, missing)
+
+
+def _look_at_each(disk: UploadsDirectory, missing: Iterable[Wanted]) -> list[Result]:
     results = []
     for name, size in missing:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -11,50 +11,68 @@ from functools import partial
 from . import names
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SelfHealError
-from .flight import ahead
+from .flight import ahead, in_order
 from .gathering import fault_in_database
-from .landing import SMALL_AT_ONCE, Landed, Landing, in_batches
+from .landing import LARGE_AT_ONCE, SMALL_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Entry
-from .outcomes import Outcome, Result, each, of_error, problem, sort, split
+from .outcomes import Outcome, Result, Step, each, of_error, problem, sort, split, told
 from .records import Found, Record
 from .sides import NAMES_AT_ONCE, digest_of, entries_of, settled, still_there
 from .sources import CHUNK
 from .store import UploadStore
+from .workers import Alone, Workers
 
 
-async def verify(store: UploadStore, *, drill: bool = False, jobs: int = 4) -> AsyncGenerator[Result, None]:
+async def verify(
+    store: UploadStore, *, drill: bool = False, jobs: int = 4, workers: Workers | None = None
+) -> AsyncGenerator[Result, None]:
     """Compare every byte on both sides with what was recorded; with `drill` also restore everything, elsewhere.
 
     Changes nothing. Raises `DatabaseUnavailable`.
     """
-    async with aclosing(ahead(_fetch_all(store))) as pages:
-        async for found, wrong in pages:
-            for result in wrong:
-                yield result
-            drilled = await _drill(store, found, jobs) if drill else {}
-            checks = (settled(store, one, partial(_verify, store)) for one in found)
-            async with aclosing(each(jobs, checks)) as verified:
-                async for one in verified:
-                    if one is not None:
-                        yield drilled.get(one.name, one)
-    async with aclosing(ahead(entries_of(store))) as batches:
-        async for entries in batches:
-            records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
-            uploads, wrong = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
-            for result in wrong:
-                yield result
-            for entry in uploads:
-                yield await still_there(store, entry.name) if entry.name in records else _not_backed_up(entry)
+    workers = workers or Alone(store)
+    compare = partial(workers.run, _compare, drill=drill, jobs=jobs)
+    for steps in (_recorded(store, compare), _on_disk(store, partial(workers.run, _look_for_others))):
+        async with aclosing(in_order(steps, workers.at_once)) as batches:
+            async for results in batches:
+                for result in results:
+                    yield result
 
 
-async def _fetch_all(store: UploadStore) -> AsyncGenerator[tuple[list[Found], list[Result]], None]:
-    """The living records with their first chunks, and what is wrong with others."""
-    async with aclosing(store.database.names(size=NAMES_AT_ONCE)) as pages:
+async def _recorded(store: UploadStore, compare: Callable[[list[Wanted]], Step]) -> AsyncGenerator[Step, None]:
+    async with aclosing(ahead(store.database.names(size=NAMES_AT_ONCE))) as pages:
         async for page in pages:
             valid, wrong = split(page)
-            yield [], wrong
-            for wanted in in_batches(((name, min(size, CHUNK)) for name, size in valid), SMALL_AT_ONCE):
-                yield list((await store.database.fetch(wanted)).values()), []
+            yield told(wrong)
+            for batch in in_batches(valid, LARGE_AT_ONCE):
+                yield compare(batch)
+
+
+async def _on_disk(store: UploadStore, look: Callable[[list[Entry]], Step]) -> AsyncGenerator[Step, None]:
+    async with aclosing(ahead(entries_of(store))) as batches:
+        async for entries in batches:
+            yield look(entries)
+
+
+async def _compare(store: UploadStore, wanted: list[Wanted], *, drill: bool, jobs: int) -> list[Result]:
+    """Some living records and their files."""
+    results: list[Result] = []
+    for batch in in_batches(((name, min(size, CHUNK)) for name, size in wanted), SMALL_AT_ONCE):
+        found = list((await store.database.fetch(name for name, _ in batch)).values())
+        drilled = await _drill(store, found, jobs) if drill else {}
+        checks = (settled(store, one, partial(_verify, store)) for one in found)
+        async with aclosing(each(jobs, checks)) as verified:
+            results += [drilled.get(one.name, one) async for one in verified if one is not None]
+    return results
+
+
+async def _look_for_others(store: UploadStore, entries: list[Entry]) -> list[Result]:
+    """Files on disk that have no living record."""
+    records = await store.database.find_many(entry.name for entry in entries if _is_text(entry.name))
+    uploads, wrong = sort(entry for entry in entries if not _is_living(records.get(entry.name)))
+    return wrong + [
+        await still_there(store, one.name) if one.name in records else _not_backed_up(one) for one in uploads
+    ]
 
 
 async def _verify(store: UploadStore, found: Found) -> Result | None:

@@ -22,6 +22,7 @@ class Catalogue:
         self._records = tables.records
         self._history = tables.history
         self._insert = insert
+        self._put_new = insert(tables.records).on_conflict_do_nothing()
 
     async def lock(self, connection: AsyncConnection, name: str) -> Record | None:
         """The record of a name, which nobody else changes until the transaction ends; None if there is none."""
@@ -43,7 +44,7 @@ class Catalogue:
 
     async def put_new(self, connection: AsyncConnection, values: Sequence[dict[str, Any]]) -> None:
         """Make records of names that have none."""
-        await execute_many(connection, self._insert(self._records).on_conflict_do_nothing(), values)
+        await execute_many(connection, self._put_new, values)
 
     async def change(self, connection: AsyncConnection, record: Record, to: Version) -> Record:
         """Make a locked record hold what a version does; what it was before goes into the history."""

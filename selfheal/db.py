@@ -26,6 +26,7 @@ from .queries import Queries
 from .records import (
     RECORD_COLUMNS,
     Found,
+    Page,
     Purged,
     Record,
     SmallFile,
@@ -150,7 +151,7 @@ class ImageStorage:
     async def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
         """Records without bytes in the order of names, `size` at a time: the living, the deleted, or (None) all."""
         query, after = self._queries.pages[deleted], ""
-        while rows := await self._engine.rows(query, **self._queries.from_after(after), size=size):
+        while rows := await self._engine.rows(query, **self._queries.bounds(after=after), size=size):
             yield [to_record(row) for row in rows]
             after = rows[-1][0]
 
@@ -158,9 +159,21 @@ class ImageStorage:
         """Names with their sizes, in the order of names, `size` at a time: of the living, or of the deleted."""
         query = self._queries.first_names[deleted]
         after = ""
-        while rows := await self._engine.rows(query, **self._queries.from_after(after), size=size):
+        while rows := await self._engine.rows(query, **self._queries.bounds(after=after), size=size):
             yield [to_name(row) for row in rows]
             query, after = self._queries.names[deleted], rows[-1][0]
+
+    async def summaries(self, size: int) -> AsyncGenerator[Page, None]:
+        """The names of the living in their order, `size` at a time, a page of them as one row."""
+        query, after = self._queries.first_summary, ""
+        while (row := (await self._engine.rows(query, **self._queries.bounds(after=after), size=size))[0])[1]:
+            yield Page(*row)
+            query, after = self._queries.summary, row[-1]
+
+    async def names_of(self, page: Page) -> list[tuple[str, int]]:
+        """The names of a page with their sizes, and what was saved between them meanwhile."""
+        bounds = self._queries.bounds(first=page.first, last=page.last)
+        return [to_name(row) for row in await self._engine.rows(self._queries.names_of_page, **bounds)]
 
     async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
         """Names, not new ones, that were changed `since`, at most `size`, with their generations; and the next `since`.

@@ -77,15 +77,13 @@ async def ahead(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
             await asyncio.gather(coming, return_exceptions=True)
 
 
-async def overlapped(
-    source: AsyncGenerator[T, None], work: Callable[[T], Coroutine[Any, Any, R]], at_once: int
-) -> AsyncGenerator[R, None]:
-    """What `work` makes of each item of `source`, in their order, so many in the making at once."""
+async def in_order(source: AsyncGenerator[Coroutine[Any, Any, R], None], at_once: int) -> AsyncGenerator[R, None]:
+    """What the coroutines of `source` return, in their order, so many of them at work at once."""
     making = deque[asyncio.Task[R]]()
     async with aclosing(source):
         try:
-            async for item in source:
-                making.append(asyncio.create_task(work(item)))
+            async for work in source:
+                making.append(asyncio.create_task(work))
                 if len(making) == at_once:
                     yield await making.popleft()
             while making:

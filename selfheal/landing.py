@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from .db import ImageStorage
 from .disk import Opened, UploadsDirectory
 from .errors import CorruptBlob, NotAFile, NotStored, SelfHealError, Unsettled
-from .flight import ahead, overlapped
+from .flight import ahead
 from .records import Found, Record
 from .sources import CHUNK
 from .staging import Staged
 
 FILES_AT_ONCE = 256
-BATCHES_AT_ONCE = 2
-"""Batches of small files that are written at once: half of the time they are outside of the interpreter's lock."""
+BATCHES_AT_ONCE = 3
+"""Batches that one process may be at work at."""
 SMALL_AT_ONCE = 12 * 1024 * 1024
-"""Bytes of small files in one batch; there are two more in memory than are written at once."""
-LARGE_AT_ONCE = 256 * 1024 * 1024
+"""Bytes of small files in one batch, which are held in memory."""
+LARGE_AT_ONCE = 128 * 1024 * 1024
 """Bytes of large files, which are streamed, that one sync brings to the disk."""
 TRIES = 3
 """How often a record that changes meanwhile is looked at."""
@@ -71,19 +71,16 @@ class Landing:
     async def _land_all(self, wanted: Sequence[Wanted]) -> AsyncGenerator[list[Landed], None]:
         small = [one for one in wanted if one[1] <= CHUNK]
         large = [one for one in wanted if one[1] > CHUNK]
-        async with aclosing(overlapped(ahead(self._fetch(small)), self._land_fetched, BATCHES_AT_ONCE)) as batches:
+        async with aclosing(ahead(self._fetch(small))) as batches:
             async for batch in batches:
-                yield batch
+                yield await self._threads.run(self._land_small, batch)
         for names in in_batches(large, LARGE_AT_ONCE):
-            yield await self._land_large(names)
+            yield await self._land_large([name for name, _ in names])
 
     async def _fetch(self, wanted: Sequence[Wanted]) -> AsyncGenerator[list[tuple[str, Found | None]], None]:
-        for names in in_batches(wanted, SMALL_AT_ONCE):
-            found = await self._database.fetch(names)
-            yield [(name, found.get(name)) for name in names]
-
-    async def _land_fetched(self, batch: list[tuple[str, Found | None]]) -> list[Landed]:
-        return await self._threads.run(self._land_small, batch)
+        for batch in in_batches(wanted, SMALL_AT_ONCE):
+            found = await self._database.fetch(name for name, _ in batch)
+            yield [(name, found.get(name)) for name, _ in batch]
 
     async def _land_large(self, names: Sequence[str]) -> list[Landed]:
         records = await self._database.find_many(names)
@@ -197,19 +194,19 @@ class _Ready:
     staged: Staged
 
 
-def in_batches(wanted: Iterable[Wanted], size: int) -> Iterator[list[str]]:
+def in_batches(wanted: Iterable[Wanted], size: int) -> Iterator[list[Wanted]]:
     """Names in lists of at most `FILES_AT_ONCE`, and of about `size` bytes."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     files = (descriptors - 128) // 3 // BATCHES_AT_ONCE  # a staged file holds two, its directory one
     most = max(1, min(FILES_AT_ONCE, files))
-    batch: list[str] = []
+    batch: list[Wanted] = []
     held = 0
-    for name, bytes_of_it in wanted:
-        if len(batch) == most or (batch and held + bytes_of_it > size):
+    for one in wanted:
+        if len(batch) == most or (batch and held + one[1] > size):
             yield batch
             batch, held = [], 0
-        batch.append(name)
-        held += bytes_of_it
+        batch.append(one)
+        held += one[1]
     if batch:
         yield batch
 

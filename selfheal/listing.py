@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from . import syscalls
@@ -50,10 +50,21 @@ class Listing:
     def has(self, name: str) -> bool:
         """Whether a regular file has this name, without following a link; raises `OSError` if nobody can tell."""
         folder, _, last = name.rpartition("/")
+        return last in self._files(folder)
+
+    def has_all(self, names: Iterable[str]) -> bool:
+        """As `has`, of many names in their order."""
+        for folder, below in itertools.groupby(names, _folder_of):
+            start = len(folder) + 1 if folder else 0
+            if not self._files(folder).issuperset([name[start:] for name in below]):
+                return False
+        return True
+
+    def _files(self, folder: str) -> frozenset[str] | _Large:
         files = self._folders.get(folder)
         if files is None:
             files = self._folders[folder] = self._read(folder)
-        return last in files
+        return files
 
     def _read(self, folder: str) -> frozenset[str] | _Large:
         root = self._disk.root()
@@ -65,8 +76,11 @@ class Listing:
             directory = None
         if directory is None:
             return frozenset()
-        files = frozenset(itertools.islice(_regular_files(directory), LISTED_AT_MOST + 1))
-        if len(files) > LISTED_AT_MOST:
+        with os.scandir(directory.fd) as scan:
+            listed = itertools.islice(scan, LISTED_AT_MOST)
+            files = frozenset([entry.name for entry in listed if entry.is_file(follow_symlinks=False)])
+            is_large = next(scan, None) is not None
+        if is_large:
             return _Large(directory)
         directory.close()
         self._held += len(files)
@@ -93,12 +107,12 @@ class _Large:
             return False
         return stat.S_ISREG(found.st_mode)
 
+    def issuperset(self, wanted: Iterable[str]) -> bool:
+        return all(last in self for last in wanted)
 
-def _regular_files(directory: Directory) -> Iterator[str]:
-    with os.scandir(directory.fd) as scan:
-        for entry in scan:
-            if entry.is_file(follow_symlinks=False):
-                yield entry.name
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _walk(root: Directory, folder: str) -> Iterator[Entry]:

@@ -22,6 +22,7 @@ OWN_PREFIX = ".selfheal"
 
 _PLAIN = re.compile(r"(?:(?:[0-9a-f]{1,40}|[0-9A-Za-z_-]{5,40})/){0,3}[0-9A-Za-z_-]{5,100}(?:\.[0-9A-Za-z]{1,10})?")
 """What nearly every name looks like: nothing in it needs a closer look, devices have four letters at most."""
+_PLAIN_LINES = re.compile(rf"(?:{_PLAIN.pattern}\n)*+{_PLAIN.pattern}")
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029\ud800-\udfff\ufffd]")
 _ENCODED_AGAIN = re.compile(r"%(?:25)*(?:2e|2f|5c|00)", re.IGNORECASE)
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³]) *(?:\.|$)", re.IGNORECASE)
@@ -38,6 +39,11 @@ def check(name: str) -> str:
 def is_valid(name: str) -> bool:
     """Whether `name` is in the grammar."""
     return _PLAIN.fullmatch(name) is not None or not fault(name)
+
+
+def are_valid(lines: str) -> bool:
+    """Whether every line is a name in the grammar: many are looked at in a third of the time."""
+    return _PLAIN_LINES.fullmatch(lines) is not None or all(map(is_valid, lines.split("\n")))
 
 
 def from_path(path: str, prefix: str, raw_path: bytes | None = None) -> str | None:

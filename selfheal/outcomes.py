@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from . import names
 from .errors import CorruptBlob, DatabaseUnavailable, NotAFile
 from .listing import Entry, Listing
+from .records import Page
 
 T = TypeVar("T")
 
@@ -44,6 +45,15 @@ class Result:
     detail: str = ""
     is_problem: bool = False
     count: int = 1
+
+
+Step = Coroutine[Any, Any, list[Result]]
+"""A piece of a bulk run, which ends with what became of some names."""
+
+
+async def told(results: list[Result]) -> list[Result]:
+    """A step that is done already."""
+    return results
 
 
 def problem(name: str, outcome: Outcome, detail: str, size: int = 0) -> Result:
@@ -83,6 +93,13 @@ class Survey:
     present: list[tuple[str, int]]
     missing: list[tuple[str, int]]
     wrong: list[Result]
+
+
+def all_present(listing: Listing, page: Page) -> bool:
+    """Whether a page holds nothing but sound records of valid names whose files are on the disk."""
+    lines = page.lines.split("\n")
+    is_sound = not page.unsound and len(lines) == page.count and names.are_valid(page.lines)
+    return is_sound and listing.has_all(lines)
 
 
 def split(wanted: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[Result]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from sqlalchemy import (
@@ -12,6 +12,7 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     DateTime,
+    Double,
     Integer,
     Select,
     String,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     cast,
     func,
     literal_column,
+    or_,
     select,
     text,
     true,
@@ -54,19 +56,22 @@ class Queries:
             .where(version.c.name == bindparam("name", type_=String))
             .order_by(version.c.generation.desc())
         )
-        after = self._after()
-        page = (
-            select(record).where(record.c.name > after).order_by(record.c.name).limit(bindparam("size", type_=Integer))
-        )
+        after = self._bound("after")
+        size = bindparam("size", type_=Integer)
+        page = select(record).where(record.c.name > after).order_by(record.c.name).limit(size)
         self.pages: dict[bool | None, Select[Any]] = {
             False: page.where(alive),
             True: page.where(dead),
             None: page.where(true()),
         }
-        names = select(record.c.name, record.c.size).order_by(record.c.name).limit(bindparam("size", type_=Integer))
-        self.names: dict[bool, Select[Any]] = {False: names.where(alive), True: names.where(dead)}
-        self.first_names = {dead: query.where(record.c.name >= after) for dead, query in self.names.items()}
-        self.names = {dead: query.where(record.c.name > after) for dead, query in self.names.items()}
+        names = select(record.c.name, record.c.size).order_by(record.c.name)
+        some = {False: names.where(alive).limit(size), True: names.where(dead).limit(size)}
+        self.first_names = {dead: query.where(record.c.name >= after) for dead, query in some.items()}
+        self.names = {dead: query.where(record.c.name > after) for dead, query in some.items()}
+        self.first_summary, self.summary = map(self._summary, (self.first_names[False], self.names[False]))
+        self.names_of_page: Select[Any] = (
+            names.where(alive).where(record.c.name >= self._bound("first")).where(record.c.name <= self._bound("last"))
+        )
         overlap = text("datetime('now', '-60 seconds')" if self._is_sqlite else "now() - interval '60 seconds'")
         self.moment: Select[Any] = select(overlap)
         self.changes: Select[Any] = (
@@ -88,19 +93,44 @@ class Queries:
         """Many names as the one value that `find` and `fetch` take."""
         return json.dumps(list(wanted)) if self._is_sqlite else list(wanted)
 
-    def from_after(self, last: Any) -> dict[str, Any]:
-        """The values that `pages` and `names` take to go on after the last name of a page, as the driver gave it."""
+    def bounds(self, **names: Any) -> dict[str, Any]:
+        """The values that a query takes for names between which it looks, as the driver gave them."""
         if not self._is_sqlite:
-            return {"after": last}
-        is_text = isinstance(last, str)
-        return {"is_text": is_text, "after": last.encode(errors="surrogateescape") if is_text else last}
+            return names
+        bound: dict[str, Any] = {}
+        for which, name in names.items():
+            is_text = isinstance(name, str)
+            bound[f"{which}_is_text"] = is_text
+            bound[which] = name.encode(errors="surrogateescape") if is_text else name
+        return bound
 
-    def _after(self) -> ColumnElement[Any]:
+    def _bound(self, which: str) -> ColumnElement[Any]:
         """SQLite keeps what others write, text that is no UTF-8 among it, which can be bound as bytes only."""
-        after = bindparam("after", type_=String)
+        name = bindparam(which, type_=String)
         if not self._is_sqlite:
-            return after
-        return case((bindparam("is_text", type_=Boolean), cast(after, String)), else_=after)
+            return name
+        return case((bindparam(f"{which}_is_text", type_=Boolean), cast(name, String)), else_=name)
+
+    def _summary(self, names: Select[Any]) -> Select[Any]:
+        """Some names as one row, in the order of a `Page`: many rows cost ten times as much."""
+        page = names.subquery()
+        name, size = page.c
+        of_dialect = self._of_sqlite if self._is_sqlite else self._of_postgresql
+        lines, total, is_unsound = of_dialect(name, size)
+        count = func.count()
+        return select(lines, count, total, count.filter(is_unsound), func.min(name), func.max(name))
+
+    @staticmethod
+    def _of_sqlite(name: Any, size: Any) -> Iterator[ColumnElement[Any]]:
+        yield func.group_concat(name, literal_column("char(10)"))
+        yield func.total(size)
+        yield or_(size < 0, func.typeof(size) != "integer")
+
+    @staticmethod
+    def _of_postgresql(name: Any, size: Any) -> Iterator[ColumnElement[Any]]:
+        yield func.string_agg(name, literal_column("chr(10)"))
+        yield cast(func.sum(size), Double)
+        yield size < 0
 
     def _among(self, name: ColumnElement[str]) -> ColumnElement[bool]:
         """Whether a name is among the `wanted` ones: one parameter, however many they are."""

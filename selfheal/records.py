@@ -57,6 +57,20 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Page:
+    """Consecutive names as `lines`, without a look at each: how many there are, how many bytes their records have
+    together, how many of those are `unsound`, and the `first` and the `last` name, as the driver gave them.
+    """
+
+    lines: str
+    count: int
+    size: float
+    unsound: int
+    first: Any
+    last: Any
+
+
+@dataclass(frozen=True, slots=True)
 class SmallFile:
     """A file of a few chunks, whole, on its way into the database."""
 

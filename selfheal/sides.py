@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from .disk import UploadsDirectory
 from .gathering import LARGE
-from .landing import SMALL_AT_ONCE
+from .landing import LARGE_AT_ONCE, SMALL_AT_ONCE
 from .listing import Entry, walk
 from .outcomes import Outcome, Result, problem
 from .records import Found
@@ -18,7 +18,7 @@ from .store import UploadStore
 NAMES_AT_ONCE = 4096
 """Names in one query, without their bytes."""
 
-ENTRIES_AT_ONCE = 1024
+ENTRIES_AT_ONCE = 512
 """Files that are looked up, read and stored together."""
 
 R = TypeVar("R", Result, Result | None)
@@ -52,11 +52,12 @@ async def entries_of(store: UploadStore) -> AsyncGenerator[list[Entry], None]:
 
 def _next_batch(entries: Iterator[Entry]) -> list[Entry]:
     batch: list[Entry] = []
-    held = 0
+    held = total = 0
     for entry in itertools.islice(entries, ENTRIES_AT_ONCE):
         batch.append(entry)
-        held += entry.stat.st_size if entry.stat.st_size <= LARGE else CHUNK
-        if held > SMALL_AT_ONCE:
+        size = entry.stat.st_size
+        held, total = held + (size if size <= LARGE else CHUNK), total + size
+        if held > SMALL_AT_ONCE or total > LARGE_AT_ONCE:
             break
     return batch
 

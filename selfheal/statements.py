@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Insert, Select
@@ -70,10 +71,15 @@ async def execute_many(connection: AsyncConnection, statement: Insert, rows: Seq
     if connection.dialect.driver != "aiosqlite":
         await connection.execute(statement, rows)
         return
-    made = statement.compile(dialect=connection.dialect, column_keys=list(rows[0]))
+    text, order = _compiled(statement, connection.dialect, tuple(rows[0]))
     driver: Any = (await connection.get_raw_connection()).driver_connection
-    values = [[row[key] for key in made.positiontup or ()] for row in rows]
-    await (await driver.executemany(str(made), values)).close()
+    await (await driver.executemany(text, [[row[key] for key in order] for row in rows])).close()
+
+
+@lru_cache(_COMPILED_AT_MOST)
+def _compiled(statement: Insert, dialect: Dialect, keys: Sequence[str]) -> tuple[str, Sequence[str]]:
+    made = statement.compile(dialect=dialect, column_keys=list(keys))
+    return str(made), made.positiontup or ()
 
 
 def _decode(text: bytes) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import sys
 from typing import Self
 
 _OPENAT2 = 437
+_PR_SET_PDEATHSIG = 1
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH, _RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO or device never blocks
 _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
@@ -172,3 +174,9 @@ def sync_filesystem(fd: int) -> None:
             raise failure(ctypes.get_errno())
     else:
         os.sync()
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the thread that forked it ends; where that can be asked for (prctl(2))."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL))

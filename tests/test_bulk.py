@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import sqlite3
 import stat
 import tempfile
 from collections import Counter
@@ -23,7 +24,16 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from selfheal import DatabaseUnavailable, Record, SchemaError, SelfHealMiddleware, UploadStore, bulk, landing
+from selfheal import (
+    DatabaseUnavailable,
+    Record,
+    SchemaError,
+    SelfHealMiddleware,
+    UploadStore,
+    bulk,
+    bulk_restore,
+    landing,
+)
 from selfheal.names import to_path
 from selfheal.outcomes import Result
 from selfheal.sources import CHUNK
@@ -930,18 +940,28 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landing, "FILES_AT_ONCE", 1)
 
 
+def after_listing(store: UploadStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]) -> None:
+    """Let something change once the names of the living were read, and before anything is done about them."""
+    names_of = store.database.names_of
+
+    async def and_change(page: Any) -> Any:
+        names = await names_of(page)
+        await change()
+        return names
+
+    monkeypatch.setattr(store.database, "names_of", and_change)
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 async def test_what_is_deleted_meanwhile_does_not_come_back(
-    sqlite_store: UploadStore, directory: Path, one_by_one: None, size: int
+    sqlite_store: UploadStore, directory: Path, one_by_one: None, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that is deleted while restore is under way is no damage, and its file does not stay."""
     for name in ("1.png", "2.png", "3.png"):
         await sqlite_store.database.store_image(name, noise(size, name))
-    async with aclosing(bulk.restore(sqlite_store)) as run:
-        first = await anext(run)
-        await sqlite_store.database.bury("2.png")
-        rest = [result async for result in run]
-    assert [(one.name, one.outcome.value, one.is_problem) for one in (first, *rest)] == [
+    after_listing(sqlite_store, monkeypatch, lambda: sqlite_store.database.bury("2.png"))
+    results = [result async for result in bulk.restore(sqlite_store)]
+    assert [(one.name, one.outcome.value, one.is_problem) for one in results] == [
         ("1.png", "restored", False),
         ("2.png", "deleted", False),
         ("3.png", "restored", False),
@@ -951,16 +971,18 @@ async def test_what_is_deleted_meanwhile_does_not_come_back(
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 async def test_what_is_overwritten_meanwhile_comes_back_new(
-    sqlite_store: UploadStore, directory: Path, one_by_one: None, size: int
+    sqlite_store: UploadStore, directory: Path, one_by_one: None, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that another node overwrites while restore is under way is restored as it is now."""
     for name in ("1.png", "2.png"):
         await sqlite_store.database.store_image(name, noise(size, name))
-    async with aclosing(bulk.restore(sqlite_store)) as run:
-        await anext(run)
-        await sqlite_store.database.store_image("2.png", noise(size, "new"), modified_ns=MTIME)
-        rest = [result async for result in run]
-    assert [(one.name, one.outcome.value, one.is_problem) for one in rest] == [("2.png", "restored", False)]
+    save = partial(sqlite_store.database.store_image, "2.png", noise(size, "new"), modified_ns=MTIME)
+    after_listing(sqlite_store, monkeypatch, save)
+    results = [result async for result in bulk.restore(sqlite_store)]
+    assert {(one.name, one.outcome.value, one.is_problem) for one in results} == {
+        ("1.png", "restored", False),
+        ("2.png", "restored", False),
+    }
     assert (directory / "2.png").read_bytes() == noise(size, "new")
     assert (directory / "2.png").stat().st_mtime_ns == MTIME
 
@@ -1032,11 +1054,19 @@ async def test_a_change_under_way_is_no_damage(
                         await change_once(name)
                 yield page
 
+    async def old_summaries(size: int) -> AsyncIterator[Any]:
+        async with aclosing(summaries(size)) as found:
+            async for page in found:
+                for name in page.lines.split("\n"):
+                    await change_once(name)
+                yield page
+
     for name in ("small.png", "large.bin"):
         await store.save(name, noise(LARGE if name == "large.bin" else SMALL, name))
-    fetch, pages = store.database.fetch, store.database.names
+    fetch, pages, summaries = store.database.fetch, store.database.names, store.database.summaries
     monkeypatch.setattr(store.database, "fetch", old_records)
     monkeypatch.setattr(store.database, "names", old_names)
+    monkeypatch.setattr(store.database, "summaries", old_summaries)
     said = await told(run(store))
     assert said.problems == {}
     assert changed == {"small.png", "large.bin"}
@@ -1044,3 +1074,77 @@ async def test_a_change_under_way_is_no_damage(
         there = store.disk.path_of(name)
         assert not there.exists() if change == "delete" else there.read_bytes() == noise(LARGE, f"new {name}")
     assert quarantined(store) == []
+
+
+# -- pages of names ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_name_that_looks_like_two(store: UploadStore, sql: SQL, directory: Path) -> None:
+    """A record's name with a line end in it is told, although both halves of it are names of files on the disk."""
+    for name in ("a.png", "b.png"):
+        await store.save(name, noise(50, name))
+    await sql("UPDATE image_storage SET name = :name WHERE name = 'a.png'", name="a.png\nb.png")
+    said = await told(bulk.restore(store))
+    assert said.problems == {"a.png\nb.png": "invalid_name"}
+    assert said.counts == {"ok": 1, "invalid_name": 1}
+
+
+@pytest.mark.parametrize("wrong", ["-1", "1.5", "'many'"])
+async def test_a_record_of_no_sound_size_on_a_page_that_is_all_there(sqlite_store: UploadStore, wrong: str) -> None:
+    """It is told, although every file is on the disk."""
+    for name in ("a.png", "b.png", "c.png"):
+        await sqlite_store.save(name, noise(50, name))
+    with closing(sqlite3.connect(str(sqlite_store.database.url.database))) as connection:
+        connection.execute(f"UPDATE image_storage SET size = {wrong} WHERE name = 'b.png'")
+        connection.commit()
+    said = await told(bulk.restore(sqlite_store))
+    assert said.problems == {"b.png": "corrupt_in_database"}
+    assert said.counts == {"ok": 2, "corrupt_in_database": 1}
+
+
+async def test_what_is_saved_between_two_looks_at_a_page(
+    sqlite_store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is saved between the names of a page, after they were read as one, pushes none of them out."""
+    monkeypatch.setattr(bulk_restore, "NAMES_AT_ONCE", 2)
+    for name in ("a.png", "c.png", "d.png"):
+        await sqlite_store.save(name, noise(50, name))
+        (directory / name).unlink()
+    names_of = sqlite_store.database.names_of
+
+    async def save_before(page: Any) -> Any:
+        await sqlite_store.database.store_image("b.png", noise(50, "b.png"))
+        return await names_of(page)
+
+    monkeypatch.setattr(sqlite_store.database, "names_of", save_before)
+    assert (await told(bulk.restore(sqlite_store))).counts == {"restored": 4}
+    assert sorted(path.name for path in directory.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "socket"])
+async def test_a_page_that_is_all_there_but_for_one_that_is_no_file(
+    store: UploadStore, directory: Path, kind: str, tmp_path: Path
+) -> None:
+    """What stands at a name and is no regular file is not taken for it."""
+    for name in ("cats/a.png", "cats/b.png"):
+        await store.save(name, noise(50, name))
+    place = directory / "cats/b.png"
+    place.unlink()
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        if kind == "folder":
+            place.mkdir()
+        elif kind == "link":
+            place.symlink_to(directory / "cats/a.png")
+        else:
+            listener.bind(os.path.relpath(place))
+        assert (await told(bulk.restore(store))).problems == {"cats/b.png": "failed"}
+
+
+async def test_a_page_of_names_that_are_rare(store: UploadStore) -> None:
+    """Names that need a closer look, in folders and out of them, are found like others."""
+    names = ["a.b", "Öl/é 1.png", "x/y/z/w/v.png", "con_.png", "x.png", "x/y.png", "y@2x.png"]
+    for name in names:
+        await store.save(name, noise(50, name))
+    assert (await told(bulk.restore(store))).counts == {"ok": len(names)}
+    (store.disk.path / names[1]).unlink()
+    assert (await told(bulk.restore(store))).counts == {"ok": len(names) - 1, "restored": 1}

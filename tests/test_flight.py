@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from selfheal.flight import Batches, Flights, Tasks, overlapped
+from selfheal.flight import Batches, Flights, Tasks, in_order
 
 PATIENCE = 5.0
 """Seconds within which every asker must have been answered."""
@@ -510,11 +510,13 @@ def test_a_loop_that_ends_leaves_nothing_behind(started: int) -> None:
 # -- some of many at once ---------------------------------------------------------------------------------------------
 
 
-async def numbers(stop: int, given: list[int]) -> AsyncGenerator[int, None]:
-    """Numbers from 0 on; `given` are those that were asked for."""
+async def works(
+    stop: int, make: Callable[[int], Coroutine[Any, Any, int]], given: list[int]
+) -> AsyncGenerator[Coroutine[Any, Any, int], None]:
+    """What makes something of the numbers from 0 on; `given` are those that were asked for."""
     for number in range(stop):
         given.append(number)
-        yield number
+        yield make(number)
 
 
 async def test_some_are_made_at_once_and_come_in_their_order() -> None:
@@ -529,7 +531,7 @@ async def test_some_are_made_at_once_and_come_in_their_order() -> None:
         making -= 1
         return number * number
 
-    made = [square async for square in overlapped(numbers(10, []), make, 2)]
+    made = [square async for square in in_order(works(10, make, []), 2)]
     assert made == [number * number for number in range(10)]
     assert (making, most) == (0, 2)
 
@@ -549,7 +551,7 @@ async def test_when_one_fails_nothing_goes_on() -> None:
         return number
 
     before = asyncio.all_tasks()
-    made = overlapped(numbers(10, given), make, 3)
+    made = in_order(works(10, make, given), 3)
     assert await anext(made) == 0
     with pytest.raises(LookupError):
         await anext(made)
@@ -569,7 +571,7 @@ async def test_who_stops_early_leaves_nothing_running() -> None:
             ended.append(number)
         return number
 
-    async with aclosing(overlapped(numbers(10, []), make, 2)) as made:
+    async with aclosing(in_order(works(10, make, []), 2)) as made:
         async for number in made:
             assert number == 0
             break

@@ -709,6 +709,9 @@ def crowded(site: Site) -> Site:
     return site
 
 
+one_process_or_several = pytest.mark.parametrize("jobs", ["1", "4"])
+
+
 def files_of(directory: Path) -> int:
     """How many files there are below a directory."""
     return sum(len(files) for _, _, files in os.walk(directory))
@@ -724,16 +727,19 @@ def records_of(site: Site) -> int:
         return 0
 
 
-def stop(site: Site, command: str, number: signal.Signals, done: Callable[[], int], after: int) -> Done | None:
+def stop(
+    site: Site, command: str, number: signal.Signals, done: Callable[[], int], after: int, jobs: str
+) -> Done | None:
     """Run a command, signal it once it has done more than `after`; None if it came to its end before."""
-    with site.start(command, *site.flags, "--json", "--jobs", "1") as process:
+    with site.start(command, *site.flags, "--json", "--jobs", jobs) as process:
         end = time.monotonic() + SECONDS
         while process.poll() is None and done() <= after:
             assert time.monotonic() < end, "it gets nowhere"
             time.sleep(0.002)
         process.send_signal(number)
         out, err = process.communicate(timeout=SECONDS)
-    return None if process.returncode == 0 else Done(process.returncode, out, err)
+    had_ended = process.returncode == 0 or (number == signal.SIGKILL and out)  # killed when all was done and told
+    return None if had_ended else Done(process.returncode, out, err)
 
 
 def whole(directory: Path, images: Mapping[str, bytes]) -> bool:
@@ -741,11 +747,12 @@ def whole(directory: Path, images: Mapping[str, bytes]) -> bool:
     return all(images.get(name) == data for name, data in contents(directory).items())
 
 
-def test_a_restore_that_is_stopped(crowded: Site) -> None:
+@one_process_or_several
+def test_a_restore_that_is_stopped(crowded: Site, jobs: str) -> None:
     """SIGINT ends a restore with 130 and one JSON object; what has a name is whole, and the next run goes on."""
     images = crowd()
     for _ in range(5):
-        stopped = stop(crowded, "restore", signal.SIGINT, lambda: files_of(crowded.directory), 0)
+        stopped = stop(crowded, "restore", signal.SIGINT, lambda: files_of(crowded.directory), 0, jobs)
         if stopped is not None:
             break
         shutil.rmtree(crowded.directory)
@@ -760,13 +767,14 @@ def test_a_restore_that_is_stopped(crowded: Site) -> None:
     assert contents(crowded.directory) == images
 
 
-def test_a_migration_that_is_stopped(site: Site) -> None:
+@one_process_or_several
+def test_a_migration_that_is_stopped(site: Site, jobs: str) -> None:
     """SIGINT ends a migration with 130; what was committed stays, and the next run brings in the rest."""
     images = crowd()
     for name, data in images.items():
         lay(site.directory, name, data)
     for _ in range(5):
-        stopped = stop(site, "migrate", signal.SIGINT, lambda: records_of(site), 0)
+        stopped = stop(site, "migrate", signal.SIGINT, lambda: records_of(site), 0, jobs)
         if stopped is not None:
             break
         (site.home / "catalogue.db").unlink()
@@ -779,11 +787,12 @@ def test_a_migration_that_is_stopped(site: Site) -> None:
     assert site.run("verify", "--json").json["counts"] == {"ok": len(images)}
 
 
-def test_a_restore_that_is_killed(crowded: Site) -> None:
+@one_process_or_several
+def test_a_restore_that_is_killed(crowded: Site, jobs: str) -> None:
     """SIGKILL at any moment leaves whole files only and no litter; the run after it finishes."""
     images, chance = crowd(), Random()
     for after in (-1, 0, chance.randrange(MANY // 2), chance.randrange(MANY)):
-        killed = stop(crowded, "restore", signal.SIGKILL, lambda: files_of(crowded.directory), after)
+        killed = stop(crowded, "restore", signal.SIGKILL, lambda: files_of(crowded.directory), after, jobs)
         assert killed is None or (killed.code, killed.out) == (-signal.SIGKILL, "")
         assert whole(crowded.directory, images)
     done = crowded.run("restore", "--json")
@@ -792,13 +801,14 @@ def test_a_restore_that_is_killed(crowded: Site) -> None:
     assert litter(crowded.directory) == []
 
 
-def test_a_migration_that_is_killed(site: Site) -> None:
+@one_process_or_several
+def test_a_migration_that_is_killed(site: Site, jobs: str) -> None:
     """SIGKILL at any moment leaves a database in which every record has its bytes; the run after it finishes."""
     images, chance = crowd(), Random()
     for name, data in images.items():
         lay(site.directory, name, data)
     for after in (-1, 0, chance.randrange(MANY // 2), chance.randrange(MANY)):
-        killed = stop(site, "migrate", signal.SIGKILL, lambda: records_of(site), after)
+        killed = stop(site, "migrate", signal.SIGKILL, lambda: records_of(site), after, jobs)
         assert killed is None or (killed.code, killed.out) == (-signal.SIGKILL, "")
     there = records_of(site)
     if there:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import timedelta
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast
@@ -25,10 +26,12 @@ from ..records import Record, Version
 from ..settings import Settings
 from ..sources import CHUNK
 from ..store import UploadStore
-from .common import F, common, missing_file, refuse_missing_database, run_with, settings_of
+from ..workers import Workers
+from .common import F, common, missing_file, refuse_missing_database, run_with, settings_of, workers_for
 from .reporting import (
     Report,
     answer,
+    has_progress,
     megabytes,
     moment,
     plain,
@@ -109,7 +112,8 @@ def migrate(settings: Settings, *, prefer: str | None, dry_run: bool, jobs: int,
     return _run_bulk(
         settings,
         Report("migrate", dry_run),
-        lambda store: bulk.migrate(store, prefer_disk=prefer == "disk", dry_run=dry_run, jobs=jobs),
+        partial(bulk.migrate, prefer_disk=prefer == "disk", dry_run=dry_run),
+        jobs,
         **output,
     )
 
@@ -122,7 +126,7 @@ def migrate(settings: Settings, *, prefer: str | None, dry_run: bool, jobs: int,
 def verify(settings: Settings, *, drill: bool, dry_run: bool, jobs: int, **output: bool) -> int:
     """Is everything backed up, and can it be brought back? Reads every byte on both sides and changes nothing."""
     report = Report("verify", dry_run)
-    return _run_bulk(settings, report, lambda store: bulk.verify(store, drill=drill, jobs=jobs), **output)
+    return _run_bulk(settings, report, partial(bulk.verify, drill=drill), jobs, **output)
 
 
 @selfheal.command()
@@ -133,7 +137,8 @@ def restore(settings: Settings, *, compare: bool, dry_run: bool, jobs: int, **ou
     return _run_bulk(
         settings,
         Report("restore", dry_run),
-        lambda store: bulk.restore(store, verify=compare, dry_run=dry_run, jobs=jobs),
+        partial(bulk.restore, verify=compare, dry_run=dry_run),
+        jobs,
         **output,
     )
 
@@ -141,7 +146,8 @@ def restore(settings: Settings, *, compare: bool, dry_run: bool, jobs: int, **ou
 def _run_bulk(
     settings: Settings,
     report: Report,
-    start: Callable[[UploadStore], AsyncGenerator[Result, None]],
+    start: Callable[..., AsyncGenerator[Result, None]],
+    jobs: int,
     *,
     as_json: bool,
     quiet: bool,
@@ -149,17 +155,18 @@ def _run_bulk(
     click.get_current_context().obj = report  # whatever ends the run, what it did is told
     may_change = report.command != "verify" and not report.dry_run
 
-    async def work(store: UploadStore) -> None:
+    async def work(store: UploadStore, workers: Workers | None) -> None:
         if may_change:
             await store.open()
-        total = await store.database.count() if report.command != "migrate" else None
+        total = await store.database.count() if report.command != "migrate" and has_progress(quiet=quiet) else None
         with progress(report.command, total, quiet=quiet) as draw:
-            async with aclosing(start(store)) as results:
+            async with aclosing(start(store, jobs=jobs, workers=workers)) as results:
                 await tell(results, report, draw)
 
     if report.command != "migrate":
         refuse_missing_database(settings)
-    run_with(settings, work)
+    with workers_for(settings, jobs) as workers:
+        run_with(settings, lambda store: work(store, workers))
     show(report, as_json=as_json, quiet=quiet)
     return 0 if report.ok else 1
 

@@ -6,15 +6,17 @@ import asyncio
 import os
 from collections import ChainMap
 from collections.abc import Callable, Coroutine
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ..errors import DatabaseUnavailable, SelfHealError, SettingsError
-from ..settings import Settings, database_url, sqlite_file
+from ..settings import Settings, database_url, is_in_memory, sqlite_file
 from ..store import UploadStore
+from ..workers import Processes, processors
 from .reporting import show_failure
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,13 +62,26 @@ def run_with(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, An
     """Run `work` over a store of its own; a command gives the database more patience than a server may."""
 
     async def with_store() -> T:
-        store = UploadStore(settings.directory, settings.database, deadline=60.0)
+        store = store_of(settings)
         try:
             return await work(store)
         finally:
             await store.close()
 
     return asyncio.run(with_store())
+
+
+def store_of(settings: Settings) -> UploadStore:
+    """A store that is not open yet."""
+    return UploadStore(settings.directory, settings.database, deadline=60.0)
+
+
+def workers_for(settings: Settings, jobs: int) -> AbstractContextManager[Processes | None]:
+    """As many processes as there is work and processors for; None if one does it all."""
+    count = min(jobs, processors())
+    if count == 1 or is_in_memory(database_url(settings.database)):
+        return nullcontext()
+    return Processes(partial(store_of, settings), count)
 
 
 def refuse_missing_database(settings: Settings) -> None:

@@ -124,10 +124,15 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
+def has_progress(*, quiet: bool) -> bool:
+    """Whether there is a terminal to draw progress on."""
+    return not quiet and sys.stderr.isatty()
+
+
 @contextmanager
 def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
     """A function to call with every result; it draws a bar with rate and time left if standard error is a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if not has_progress(quiet=quiet):
         yield lambda _result: None
         return
     try:
