@@ -32,6 +32,7 @@ async def migrate(
     if not dry_run:
         await store.database.create_tables()
     workers = workers or Alone(store)
+    jobs = jobs // workers.count or 1
     work = partial(workers.run, _migrate, prefer_disk=prefer_disk, dry_run=dry_run, jobs=jobs)
     async with aclosing(in_order(_steps(store, work), workers.at_once)) as batches:
         async for results in batches:

@@ -35,6 +35,7 @@ async def restore(
     What was deleted and is still on disk is removed. Raises `DatabaseUnavailable`.
     """
     workers = workers or Alone(store)
+    jobs = jobs // workers.count or 1
     land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
     heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
     surveys = _surveys(store) if verify else _quick_surveys(store)

@@ -31,6 +31,7 @@ async def verify(
     Changes nothing. Raises `DatabaseUnavailable`.
     """
     workers = workers or Alone(store)
+    jobs = jobs // workers.count or 1
     compare = partial(workers.run, _compare, drill=drill, jobs=jobs)
     for steps in (_recorded(store, compare), _on_disk(store, partial(workers.run, _look_for_others))):
         async with aclosing(in_order(steps, workers.at_once)) as batches:

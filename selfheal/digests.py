@@ -5,7 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
+
+
+class Hash(Protocol):
+    """A digest in the making, as `hashlib` has them."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +37,14 @@ def chunk_digest(position: int, data: bytes) -> bytes:
     digest = hashlib.sha256(position.to_bytes(8, "big"))
     digest.update(data)
     return digest.digest()
+
+
+def chunk_digests(first: int, chunks: Iterable[bytes]) -> list[bytes]:
+    """Those of consecutive chunks, the first of them at position `first`."""
+    return [chunk_digest(position, data) for position, data in enumerate(chunks, first)]
+
+
+def add_all(whole: Hash, chunks: Iterable[bytes]) -> None:
+    """Hash chunks, one after the other."""
+    for chunk in chunks:
+        whole.update(chunk)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import itertools
 import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Self
 
-from .digests import Digests
+from .digests import Digests, add_all, chunk_digests
 from .errors import Unsettled
+from .flight import ahead
 from .sources import CHUNK
 from .threads import Threads
 
@@ -19,6 +22,9 @@ PIECE = 256 * 1024
 LEAST_PIECE = 16 * 1024
 PIECES_TOGETHER = 8 * 1024 * 1024
 """Bytes that the pieces of all who are being sent something have together: each slow client holds one in a buffer."""
+
+CHUNKS_TOGETHER = 8
+"""Chunks that are hashed together."""
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
@@ -114,10 +120,24 @@ class OpenFile:
             at += len(piece)
         return whole.hexdigest()
 
-    def digests(self) -> Digests:
-        """The digests of the whole file and of its chunks, from one reading; may wait for the disk."""
-        chunks = (self.read_waiting(position * CHUNK, CHUNK) for position in itertools.count())
-        return Digests.of(itertools.takewhile(len, chunks))
+    async def digests(self) -> Digests:
+        """The digests of the whole file and of its chunks, from one reading; each is made in a thread of its own."""
+        whole, each = hashlib.sha256(), list[bytes]()
+        async with aclosing(ahead(self._handfuls())) as handfuls:
+            async for chunks in handfuls:
+                of_chunks = self.threads.run(chunk_digests, len(each), chunks)
+                each += (await asyncio.gather(of_chunks, self.threads.run(add_all, whole, chunks)))[0]
+        return Digests(whole.hexdigest(), each)
+
+    async def _handfuls(self) -> AsyncGenerator[list[bytes], None]:
+        start = 0
+        while chunks := await self.threads.run(self._chunks_waiting, start):
+            yield chunks
+            start += len(chunks) * CHUNK
+
+    def _chunks_waiting(self, start: int) -> list[bytes]:
+        chunks = (self.read_waiting(at, CHUNK) for at in range(start, start + CHUNKS_TOGETHER * CHUNK, CHUNK))
+        return list(itertools.takewhile(len, chunks))
 
     async def read(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from .db import ImageStorage
-from .digests import Digests, chunk_digest
+from .digests import Digests, add_all, chunk_digest
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SelfHealError, Unsettled
 from .files import OpenFile, identity_of
@@ -71,14 +71,9 @@ async def fault_in_database(database: ImageStorage, found: Found, threads: Threa
 
 async def _digest(database: ImageStorage, record: Record, threads: Threads) -> str:
     whole = hashlib.sha256()
-
-    def add(chunks: list[bytes]) -> None:
-        for chunk in chunks:
-            whole.update(chunk)
-
     async with aclosing(database.read_handfuls(record)) as handfuls:
         async for chunks in handfuls:
-            await threads.run(add, chunks)
+            await threads.run(add_all, whole, chunks)
     return whole.hexdigest()
 
 

@@ -204,7 +204,7 @@ class Reconciler:
         self._events.emit(Kind.RESTORED, record.name, record.size)
 
     async def _store(self, name: str, file: OpenFile, *, only_new: bool) -> Record:
-        known = await self._threads.run(file.digests)
+        known = await file.digests()
         await self._raise_if_moved(name, file.identity)
         record = await self._database.store_image(
             name, file.pieces(0, file.size), modified_ns=file.modified_ns, known=known, only_new=only_new
