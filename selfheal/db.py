@@ -22,7 +22,7 @@ from .digests import Digests
 from .engine import Engine, check_version, unavailable
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
-from .queries import Queries
+from .queries import ByName, Queries
 from .records import (
     RECORD_COLUMNS,
     Found,
@@ -100,13 +100,11 @@ class ImageStorage:
 
     async def generations(self, wanted: Iterable[str]) -> dict[str, int]:
         """The generations of those names that have a record: what tells whether anything became of a name meanwhile."""
-        rows = await self._engine.rows(self._queries.generations, wanted=self._queries.as_list(wanted))
-        return {row[0]: row[1] for row in rows}
+        return {row[0]: row[1] for row in await self._rows_of(self._queries.generations, list(wanted))}
 
     async def fetch(self, wanted: Iterable[str]) -> dict[str, Found]:
         """As `find_many`, with the first chunk of each: one query brings a small image back."""
-        rows = await self._engine.rows(self._queries.fetch, wanted=self._queries.as_list(wanted))
-        return {row[0]: _to_found(row) for row in rows}
+        return {row[0]: _to_found(row) for row in await self._rows_of(self._queries.fetch, list(wanted))}
 
     async def read(
         self, version: Record | Version, first: int = 0, *, at_once: int = READ_AT_ONCE
@@ -128,12 +126,12 @@ class ImageStorage:
 
     def fetch_here(self, name: str) -> Found | None:
         """As `fetch`, of one name, in the calling thread; raises `DatabaseUnavailable` if it had to wait."""
-        rows = self._engine.rows_here(self._queries.fetch, wanted=self._queries.as_list([name]))
+        rows = self._engine.rows_here(self._queries.fetch.one, name=name)
         return _to_found(rows[0]) if rows else None
 
     def generation_here(self, name: str) -> int | None:
         """As `generations`, of one name, in the calling thread; raises `DatabaseUnavailable` if it had to wait."""
-        rows = self._engine.rows_here(self._queries.generations, wanted=self._queries.as_list([name]))
+        rows = self._engine.rows_here(self._queries.generations.one, name=name)
         return rows[0][1] if rows else None
 
     def read_handfuls(self, version: Record | Version, first: int = 0) -> AsyncGenerator[list[bytes], None]:
@@ -303,6 +301,11 @@ class ImageStorage:
         return await self._engine.write(work)
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _rows_of(self, query: ByName, wanted: Sequence[str]) -> Sequence[Sequence[Any]]:
+        if len(wanted) == 1:
+            return await self._engine.rows(query.one, name=wanted[0])
+        return await self._engine.rows(query.many, wanted=self._queries.as_list(wanted))
 
     async def _create_tables(self, connection: AsyncConnection) -> None:
         for table in self.tables.all():

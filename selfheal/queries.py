@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -32,6 +33,14 @@ from sqlalchemy import (
 from .tables import Tables
 
 
+@dataclass(frozen=True, slots=True)
+class ByName:
+    """One question, about `one` name and about `many`: a plan for any name can be kept, one for any list cannot."""
+
+    one: Select[Any]
+    many: Select[Any]
+
+
 class Queries:
     """The questions about records, in the words of one dialect. A record's columns come in the table's order."""
 
@@ -40,17 +49,15 @@ class Queries:
         record, chunk, blob, version = tables.records, tables.chunks, tables.blobs, tables.history
         among = self._among(record.c.name)
         alive, dead = record.c.deleted_at.is_(None), record.c.deleted_at.is_not(None)
-        first = and_(chunk.c.sha256 == record.c.sha256, chunk.c.position == 0, record.c.deleted_at.is_(None))
+        first = and_(
+            chunk.c.sha256 == record.c.sha256, chunk.c.position == literal_column("0"), record.c.deleted_at.is_(None)
+        )
         of_record = and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
         self.find: Select[Any] = select(record).where(among)
-        self.generations: Select[Any] = select(record.c.name, record.c.generation).where(among)
+        self.generations = self._by_name(record.c.name, select(record.c.name, record.c.generation))
         self.digests: Select[Any] = select(record.c.name, record.c.sha256).where(among).where(alive)
-        self.fetch: Select[Any] = (
-            select(record, chunk.c.data, chunk.c.digest, blob.c.chunks)
-            .outerjoin(chunk, first)
-            .outerjoin(blob, of_record)
-            .where(among)
-        )
+        found = select(record, chunk.c.data, chunk.c.digest, blob.c.chunks).select_from(record)
+        self.fetch = self._by_name(record.c.name, found.outerjoin(chunk, first).outerjoin(blob, of_record))
         self.history: Select[Any] = (
             select(version)
             .where(version.c.name == bindparam("name", type_=String))
@@ -90,7 +97,7 @@ class Queries:
         )
 
     def as_list(self, wanted: Iterable[str]) -> Any:
-        """Many names as the one value that `find` and `fetch` take."""
+        """Many names as the one value that a question about many takes."""
         return json.dumps(list(wanted)) if self._is_sqlite else list(wanted)
 
     def bounds(self, **names: Any) -> dict[str, Any]:
@@ -131,6 +138,9 @@ class Queries:
         yield func.string_agg(name, literal_column("chr(10)"))
         yield cast(func.sum(size), Double)
         yield size < 0
+
+    def _by_name(self, name: ColumnElement[str], query: Select[Any]) -> ByName:
+        return ByName(query.where(name == bindparam("name", type_=String)), query.where(self._among(name)))
 
     def _among(self, name: ColumnElement[str]) -> ColumnElement[bool]:
         """Whether a name is among the `wanted` ones: one parameter, however many they are."""

@@ -600,6 +600,19 @@ async def test_fetch(images: ImageStorage) -> None:
     assert found["dead.png"].record.is_deleted
 
 
+async def test_one_name_is_answered_as_many_are(images: ImageStorage) -> None:
+    """A name asked for alone, alive, deleted or unknown, gets what it gets among others."""
+    asked = [*DISTINCT, "dead.png", "unknown.png"]
+    for name in asked[:-1]:
+        await images.store_image(name, name.encode())
+    await images.bury("dead.png")
+    together, generations = await images.fetch(asked), await images.generations(asked)
+    assert len(together) == len(generations) == len(asked) - 1
+    for name in asked:
+        assert await images.fetch([name]) == {key: found for key, found in together.items() if key == name}
+        assert await images.generations([name]) == {key: it for key, it in generations.items() if key == name}
+
+
 async def test_many_names_in_one_question(images: ImageStorage) -> None:
     """However many names are asked for at once, there is an answer for each that has a record."""
     files = [small_file(f"{number}.png", b"%d" % number) for number in range(300)]
