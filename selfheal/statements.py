@@ -28,10 +28,10 @@ class Statements:
 
     async def fetch(self, connection: AsyncConnection, query: Select[Any], values: dict[str, Any]) -> Any:
         """Ask the driver itself, where it is one that we know: one hop to its thread, or one round trip, not five."""
-        driver = (await connection.get_raw_connection()).driver_connection
-        kind = connection.dialect.driver
-        if driver is None or kind not in _KNOWN_DRIVERS:
+        kind, pooled = connection.dialect.driver, connection.sync_connection
+        if pooled is None or kind not in _KNOWN_DRIVERS:
             return (await connection.execute(query, values)).all()
+        driver: Any = pooled.connection.driver_connection
         text, positional = self.bind(connection.dialect, query, values)
         if kind == "aiosqlite":
             try:
