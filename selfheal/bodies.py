@@ -49,10 +49,10 @@ class FromDatabase:
 class InMemory:
     """A small record's bytes, checked whole, when the disk takes no file."""
 
-    def __init__(self, record: Record, data: bytes) -> None:
+    def __init__(self, data: bytes, modified_ns: int) -> None:
         self._data = data
-        self.size = record.size
-        self.modified_ns = record.modified_ns
+        self.size = len(data)
+        self.modified_ns = modified_ns
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """All of it at once."""
@@ -60,6 +60,10 @@ class InMemory:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class Landed(InMemory):
+    """The bytes of a file that was just given its name, and its time as the disk keeps it: to read it back is work."""
 
 
 class Progress:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from .blobs import READ_AT_ONCE
-from .bodies import FromDatabase, Incoming, InMemory
+from .bodies import FromDatabase, Incoming, InMemory, Landed
 from .db import ImageStorage
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
@@ -40,8 +40,8 @@ class OnDisk:
 Answer = Incoming | FromDatabase | InMemory | OnDisk | None
 
 
-_LookedUp = tuple[Found | None, bool, SelfHealError | None]
-"""What was found of a name; whether its file has landed already; and why it has not, if that was tried."""
+_LookedUp = tuple[Found | None, Landed | OnDisk | None, SelfHealError | None]
+"""What was found of a name; its file, if it stands on the disk already; and why it does not, if that was tried."""
 
 
 class _Gone(Exception):
@@ -195,22 +195,21 @@ class Restorer:
         raise DatabaseUnavailable(f"{name!r} is changed as often as it is restored")
 
     async def _restore(self, name: str, answer: asyncio.Future[Answer]) -> None:
-        found, is_landed, error = await self._look_up(name)
+        found, there, error = await self._look_up(name)
         if found is None or found.record.is_deleted:
-            self._settle(name, None, answer)
+            self._settle(name, 0, None, answer)
             return
         record = found.record
         try:
             if error is not None:
                 raise error
-            if is_landed:
-                pass
-            elif record.size <= CHUNK:
-                await self._look_again(record, published=await self._threads.run(self._land, found))
-            else:
+            if there is None and record.size <= CHUNK:
+                there = await self._threads.run(self._land, found)
+                await self._look_again(record, published=isinstance(there, Landed))
+            elif there is None:
                 with await self._threads.run(self._stage, record) as staged:
                     await self._fill(staged, record, answer)
-            self._settle(name, record, answer)
+            self._settle(name, record.size, there or OnDisk(), answer)
         except CorruptBlob as error:
             await self._raise_if_still(record, error)
         except DiskUnwritable as error:
@@ -229,15 +228,15 @@ class Restorer:
                 pass  # it is locked: others wait for it without holding a thread
             finally:
                 self._here -= 1
-        return await self._lookups.get(name), False, None
+        return await self._lookups.get(name), None, None
 
-    def _settle(self, name: str, landed: Record | None, answer: asyncio.Future[Answer]) -> None:
-        """A name was restored from its record, or there is none."""
-        if landed is None:
+    def _settle(self, name: str, size: int, there: Landed | OnDisk | None, answer: asyncio.Future[Answer]) -> None:
+        """A name was restored and is there, or there is no such name."""
+        if there is None:
             self._remember_absent(name)
         if not answer.done():
-            answer.set_result(OnDisk() if landed is not None else None)
-        self._events.emit(Kind.RESTORED if landed is not None else Kind.ABSENT, name, landed.size if landed else 0)
+            answer.set_result(there)
+        self._events.emit(Kind.ABSENT if there is None else Kind.RESTORED, name, size)
 
     async def _fill(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
         if record.size > WHOLE_FIRST:
@@ -302,7 +301,7 @@ class Restorer:
             data = b"".join([chunk async for chunk in chunks])
         if (await self._threads.run(hashlib.sha256, data)).hexdigest() != record.sha256:
             raise CorruptBlob(record.name, "the whole does not match its digest")
-        return InMemory(record, data)
+        return InMemory(data, record.modified_ns)
 
     # -- in a thread ----------------------------------------------------------------------------------------------
 
@@ -310,17 +309,17 @@ class Restorer:
         """Look up and restore a file of one chunk in one go."""
         found = self._database.fetch_here(name)
         if found is None or found.record.is_deleted or found.record.size > CHUNK:
-            return found, False, None
+            return found, None, None
         try:
-            published = self._land(found)
+            there = self._land(found)
         except SelfHealError as error:
-            return found, False, error
+            return found, None, error
         with contextlib.suppress(DatabaseUnavailable):  # it was right a moment ago
             if self._database.generation_here(name) != found.record.generation:
-                if published:
+                if isinstance(there, Landed):
                     self._disk.remove(name)
                 raise _Gone
-        return found, True, None
+        return found, there, None
 
     def _stage(self, record: Record) -> Staged:
         return self._disk.stage(record.name)
@@ -330,14 +329,15 @@ class Restorer:
             for chunk in chunks:
                 staged.write(chunk)
 
-    def _land(self, found: Found) -> bool:
-        """Restore a record of one chunk, all of it in one go; False if its name was taken meanwhile."""
+    def _land(self, found: Found) -> Landed | OnDisk:
+        """Restore a record of one chunk, all of it in one go; what is `OnDisk` took its name meanwhile."""
         record = found.record
         if record.size and not isinstance(found.first, bytes):  # SQLite keeps what others wrote, text too
             raise CorruptBlob(record.name, "chunk 0 is missing")
+        data = found.first or b""
         with self._disk.stage(record.name) as staged:
-            self._write(staged, [found.first or b""])
-            return self._seal_and_publish(staged, record)
+            self._write(staged, [data])
+            return Landed(data, staged.modified_ns) if self._seal_and_publish(staged, record) else OnDisk()
 
     def _seal_and_publish(self, staged: Staged, record: Record) -> bool:
         self._seal(staged, record)

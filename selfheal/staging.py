@@ -54,6 +54,11 @@ class Staged:
         """The digest, in hex, of all that was written so far."""
         return self._hash.hexdigest()
 
+    @property
+    def modified_ns(self) -> int:
+        """In ns since the epoch, as the file system keeps it: some keep whole seconds only."""
+        return os.fstat(self.fd).st_mtime_ns
+
     def write(self, chunk: bytes) -> None:
         """Append and hash; raises `OSError` (ENOSPC, EDQUOT, EFBIG, EIO) if the disk does not take it all."""
         view = memoryview(chunk)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .bodies import FromDatabase, Incoming, InMemory
+from .bodies import FromDatabase, Incoming, InMemory, Landed
 from .db import ImageStorage
 from .digests import Digests, chunk_digest
 from .disk import UploadsDirectory
@@ -220,7 +220,7 @@ class UploadStore:
         try:
             if isinstance(body, Incoming):
                 await body.finished()
-            elif not isinstance(body, OpenFile):
+            elif not isinstance(body, OpenFile | Landed):
                 raise DiskUnwritable(f"{name!r} is in the database, but the disk takes no file")
         finally:
             body.close()
