@@ -145,18 +145,11 @@ class Engine:
                 await connection.invalidate()  # the server is silent: this connection never comes back
                 raise
             finally:
-                await self._give_back(connection)
+                await asyncio.shield(self._tasks.start(connection.close()))
         except (IntegrityError, DataError):
             raise
         except _database_errors() as error:
             raise unavailable(error) from error
-
-    async def _give_back(self, connection: AsyncConnection) -> None:
-        """To the pool, even if the caller is cancelled meanwhile; a task of its own costs as much as a small query."""
-        if self._given is None and self.dialect == "postgresql" and not connection.in_transaction():
-            await connection.close()  # says nothing to the server; one too many asyncpg closes in any case
-        else:
-            await asyncio.shield(self._tasks.start(connection.close()))
 
     async def _begin(self, connection: AsyncConnection) -> None:
         """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first."""
