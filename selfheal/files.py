@@ -7,6 +7,7 @@ import errno
 import hashlib
 import itertools
 import os
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Self
@@ -60,16 +61,29 @@ CROWD = Crowd()
 """That of this process, whose memory it is."""
 
 
+class _Scratch(threading.local):
+    """Where bytes are read to, before they are copied; each thread has its own. A new one for every piece would be
+    filled with zeros first, and large ones would be fetched from the system and given back each time.
+    """
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(PIECE))
+
+
+_SCRATCH = _Scratch()
+
+
 class OpenFile:
     """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name."""
 
-    __slots__ = ("fd", "path", "stat", "threads")
+    __slots__ = ("fd", "identity", "modified_ns", "path", "size", "threads")
 
     def __init__(self, fd: int, path: str, measured: os.stat_result, threads: Threads) -> None:
         self.fd = fd
         self.path = path
-        self.stat = measured
         self.threads = threads
+        self.identity = identity_of(measured)
+        self.modified_ns, self.size = self.identity[:2]
 
     def __enter__(self) -> Self:
         return self
@@ -77,36 +91,20 @@ class OpenFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def identity(self) -> Identity:
-        """What changes whenever the file does."""
-        return identity_of(self.stat)
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.stat.st_size
-
-    @property
-    def modified_ns(self) -> int:
-        """In ns since the epoch."""
-        return self.stat.st_mtime_ns
-
     def read_cached(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes from `start` that are in memory; raises `BlockingIOError` if they are not."""
+        """Up to `size` bytes (a piece at most) from `start`, if they are in memory; else raises `BlockingIOError`."""
         if _NOWAIT is None:
             raise BlockingIOError
-        buffer = bytearray(size)
+        view = _SCRATCH.view[:size]
         try:
-            got = os.preadv(self.fd, [buffer], start, _NOWAIT)
+            got = os.preadv(self.fd, (view,), start, _NOWAIT)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise BlockingIOError from None
             raise
         if got == 0:
             raise BlockingIOError
-        del buffer[got:]
-        return bytes(buffer)
+        return view[:got].tobytes()
 
     def read_waiting(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`; raises `OSError` (EIO) if the disk cannot give them."""

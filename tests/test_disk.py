@@ -40,7 +40,7 @@ from selfheal import disk as room
 from selfheal import syscalls
 from selfheal.disk import MARKER, QUARANTINE, Opened, UploadsDirectory
 from selfheal.errors import DiskUnwritable, NotAFile
-from selfheal.files import OpenFile
+from selfheal.files import OpenFile, identity_of
 from selfheal.listing import walk
 from selfheal.staging import TEMPORARY
 
@@ -192,7 +192,7 @@ def test_a_file_is_opened_and_measured(disk: UploadsDirectory, name: str) -> Non
         assert file.read_waiting(0, file.size + 1) == PICTURE
         assert (file.size, file.modified_ns) == (len(PICTURE), MODIFIED)
         assert Path(file.path) == disk.path_of(name)
-        assert os.path.samestat(file.stat, os.stat(file.path))
+        assert file.identity == identity_of(os.stat(file.path))
         assert file.threads is disk.threads
 
 
@@ -924,7 +924,7 @@ def test_a_staged_file_is_read_while_it_grows(
     with reader:
         assert Path(reader.path) == disk.path_of("cats/tom.png")
         assert reader.read_waiting(0, len(PICTURE) + 1) == PICTURE
-        assert os.path.samestat(reader.stat, os.fstat(reader.fd))
+        assert reader.identity[2] == os.fstat(reader.fd).st_ino
         assert reader.threads is disk.threads
     assert below(disk.path) == {}
 

@@ -148,6 +148,47 @@ def test_the_end_is_not_told_from_memory(memory: list[threading.Thread], file: O
         file.read_cached(file.size, 1)
 
 
+@pytest.mark.parametrize("size", [PIECE, PIECE + 1, 3 * PIECE])
+async def test_no_more_than_a_piece_comes_from_memory(
+    memory: list[threading.Thread], path: Path, threads: Threads, size: int
+) -> None:
+    """Whoever asks for more gets the first piece of it, and asks again."""
+    path.write_bytes(LONG)
+    with opened(path, threads) as file:
+        assert file.read_cached(7, size) == LONG[7 : 7 + PIECE]
+        assert await file.read(7, size) == LONG[7 : 7 + PIECE]
+
+
+def test_what_was_read_stays(memory: list[threading.Thread], file: OpenFile) -> None:
+    """It is `bytes`, which every server sends, and no later reading changes it."""
+    first = file.read_cached(0, 100)
+    assert file.read_cached(100, 100) == PICTURE[100:200]
+    assert type(first) is bytes
+    assert first == PICTURE[:100]
+
+
+def test_threads_that_read_at_once_do_not_mix(path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event loops in several threads each get their own bytes, though both have read before either goes on."""
+    real, both, got = os.preadv, threading.Barrier(2), dict[int, bytes]()
+
+    def together(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        count = real(fd, buffers, offset)
+        both.wait(10)
+        return count
+
+    def read(start: int) -> None:
+        got[start] = file.read_cached(start, 1000)
+
+    monkeypatch.setattr(os, "preadv", together)
+    with opened(path, threads) as file:
+        readers = [threading.Thread(target=read, args=(start,)) for start in (0, 3001)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+    assert got == {start: PICTURE[start : start + 1000] for start in (0, 3001)}
+
+
 def test_a_file_system_that_cannot_tell_is_waited_for(file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody can say whether bytes are in memory (EOPNOTSUPP), they are taken for not in memory."""
     monkeypatch.setattr(os, "preadv", fails(errno.EOPNOTSUPP))
