@@ -77,8 +77,12 @@ class SelfHealMiddleware:
     # -- the two ways to answer -----------------------------------------------------------------------------------
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
+        disk = self.store.disk
         try:
-            file = await self._open(name)
+            try:
+                file = disk.open_cached(name)
+            except BlockingIOError:
+                file = await disk.threads.run(disk.open, name)
         except (NotAFile, OSError) as error:
             if not _is_broken(error):
                 await self._refuse_failed(scope, receive, send, name, error)
@@ -96,8 +100,12 @@ class SelfHealMiddleware:
         self.store.noticed(name, identity, adopt=self._adopt)
 
     async def _hit(self, scope: Scope, receive: Receive, send: Send, name: str, file: OpenFile) -> None:
+        responder = self._responder
         try:
-            plan, first = await self._responder.read_first(scope, name, file)
+            try:
+                plan, first = responder.read_first_cached(scope, name, file)
+            except BlockingIOError:
+                plan, first = await responder.read_first(scope, name, file)
         except OSError as error:
             if not _is_broken(error):
                 raise
@@ -105,7 +113,7 @@ class SelfHealMiddleware:
             await self._miss(scope, receive, send, name)
             return
         try:
-            await self._responder.send_file(scope, receive, send, file, plan, first)
+            await responder.send_file(scope, receive, send, file, plan, first)
         except OSError as error:
             if _is_broken(error):
                 await self._set_aside(name)

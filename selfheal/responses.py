@@ -30,8 +30,9 @@ LAST_DATE = 253402300799
 WATCH_FROM = 4 * PIECE
 """Bytes from which a body is worth watching whether its client is still there (CVE-2026-54280)."""
 
-_CONDITIONS = frozenset({b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since"})
-_RANGES = frozenset({b"range", b"if-range"})
+_ASKING = frozenset(
+    {b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since", b"range", b"if-range"}
+)
 _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 _STRONG_TAG = re.compile(r'(W/)?"([^"]*)"')
 _RANGE = re.compile(r"([0-9]*)-([0-9]*)", re.ASCII)
@@ -60,17 +61,6 @@ class Body(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What is known of a file before a byte of it is read: its validators and the headers of its 200."""
-
-    etag: str
-    last_modified: str
-    modified: int
-    headers: Headers
-    not_modified: Headers
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """The answer that a request's conditions and range lead to: bytes from `start` up to `stop`."""
 
@@ -80,6 +70,18 @@ class Plan:
     stop: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is known of a file before a byte of it is read: its validators, and its 200 with all bytes and with none."""
+
+    etag: str
+    last_modified: str
+    modified: int
+    not_modified: Headers
+    whole: Plan
+    bare: Plan
+
+
 class Responder:
     """Answers with bodies. `cache_control`, if given, is said with every 200, 206 and 304."""
 
@@ -87,21 +89,27 @@ class Responder:
         self._cache_control = None if cache_control is None else cache_control.encode("latin-1")
         self._heads: dict[tuple[str, int, int], Head] = {}
 
+    def read_first_cached(self, scope: Scope, name: str, file: OpenFile) -> tuple[Plan, bytes]:
+        """As `read_first`, but raises `BlockingIOError` where the disk would have to be waited for."""
+        plan = self._plan(scope, name, file)
+        size = _first_size(scope, plan, file)
+        return plan, file.read_cached(plan.start, size) if size else b""
+
     async def read_first(self, scope: Scope, name: str, file: OpenFile) -> tuple[Plan, bytes]:
         """What to answer from an open file, and its first piece; raises `OSError` if that cannot be read."""
         plan = self._plan(scope, name, file)
-        size = plan.stop - plan.start
-        if size > PIECE and can_pathsend(scope, plan, file.size):
-            return plan, b""
-        first = await file.read(plan.start, size if size <= PIECE else CROWD.piece) if size else b""
-        return plan, first
+        size = _first_size(scope, plan, file)
+        return plan, await file.read(plan.start, size) if size else b""
 
     async def send_file(
         self, scope: Scope, receive: Receive, send: Send, file: OpenFile, plan: Plan, first: bytes
     ) -> None:
         """Answer from an open file, as planned."""
-        if not first and plan.start < plan.stop and can_pathsend(scope, plan, file.size):
-            await send({"type": "http.response.start", "status": plan.status, "headers": plan.headers})
+        if len(first) == plan.stop - plan.start:
+            await send(_start(plan))
+            await send({"type": "http.response.body", "body": first})
+        elif not first and can_pathsend(scope, plan, file.size):
+            await send(_start(plan))
             await send({"type": "http.response.pathsend", "path": file.path})
         else:
             await _send_pieces(scope, receive, send, plan, file, first)
@@ -142,32 +150,33 @@ def make_head(name: str, modified_ns: int, size: int, cache_control: bytes | Non
         (b"accept-ranges", b"bytes"),
         (b"content-length", str(size).encode()),
     ]
-    return Head(etag, last_modified, modified, whole + common, common)
+    headers = whole + common
+    return Head(etag, last_modified, modified, common, Plan(200, headers, 0, size), Plan(200, headers))
 
 
 def plan_of(request: Iterable[tuple[bytes, bytes]], head: Head, size: int, *, is_head: bool) -> Plan:
     """Evaluate a request's preconditions and range, in the order of RFC 9110, section 13.2.2."""
     asked: dict[bytes, str] = {}
     for key, value in request:
-        if key in _CONDITIONS or key in _RANGES:
+        if key in _ASKING:
             said = value.decode("latin-1")
             asked[key] = f"{asked[key]}, {said}" if key in asked else said
     if not asked:
-        return Plan(200, head.headers, 0, 0 if is_head else size)
+        return head.bare if is_head else head.whole
     if _fails(asked, head):
         return Plan(412, _error_headers(head))
     if _is_unmodified(asked, head):
         return Plan(304, head.not_modified)
     if is_head:
-        return Plan(200, head.headers)
+        return head.bare
     wanted = _range(asked, head, size)
     if wanted is None:
-        return Plan(200, head.headers, 0, size)
+        return head.whole
     if wanted.start >= size:
         return Plan(416, [(b"content-range", f"bytes */{size}".encode()), *_error_headers(head)])
     content_range = (b"content-range", f"bytes {wanted.start}-{wanted.stop - 1}/{size}".encode())
     length = (b"content-length", str(len(wanted)).encode())
-    rest = [header for header in head.headers if header[0] != b"content-length"]
+    rest = [header for header in head.whole.headers if header[0] != b"content-length"]
     return Plan(206, [*rest, length, content_range], wanted.start, wanted.stop)
 
 
@@ -202,9 +211,22 @@ def can_pathsend(scope: Scope, plan: Plan, size: int) -> bool:
     return plan.stop - plan.start == size and "http.response.pathsend" in (scope.get("extensions") or ())
 
 
+def _first_size(scope: Scope, plan: Plan, file: OpenFile) -> int:
+    """How many bytes of a file are read before the answer begins: none if the server sends it by its path."""
+    size = plan.stop - plan.start
+    if size <= PIECE:
+        return size
+    return 0 if can_pathsend(scope, plan, file.size) else CROWD.piece
+
+
+def _start(plan: Plan) -> Message:
+    # the list is a copy: those around us may add to it, and the plan is that of every hit
+    return {"type": "http.response.start", "status": plan.status, "headers": plan.headers.copy()}
+
+
 async def _send_pieces(scope: Scope, receive: Receive, send: Send, plan: Plan, body: Body, first: bytes = b"") -> None:
     with CROWD:
-        await send({"type": "http.response.start", "status": plan.status, "headers": plan.headers})
+        await send(_start(plan))
         start, stop = plan.start + len(first), plan.stop
         if first or start == stop:
             await send({"type": "http.response.body", "body": first, "more_body": start < stop})

@@ -94,7 +94,7 @@ def test_validators_are_those_of_starlette(modified_ns: int, size: int) -> None:
     like = FileResponse("a.png", stat_result=stat).headers
     head = make_head("a.png", modified_ns, size)
     assert (head.etag, head.last_modified) == (like["etag"], like["last-modified"])
-    assert (b"content-length", like["content-length"].encode()) in head.headers
+    assert (b"content-length", like["content-length"].encode()) in head.whole.headers
 
 
 @pytest.mark.parametrize("modified_ns", [10**30, -(10**30), 253_402_300_800 * 10**9, -62_135_596_801 * 10**9, 2**63])
@@ -137,7 +137,7 @@ def test_documents_that_can_run_scripts_are_sandboxed(name: str) -> None:
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.txt", "a.json", "a.css", "a", "svg", "a.svg.png"])
 def test_other_files_are_not(name: str) -> None:
     """What runs no script has no policy; `nosniff` it has."""
-    keys = [key for key, _ in make_head(name, MODIFIED_NS, 100).headers]
+    keys = [key for key, _ in make_head(name, MODIFIED_NS, 100).whole.headers]
     assert b"content-security-policy" not in keys
     assert b"x-content-type-options" in keys
 
@@ -191,7 +191,7 @@ def test_headers_of_every_answer() -> None:
         assert (planned.status, dict(planned.headers), planned.start, planned.stop) == expected
         assert len(planned.headers) == len(dict(planned.headers))
     for lines in ([], [(b"if-none-match", b'"x"')]):
-        assert plan(head, 100, *lines, is_head=True) == Plan(200, head.headers)
+        assert plan(head, 100, *lines, is_head=True) == Plan(200, head.whole.headers)
 
 
 @given(lines=st.lists(st.tuples(st.sampled_from(KEYS), st.binary(max_size=60)), max_size=6), is_head=st.booleans())
@@ -545,6 +545,52 @@ async def test_an_open_file_is_sent(
         assert answer.status == (206 if headers and method == "GET" else 200)
         assert "cache-control" not in answer.headers
         assert answer.headers["etag"] == make_head("", disk.path_of(f"{size}.png").stat().st_mtime_ns, size).etag
+
+
+@pytest.mark.parametrize("headers", [[], [("Range", "bytes=10-89")], [("If-None-Match", "*")]])
+async def test_headers_that_are_added_stay_with_their_answer(
+    disk: UploadsDirectory, headers: list[tuple[str, str]]
+) -> None:
+    """A middleware around us may add to the list of an answer's headers; the next answer knows nothing of it."""
+    responder = Responder()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def adding(message: Message) -> None:
+            if "headers" in message:
+                message["headers"].append((b"x-added", b"1"))
+            await send(message)
+
+        file = disk.open("100.png")
+        assert file is not None
+        with file:
+            planned, first = await responder.read_first(scope, "a.png", file)
+            await responder.send_file(scope, receive, adding, file, planned, first)
+
+    for _ in range(2):
+        answer = await ask_scope(app, scope_of("/", headers=headers))
+        start = next(said for said in answer.messages if "headers" in said)
+        assert [key for key, _ in start["headers"]].count(b"x-added") == 1
+
+
+@pytest.mark.parametrize("size", [100, FILE_PIECE])
+async def test_a_file_of_which_a_part_is_in_memory(
+    disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """What is there at once is sent first, the rest after it, and nothing twice."""
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset, _: real(fd, [buffers[0][:60]], offset))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        responder, file = Responder(), disk.open(f"{size}.png")
+        assert file is not None
+        with file:
+            planned, first = responder.read_first_cached(scope, "a.png", file)
+            assert len(first) == 60
+            await responder.send_file(scope, receive, send, file, planned, first)
+
+    answer = await ask_scope(app, scope_of("/"))
+    assert answer.body == disk.path_of(f"{size}.png").read_bytes()
+    assert answer.headers["content-length"] == str(size)
 
 
 async def test_client_of_an_open_file_that_hangs_up_in_silence(disk: UploadsDirectory) -> None:
