@@ -89,26 +89,31 @@ class Responder:
         self._cache_control = None if cache_control is None else cache_control.encode("latin-1")
         self._heads: dict[tuple[str, int, int], Head] = {}
 
-    def read_first_cached(self, scope: Scope, name: str, file: OpenFile) -> tuple[Plan, bytes]:
-        """As `read_first`, but raises `BlockingIOError` where the disk would have to be waited for."""
+    def at_once(self, scope: Scope, name: str, file: OpenFile) -> tuple[Message, Message]:
+        """The answer from an open file, if it is one piece and in memory; else raises `BlockingIOError`."""
         plan = self._plan(scope, name, file)
-        size = _first_size(scope, plan, file)
-        return plan, file.read_cached(plan.start, size) if size else b""
+        size = plan.stop - plan.start
+        if size > PIECE:
+            raise BlockingIOError
+        body = file.read_cached(plan.start, size) if size else b""
+        if len(body) < size:
+            raise BlockingIOError
+        return _start(plan), {"type": "http.response.body", "body": body}
 
     async def read_first(self, scope: Scope, name: str, file: OpenFile) -> tuple[Plan, bytes]:
         """What to answer from an open file, and its first piece; raises `OSError` if that cannot be read."""
         plan = self._plan(scope, name, file)
-        size = _first_size(scope, plan, file)
-        return plan, await file.read(plan.start, size) if size else b""
+        size = plan.stop - plan.start
+        if size > PIECE and can_pathsend(scope, plan, file.size):
+            return plan, b""
+        first = await file.read(plan.start, size if size <= PIECE else CROWD.piece) if size else b""
+        return plan, first
 
     async def send_file(
         self, scope: Scope, receive: Receive, send: Send, file: OpenFile, plan: Plan, first: bytes
     ) -> None:
         """Answer from an open file, as planned."""
-        if len(first) == plan.stop - plan.start:
-            await send(_start(plan))
-            await send({"type": "http.response.body", "body": first})
-        elif not first and can_pathsend(scope, plan, file.size):
+        if not first and plan.start < plan.stop and can_pathsend(scope, plan, file.size):
             await send(_start(plan))
             await send({"type": "http.response.pathsend", "path": file.path})
         else:
@@ -209,14 +214,6 @@ def never_stored(send: Send) -> Send:
 def can_pathsend(scope: Scope, plan: Plan, size: int) -> bool:
     """Whether the server offers to send a whole file by itself (ASGI's path send extension)."""
     return plan.stop - plan.start == size and "http.response.pathsend" in (scope.get("extensions") or ())
-
-
-def _first_size(scope: Scope, plan: Plan, file: OpenFile) -> int:
-    """How many bytes of a file are read before the answer begins: none if the server sends it by its path."""
-    size = plan.stop - plan.start
-    if size <= PIECE:
-        return size
-    return 0 if can_pathsend(scope, plan, file.size) else CROWD.piece
 
 
 def _start(plan: Plan) -> Message:
