@@ -27,7 +27,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selfheal import SelfHealMiddleware, SettingsError, UploadStore
+from selfheal import SelfHealMiddleware, SettingsError, UploadStore, syscalls
 from selfheal.digests import chunk_digest
 from selfheal.sources import CHUNK
 
@@ -1143,6 +1143,26 @@ async def test_lifespan_twice(fresh_store: UploadStore, mode: bool) -> None:
 
 
 # -- a crowd ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_slow_client_of_a_small_file_holds_nothing_open(
+    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in memory is read and the file closed before the answer begins, which may take the client for ever."""
+    real, held = os.preadv, list[list[str]]()
+    monkeypatch.setattr(syscalls, "open_cached", syscalls.open_file)
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset, _: real(fd, buffers, offset))
+    await put(sqlite_store, "tom.png")
+    app, answer = SelfHealMiddleware(Wrapped(), sqlite_store), Answer()
+
+    async def send(message: Message) -> None:
+        held.append(open_below(sqlite_store.disk.path))
+        answer.take(message)
+
+    sqlite_store.disk.root()  # for a second it is known where the root is
+    await app(scope_of(f"{PREFIX}/tom.png"), asyncio.Event().wait, send)  # type: ignore[arg-type]
+    assert held == [[], []]
+    assert answer.body == PICTURE
 
 
 @pytest.mark.parametrize("on_disk", [True, False], ids=["hit", "miss"])
