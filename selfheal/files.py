@@ -74,7 +74,10 @@ _SCRATCH = _Scratch()
 
 
 class OpenFile:
-    """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name."""
+    """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name.
+
+    `size` is in bytes, `modified_ns` in ns since the epoch; `identity` changes whenever the file does.
+    """
 
     __slots__ = ("fd", "identity", "modified_ns", "path", "size", "threads")
 
