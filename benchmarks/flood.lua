@@ -1,5 +1,5 @@
--- random names that nobody has, of 16 characters
+-- random names that nobody has, of 16 characters, below the URL that is given
 function init(args) math.randomseed(os.time()) end
 function request()
-  return wrk.format("GET", string.format("/static/uploads/%08x%08x.jpg", math.random(2^31), math.random(2^31)))
+  return wrk.format("GET", string.format("%s/%08x%08x.jpg", wrk.path, math.random(2^31), math.random(2^31)))
 end

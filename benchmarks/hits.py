@@ -125,10 +125,14 @@ def beside_a_slow_disk(run: Run) -> Iterator[Contest]:
 
 @experiment("Hits beside a flood of random names that do not exist, on 64 connections")
 def beside_a_flood(run: Run) -> Iterator[Contest]:
-    """The names are of a shape that only the database can tell to be absent."""
+    """The names are of a shape that only the database can tell to be absent. "Beside nothing of ours": as many requests
+    that the wrapped app answers with a 404, which is what load alone does to one core, and to both clients on another.
+    """
     lua = Path(__file__).with_name("flood.lua")
     with uploads() as (directory, database), uvicorn("ours", directory=directory, database=database) as server:
-        turns = beside(run, server, f"{PREFIX}/", "beside", str(lua))
+        turns = beside(run, server, PREFIX, "beside", str(lua)) | beside(
+            run, server, "/none", "beside nothing of ours", str(lua)
+        )
         yield run.contest("4 KiB hits", "p99 ms", turns, wants={"alone": "≤ 2"}, subject="beside")
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Self
 
 _PR_SET_PDEATHSIG = 1
@@ -37,6 +38,9 @@ _HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+# for what never waits: it keeps the interpreter's lock, which beside busy threads takes longer to get back than a call
+_syscall_at_once = ctypes.PyDLL(None, use_errno=True).syscall
+_syscall_at_once.restype = ctypes.c_long
 
 
 class Directory:
@@ -68,10 +72,10 @@ def failure(code: int, path: str | None = None) -> OSError:
     return OSError(code, os.strerror(code), path)
 
 
-def _openat2(root: int, path: str, how: ctypes._CArgObject) -> int:
+def _openat2(root: int, path: str, how: ctypes._CArgObject, syscall: Callable[..., int] = _syscall) -> int:
     if "\0" in path:
         raise ValueError("embedded null byte")  # C would end the name there
-    fd: int = _syscall(_NUMBER, root, os.fsencode(path), how, _HOW_SIZE)  # ctypes passes int as int, bytes as char *
+    fd = syscall(_NUMBER, root, os.fsencode(path), how, _HOW_SIZE)  # ctypes passes int as int, bytes as char *
     if fd < 0:
         raise failure(ctypes.get_errno(), path)
     return fd
@@ -104,7 +108,7 @@ def open_cached(root: int, name: str) -> int:
     if not HAS_OPENAT2:
         raise BlockingIOError
     try:
-        return _openat2(root, name, _HOW_CACHED)
+        return _openat2(root, name, _HOW_CACHED, _syscall_at_once)
     except OSError as error:
         if error.errno == errno.EINVAL:  # Linux 5.6 to 5.11 has openat2, but not RESOLVE_CACHED
             raise BlockingIOError from None

@@ -398,7 +398,8 @@ RESOLVE_CACHED = 0x20
 def other_room(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[int], int]) -> ModuleType:
     """The room as it comes up on a kernel that refuses some calls; the process's own copy is left alone."""
     libc = Libc(ctypes.CDLL(None, use_errno=True), refuse)
-    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: libc)
+    for loader in ("CDLL", "PyDLL"):
+        monkeypatch.setattr(ctypes, loader, lambda *_, **__: libc)
     spec = importlib.util.spec_from_file_location("selfheal.syscalls_elsewhere", syscalls.__file__)
     assert spec is not None
     assert spec.loader is not None

@@ -27,7 +27,17 @@ from ..settings import Settings
 from ..sources import CHUNK
 from ..store import UploadStore
 from ..workers import Workers
-from .common import F, common, missing_file, refuse_missing_database, run_with, settings_of, workers_for
+from .common import (
+    F,
+    common,
+    missing_file,
+    refuse_missing_database,
+    run_on,
+    run_with,
+    settings_of,
+    store_of,
+    workers_for,
+)
 from .reporting import (
     Report,
     answer,
@@ -165,8 +175,9 @@ def _run_bulk(
 
     if report.command != "migrate":
         refuse_missing_database(settings)
-    with workers_for(settings, jobs) as workers:
-        run_with(settings, lambda store: work(store, workers))
+    store = store_of(settings)
+    with workers_for(store, jobs) as workers:
+        run_on(store, lambda store: work(store, workers))
     show(report, as_json=as_json, quiet=quiet)
     return 0 if report.ok else 1
 

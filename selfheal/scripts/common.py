@@ -7,7 +7,7 @@ import os
 from collections import ChainMap
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,29 +59,35 @@ def settings_of(**flags: str | None) -> Settings:
 
 
 def run_with(settings: Settings, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
-    """Run `work` over a store of its own; a command gives the database more patience than a server may."""
+    """Run `work` over a store of its own."""
+    return run_on(store_of(settings), work)
 
-    async def with_store() -> T:
-        store = store_of(settings)
+
+def run_on(store: UploadStore, work: Callable[[UploadStore], Coroutine[Any, Any, T]]) -> T:
+    """Run `work` over a store, and close that."""
+
+    async def and_close() -> T:
         try:
             return await work(store)
         finally:
             await store.close()
 
-    return asyncio.run(with_store())
+    return asyncio.run(and_close())
 
 
 def store_of(settings: Settings) -> UploadStore:
-    """A store that is not open yet."""
+    """A store that is not open yet; a command gives the database more patience than a server may."""
     return UploadStore(settings.directory, settings.database, deadline=60.0)
 
 
-def workers_for(settings: Settings, jobs: int) -> AbstractContextManager[Processes | None]:
-    """As many processes as there is work and processors for; None if one does it all."""
-    count = min(jobs, processors())
-    if count == 1 or is_in_memory(database_url(settings.database)):
+def workers_for(store: UploadStore, jobs: int) -> AbstractContextManager[Processes | None]:
+    """As many processes as there are files at once and processors, and one more, for while others wait for the disk;
+    None if one does it all. Each has this store, which must not be open yet.
+    """
+    count = min(jobs, processors() + 1)
+    if processors() == 1 or count == 1 or is_in_memory(store.database.url):
         return nullcontext()
-    return Processes(partial(store_of, settings), count)
+    return Processes(lambda: store, count)
 
 
 def refuse_missing_database(settings: Settings) -> None:
