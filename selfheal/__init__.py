@@ -1,28 +1,32 @@
 """selfheal: a self-healing file server for Python web apps."""
 
-from .db import ImageStorage
-from .errors import (
-    CorruptBlob,
-    DatabaseUnavailable,
-    DiskUnwritable,
-    InvalidName,
-    MissingExtra,
-    NotStored,
-    SchemaError,
-    SelfHealError,
-    SettingsError,
-    UploadIncomplete,
-    UploadRefused,
-    UploadTooLarge,
-    UploadTypeRefused,
-)
-from .events import Event, Kind
-from .middleware import SelfHealMiddleware
-from .policy import UploadPolicy
-from .records import Record
-from .settings import Settings
-from .store import Saved, UploadStore
-from .tables import define_tables
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .db import ImageStorage
+    from .errors import (
+        CorruptBlob,
+        DatabaseUnavailable,
+        DiskUnwritable,
+        InvalidName,
+        MissingExtra,
+        NotStored,
+        SchemaError,
+        SelfHealError,
+        SettingsError,
+        UploadIncomplete,
+        UploadRefused,
+        UploadTooLarge,
+        UploadTypeRefused,
+    )
+    from .events import Event, Kind
+    from .middleware import SelfHealMiddleware
+    from .policy import UploadPolicy
+    from .records import Record
+    from .settings import Settings
+    from .store import Saved, UploadStore
+    from .tables import define_tables
 
 __all__ = [
     "CorruptBlob",
@@ -49,3 +53,15 @@ __all__ = [
     "UploadTypeRefused",
     "define_tables",
 ]
+
+_ROOMS = ("errors", "events", "records", "policy", "settings", "tables", "db", "store", "middleware")
+"""Where those names are, the lightest first."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a room once somebody asks for what is in it: commands need few of them, and say themselves which."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    rooms = (import_module(f".{room}", __name__) for room in _ROOMS)
+    found = globals()[name] = next(getattr(room, name) for room in rooms if hasattr(room, name))
+    return found

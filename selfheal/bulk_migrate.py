@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 
 from .errors import SchemaError, SelfHealError
-from .flight import ahead, in_order
 from .gathering import LARGE, fault_in_database, read_small
 from .listing import Entry
-from .outcomes import Outcome, Result, Step, each, of_error, problem, sort
+from .outcomes import Outcome, Result, each, of_error, problem, results_of, sort
 from .records import Found
-from .sides import digest_of, entries_of, settled, still_there
+from .sides import digest_of, on_disk, settled, still_there
 from .store import UploadStore
 from .workers import Alone, Workers
 
@@ -34,16 +33,9 @@ async def migrate(
     workers = workers or Alone(store)
     jobs = jobs // workers.count or 1
     work = partial(workers.run, _migrate, prefer_disk=prefer_disk, dry_run=dry_run, jobs=jobs)
-    async with aclosing(in_order(_steps(store, work), workers.at_once)) as batches:
-        async for results in batches:
-            for result in results:
-                yield result
-
-
-async def _steps(store: UploadStore, work: Callable[[list[Entry]], Step]) -> AsyncGenerator[Step, None]:
-    async with aclosing(ahead(entries_of(store))) as batches:
-        async for entries in batches:
-            yield work(entries)
+    async with aclosing(results_of(on_disk(store, work), workers.at_once)) as results:
+        async for result in results:
+            yield result
 
 
 async def _migrate(

@@ -10,10 +10,10 @@ from functools import partial
 
 from .disk import UploadsDirectory
 from .errors import NotStored, SelfHealError, Unsettled
-from .flight import ahead, in_order
+from .flight import ahead
 from .landing import LARGE_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Listing
-from .outcomes import Outcome, Result, Step, Survey, all_present, each, of_error, survey, told
+from .outcomes import Outcome, Result, Step, Survey, all_present, each, of_error, results_of, survey, told
 from .records import Record
 from .sides import NAMES_AT_ONCE, digest_of
 from .store import UploadStore
@@ -39,10 +39,9 @@ async def restore(
     land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
     heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
     surveys = _surveys(store) if verify else _quick_surveys(store)
-    async with aclosing(in_order(_steps(surveys, land, heal), workers.at_once)) as steps:
-        async for results in steps:
-            for result in results:
-                yield result
+    async with aclosing(results_of(_steps(surveys, land, heal), workers.at_once)) as results:
+        async for result in results:
+            yield result
     async with aclosing(_remove_lingering(store, dry_run=dry_run)) as removed:
         async for result in removed:
             yield result

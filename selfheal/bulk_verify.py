@@ -11,13 +11,13 @@ from functools import partial
 from . import names
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SelfHealError
-from .flight import ahead, in_order
+from .flight import ahead
 from .gathering import fault_in_database
 from .landing import LARGE_AT_ONCE, SMALL_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Entry
-from .outcomes import Outcome, Result, Step, each, of_error, problem, sort, split, told
+from .outcomes import Outcome, Result, Step, each, of_error, problem, results_of, sort, split, told
 from .records import Found, Record
-from .sides import NAMES_AT_ONCE, digest_of, entries_of, settled, still_there
+from .sides import NAMES_AT_ONCE, digest_of, on_disk, settled, still_there
 from .sources import CHUNK
 from .store import UploadStore
 from .workers import Alone, Workers
@@ -33,11 +33,10 @@ async def verify(
     workers = workers or Alone(store)
     jobs = jobs // workers.count or 1
     compare = partial(workers.run, _compare, drill=drill, jobs=jobs)
-    for steps in (_recorded(store, compare), _on_disk(store, partial(workers.run, _look_for_others))):
-        async with aclosing(in_order(steps, workers.at_once)) as batches:
-            async for results in batches:
-                for result in results:
-                    yield result
+    for steps in (_recorded(store, compare), on_disk(store, partial(workers.run, _look_for_others))):
+        async with aclosing(results_of(steps, workers.at_once)) as results:
+            async for result in results:
+                yield result
 
 
 async def _recorded(store: UploadStore, compare: Callable[[list[Wanted]], Step]) -> AsyncGenerator[Step, None]:
@@ -47,12 +46,6 @@ async def _recorded(store: UploadStore, compare: Callable[[list[Wanted]], Step])
             yield told(wrong)
             for batch in in_batches(valid, LARGE_AT_ONCE):
                 yield compare(batch)
-
-
-async def _on_disk(store: UploadStore, look: Callable[[list[Entry]], Step]) -> AsyncGenerator[Step, None]:
-    async with aclosing(ahead(entries_of(store))) as batches:
-        async for entries in batches:
-            yield look(entries)
 
 
 async def _compare(store: UploadStore, wanted: list[Wanted], *, drill: bool, jobs: int) -> list[Result]:

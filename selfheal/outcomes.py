@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from . import names
 from .errors import CorruptBlob, DatabaseUnavailable, NotAFile
+from .flight import in_order
 from .listing import Entry, Listing
 from .records import Page
 
@@ -54,6 +56,14 @@ Step = Coroutine[Any, Any, list[Result]]
 async def told(results: list[Result]) -> list[Result]:
     """A step that is done already."""
     return results
+
+
+async def results_of(steps: AsyncGenerator[Step, None], at_once: int) -> AsyncGenerator[Result, None]:
+    """What steps tell, in their order, so many of them at work at once."""
+    async with aclosing(in_order(steps, at_once)) as done:
+        async for results in done:
+            for result in results:
+                yield result
 
 
 def problem(name: str, outcome: Outcome, detail: str, size: int = 0) -> Result:

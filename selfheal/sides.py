@@ -10,7 +10,7 @@ from .disk import UploadsDirectory
 from .gathering import LARGE
 from .landing import LARGE_AT_ONCE, SMALL_AT_ONCE
 from .listing import Entry, walk
-from .outcomes import Outcome, Result, problem
+from .outcomes import Outcome, Result, Step, problem
 from .records import Found
 from .sources import CHUNK
 from .store import UploadStore
@@ -43,11 +43,11 @@ async def still_there(store: UploadStore, name: str) -> Result:
     return problem(name, Outcome.DELETED, "it was deleted, but is still on disk; `selfheal restore` removes it")
 
 
-async def entries_of(store: UploadStore) -> AsyncGenerator[list[Entry], None]:
-    """What stands on the disk, as many files at a time as are read, or looked up with their first chunks, at once."""
+async def on_disk(store: UploadStore, work: Callable[[list[Entry]], Step]) -> AsyncGenerator[Step, None]:
+    """What is to be done for all that stands on the disk, as many files at a time as are held in memory at once."""
     entries = walk(store.disk)
     while batch := await store.threads.run(_next_batch, entries):
-        yield batch
+        yield work(batch)
 
 
 def _next_batch(entries: Iterator[Entry]) -> list[Entry]:

@@ -40,7 +40,7 @@ class Workers(Protocol):
 
     @property
     def at_once(self) -> int:
-        """How many pieces to give them before the first is done, so that nobody waits for the next one."""
+        """How many pieces to give them before the first is done, so that nobody is idle behind one that takes long."""
 
     async def run(self, work: Work[R], /, *args: Any, **kwargs: Any) -> R:
         """Do one piece of work; returns, or raises, what it does."""
@@ -68,7 +68,7 @@ class Processes:
 
     def __init__(self, make: Callable[[], Tool], count: int) -> None:
         self.count = count
-        self.at_once = count + 1
+        self.at_once = 4 * count
         self._threads = Threads(count)
         self._members: list[_Member] = []
         for _ in range(count):

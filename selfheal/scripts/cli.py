@@ -60,6 +60,7 @@ HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 def run(command: str | None = None) -> None:
     """Run the command line, or one of its commands under the name of its module; never returns."""
     gc.freeze()  # what was imported stays: looking through it again and again took a tenth of a large run
+    gc.enable()
     sys.setswitchinterval(0.0001)  # those who read, hash and write take turns; a third of the time of a large run
     chosen: click.Command = selfheal if command is None else selfheal.commands[command]
     for stream in (sys.stdout, sys.stderr):
