@@ -30,10 +30,10 @@ READ_AT_ONCE = 8
 """Chunks in one query (2 MiB): what one reader holds in memory."""
 WRITE_AT_ONCE = 16
 """Chunks in one transaction (4 MiB) of a large upload: others get their turn in between."""
-KNOWN_AT_ONCE = 32
-"""The same (8 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
+KNOWN_AT_ONCE = 24
+"""The same (6 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
 KNOWN_UPLOADS_AT_ONCE = 2
-"""How many of those are on their way: each holds three times as many chunks in memory."""
+"""How many of those are on their way: each holds four times as many chunks in memory."""
 
 
 class Write(Protocol):
@@ -123,15 +123,19 @@ class Blobs:
             return await self._receive(write, data, known, KNOWN_AT_ONCE)
 
     async def _receive(self, write: Write, data: Source, known: Digests | None, at_once: int) -> Received:
-        taken = _Taken(known)
-        rows: list[dict[str, Any]] = []
+        taken, last = _Taken(known), list[dict[str, Any]]()
+        async with aclosing(ahead(self._rows(taken, data, at_once))) as handfuls:
+            async for rows in handfuls:
+                if last:
+                    await write(lambda connection, rows=last: self.put_chunks(connection, rows))  # type: ignore[misc]
+                last = rows
+        return taken.received(last)
+
+    async def _rows(self, taken: _Taken, data: Source, at_once: int) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """Some are read while others are hashed, while others are written."""
         async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads), at_once))) as handfuls:
             async for chunks in handfuls:
-                if rows:
-                    await write(lambda connection, rows=rows: self.put_chunks(connection, rows))  # type: ignore[misc]
-                rows = []  # not two handfuls of them
-                rows = await self._threads.run(taken.rows, chunks)
-        return taken.received(rows)
+                yield await self._threads.run(taken.rows, chunks)
 
     async def finish(self, connection: AsyncConnection, received: Received) -> None:
         """Make a received blob whole. Its row comes first: who stores, or purges, the same bytes waits there."""
