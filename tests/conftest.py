@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -19,6 +20,9 @@ import anyio
 import pytest
 
 from selfheal import UploadStore
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background; what it starts is to be interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
