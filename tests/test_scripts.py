@@ -759,11 +759,12 @@ def test_a_restore_that_is_stopped(crowded: Site, jobs: str) -> None:
     assert stopped is not None
     assert (stopped.code, stopped.json["ok"], stopped.json["error"]) == (130, False, "stopped by the user")
     there = files_of(crowded.directory)
-    assert 0 < there < len(images)
+    assert 0 < there <= len(images)
     assert whole(crowded.directory, images)
     assert litter(crowded.directory) == []
     rest = crowded.run("restore", "--json")
-    assert (rest.code, rest.json["counts"]) == (0, {"ok": there, "restored": len(images) - there})
+    counts = {"ok": there, "restored": len(images) - there}
+    assert (rest.code, rest.json["counts"]) == (0, {key: number for key, number in counts.items() if number})
     assert contents(crowded.directory) == images
 
 
@@ -781,9 +782,10 @@ def test_a_migration_that_is_stopped(site: Site, jobs: str) -> None:
     assert stopped is not None
     assert (stopped.code, stopped.json["ok"]) == (130, False)
     there = records_of(site)
-    assert 0 < there < len(images)
+    assert 0 < there <= len(images)  # what several processes were at came to its end: that may be all there was
     rest = site.run("migrate", "--json")
-    assert (rest.code, rest.json["counts"]) == (0, {"ok": there, "migrated": len(images) - there})
+    counts = {"ok": there, "migrated": len(images) - there}
+    assert (rest.code, rest.json["counts"]) == (0, {key: number for key, number in counts.items() if number})
     assert site.run("verify", "--json").json["counts"] == {"ok": len(images)}
 
 
