@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -51,6 +52,12 @@ def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """How often to try: the first number in `make test`, the second in a campaign."""
     is_campaign = request.config.getoption("--campaign")
     return lambda quick, campaign: campaign if is_campaign else quick
+
+
+def make_socket(path: Path) -> None:
+    """Make a Unix socket, as `os.mkfifo` makes a FIFO; its address may have 107 bytes, so it is bound from beside."""
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(path.parent):
+        listener.bind(path.name)
 
 
 def free_port() -> int:

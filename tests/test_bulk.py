@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import sqlite3
 import stat
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from asgi import Wrapped, ask
+from conftest import make_socket
 from sides import resize
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -334,8 +334,7 @@ async def damaged_disk(store: UploadStore, directory: Path, tmp_path: Path) -> D
     (directory / "dangling.png").symlink_to(outside / "nothing")
     (directory / "link to directory").symlink_to(outside)
     os.mkfifo(directory / "pipe")
-    with closing(socket.socket(socket.AF_UNIX)) as listener:
-        listener.bind(os.path.relpath(directory / "socket"))
+    make_socket(directory / "socket")
     lay(directory, ".git/config", b"[core]")
     for ignored in (".gitkeep", ".DS_Store", "cats/Thumbs.db"):
         lay(directory, ignored, b"")
@@ -1130,14 +1129,13 @@ async def test_a_page_that_is_all_there_but_for_one_that_is_no_file(
         await store.save(name, noise(50, name))
     place = directory / "cats/b.png"
     place.unlink()
-    with closing(socket.socket(socket.AF_UNIX)) as listener:
-        if kind == "folder":
-            place.mkdir()
-        elif kind == "link":
-            place.symlink_to(directory / "cats/a.png")
-        else:
-            listener.bind(os.path.relpath(place))
-        assert (await told(bulk.restore(store))).problems == {"cats/b.png": "failed"}
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "link":
+        place.symlink_to(directory / "cats/a.png")
+    else:
+        make_socket(place)
+    assert (await told(bulk.restore(store))).problems == {"cats/b.png": "failed"}
 
 
 async def test_a_page_of_names_that_are_rare(store: UploadStore) -> None:

@@ -12,7 +12,6 @@ import random
 import re
 import resource
 import shutil
-import socket
 import stat
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import needs
+from conftest import make_socket, needs
 from test_staging import (
     ABSURD,
     Mount,
@@ -316,16 +315,6 @@ def device(path: Path) -> None:
         needs("the right to make devices", "the tests as root, with TMPDIR on a file system that permits devices")
 
 
-def unix_socket(path: Path) -> None:
-    """A socket; its path may be too long for a Unix address, so it is bound from within its directory."""
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        with socket.socket(socket.AF_UNIX) as unix:
-            unix.bind(f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
-
-
 def link_to_a_file(path: Path) -> None:
     """A link to a picture beside it."""
     lay(path.parent / "target.png")
@@ -342,7 +331,7 @@ def link_to_itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-STRANGE = [Path.mkdir, os.mkfifo, unix_socket, device, link_to_a_file, link_to_nothing, link_to_itself]
+STRANGE = [Path.mkdir, os.mkfifo, make_socket, device, link_to_a_file, link_to_nothing, link_to_itself]
 
 
 @pytest.mark.timeout(20)
@@ -360,7 +349,7 @@ def test_what_is_no_file_is_not_opened(disk: UploadsDirectory, name: str, stand:
     assert disk.stat(name) is None
 
 
-@pytest.mark.parametrize("stand", [Path.mkdir, os.mkfifo, unix_socket, link_to_a_file, link_to_nothing])
+@pytest.mark.parametrize("stand", [Path.mkdir, os.mkfifo, make_socket, link_to_a_file, link_to_nothing])
 def test_what_is_no_file_does_not_give_way(disk: UploadsDirectory, stand: Callable[[Path], None]) -> None:
     """Publishing onto whatever stands at a name changes nothing, and what a link leads to is never written."""
     path = disk.path_of("strange.png")
@@ -1420,7 +1409,7 @@ def test_a_walk_follows_no_link(disk: UploadsDirectory, outside: Path) -> None:
     assert all("link" in fault for name, fault in found.items() if fault)
 
 
-@pytest.mark.parametrize("stand", [os.mkfifo, unix_socket, device])
+@pytest.mark.parametrize("stand", [os.mkfifo, make_socket, device])
 @pytest.mark.timeout(20)
 def test_a_walk_tells_what_is_no_file(disk: UploadsDirectory, stand: Callable[[Path], None]) -> None:
     """A FIFO, socket or device is told as such; it never blocks."""

@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import time
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import PostgresServer, eventually, needs
+from conftest import PostgresServer, eventually, make_socket, needs
 from faulty_app import Faults
 from proxy import Proxy
 from serving import Answer, CommitsUnheard, Gate, Server, command, outcomes, serving
@@ -518,11 +517,6 @@ def _fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as end, contextlib.chdir(path.parent):
-        end.bind(path.name)
-
-
 def _device(path: Path) -> None:
     try:
         os.mknod(path, stat.S_IFCHR | 0o644, os.makedev(1, 5))
@@ -536,7 +530,7 @@ def _link(path: Path) -> None:
     path.symlink_to(secret)
 
 
-@pytest.mark.parametrize("make", [_directory, _fifo, _socket, _device, _link], ids=lambda make: make.__name__[1:])
+@pytest.mark.parametrize("make", [_directory, _fifo, make_socket, _device, _link])
 async def test_a_directory_fifo_socket_or_device_at_the_name(
     tmp_path: Path, sqlite_store: UploadStore, faults: Faults, make: Callable[[Path], None]
 ) -> None:

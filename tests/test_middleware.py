@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import pytest
 from asgi import Answer, Wrapped, ask, ask_and_leave, ask_scope, scope_of
-from conftest import eventually
+from conftest import eventually, make_socket
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -468,8 +468,7 @@ async def test_not_a_file(broken_store: UploadStore, kind: str, tmp_path: Path) 
     elif kind == "fifo":
         os.mkfifo(root / name)
     elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as listener, _in_directory(root):
-            listener.bind(name)
+        make_socket(root / name)
     elif kind == "link":
         (root / name).symlink_to(tmp_path / "secret" / "secret.png")
     elif kind == "linked directory":
@@ -487,21 +486,6 @@ async def test_file_where_a_directory_is_asked_for(broken_store: UploadStore, mo
     """A name below a file is only missing on disk: what it is, the database knows."""
     lay(broken_store.disk.path / "good.png")
     assert_unknown(await ask(wrapping(broken_store, mode), f"{PREFIX}/good.png/x.png"))
-
-
-class _in_directory:
-    """A working directory for a while: the path of a socket may have 107 bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        self.before = os.open(".", os.O_RDONLY)
-        os.chdir(self.path)
-
-    def __exit__(self, *_: object) -> None:
-        os.fchdir(self.before)
-        os.close(self.before)
 
 
 # -- our own names ----------------------------------------------------------------------------------------------------

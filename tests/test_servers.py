@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from conftest import make_socket
 from served import DEAD, LIVE
 from servers import COMMANDS, Reply, Server, all_running, parse
 
@@ -112,8 +113,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (uploads / "loop.png").symlink_to("loop.png")
     (uploads / "directory.png").mkdir()
     os.mkfifo(uploads / "pipe.png")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(uploads / "socket.png"))
+    make_socket(uploads / "socket.png")
     return base
 
 
