@@ -28,6 +28,8 @@ WHOLE_FIRST = 16 * 1024 * 1024
 ABSENT_FOR = 2.0
 """Seconds for which an absent name is remembered."""
 ABSENT_AT_MOST = 10_000
+TURNS_OF_AN_ABSENT = 2
+"""Turns of the event loop per answer that a name is absent: a flood of such names waits for hits, not they for it."""
 LOOKUPS_AT_ONCE = 64
 HERE_AT_ONCE = 8
 """Threads that may be asking the database themselves; the others are there for the disk."""
@@ -67,6 +69,7 @@ class Restorer:
         self._threads = disk.threads
         self._deadline = deadline
         self._places = Places(at_once)
+        self._turns = Places(1)
         self._flights: Flights[str, asyncio.Future[Answer]] = Flights(tasks)
         self._lookups: Batches[str, Found] = Batches(database.fetch, tasks, size=LOOKUPS_AT_ONCE, at_once=2)
         self._absent: dict[str, float] = {}
@@ -77,21 +80,12 @@ class Restorer:
 
         Raises `DatabaseUnavailable` if nobody can tell by the deadline, `CorruptBlob`, `NotAFile`, `OSError`.
         """
-        for _ in range(3):
-            if self._is_known_absent(name):
-                return None
-            answer = await self._join(name)
-            if isinstance(answer, Incoming) and not answer.progress.is_over:
-                return answer.hold()
-            if not isinstance(answer, OnDisk | Incoming):
-                return answer
-            try:
-                file = self._disk.open_cached(name)  # it was named a moment ago
-            except BlockingIOError:
-                file = await self._threads.run(self._disk.open, name)
-            if file is not None:
-                return file
-        raise DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
+        body = await self._bring_back(name)
+        if body is None:
+            async with self._turns.one():
+                for _ in range(TURNS_OF_AN_ABSENT):
+                    await asyncio.sleep(0)
+        return body
 
     def forget(self, name: str) -> None:
         """A name was saved: it is no longer known to be absent."""
@@ -160,6 +154,23 @@ class Restorer:
             logger.warning("%r: %s; the disk copy was moved to %s", name, why, moved)
 
     # -- one flight -----------------------------------------------------------------------------------------------
+
+    async def _bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
+        for _ in range(3):
+            if self._is_known_absent(name):
+                return None
+            answer = await self._join(name)
+            if isinstance(answer, Incoming) and not answer.progress.is_over:
+                return answer.hold()
+            if not isinstance(answer, OnDisk | Incoming):
+                return answer
+            try:
+                file = self._disk.open_cached(name)  # it was named a moment ago
+            except BlockingIOError:
+                file = await self._threads.run(self._disk.open, name)
+            if file is not None:
+                return file
+        raise DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
 
     async def _join(self, name: str) -> Answer:
         flight = self._flights.join(name, lambda: self._board(name))

@@ -385,6 +385,28 @@ async def test_absent_names_take_bounded_memory(sqlite_store: UploadStore, monke
         assert len(found) >= 250
 
 
+async def test_a_flood_of_absent_names_leaves_turns_of_the_loop_to_others(sqlite_store: UploadStore) -> None:
+    """However many are known to be absent at the same moment, one of them is told so every other turn."""
+    names = [f"absent-{index}.jpg" for index in range(20)]
+    for name in names:
+        assert await sqlite_store.bring_back(name) is None
+    told = [0] * 1000  # by turn of the loop
+
+    async def ask(name: str) -> None:
+        assert await sqlite_store.bring_back(name) is None
+        told[turn] += 1
+
+    asking = [asyncio.create_task(ask(name)) for name in names]
+    asking[3].cancel()  # who goes away holds up nobody
+    turn = 0
+    while not all(task.done() for task in asking):
+        turn += 1
+        await asyncio.sleep(0)
+    assert sum(told) == 19
+    assert max(told) == 1
+    assert turn >= 19 * 2
+
+
 async def test_an_unanswered_question_is_not_remembered_as_absent(store: UploadStore) -> None:
     """Unknown is not absent: as soon as the database answers again, so do we."""
     data = await saved_and_lost(store, 1000)
