@@ -153,15 +153,17 @@ def beside(run: Run, server: Server, path: str, name: str, lua: str | None = Non
 
 @experiment("A request that is not ours: through the middleware, and to the bare app", plot="none")
 def not_ours(run: Run) -> Iterator[Contest]:
-    """An app that answers 13 bytes: the least work that any request can be."""
+    """An app that answers 13 bytes: the least work that a request can be. "Least middleware" only hands it on."""
     with (
         uploads() as (directory, database),
         uvicorn("ours", directory=directory, database=database) as ours,
         uvicorn("plain") as bare,
+        uvicorn("passing") as passing,
     ):
         turns = {
             "selfheal": lambda: wrk(ours.url("/"), seconds=run.pick(3, 1)),
             "bare app": lambda: wrk(bare.url("/"), seconds=run.pick(3, 1)),
+            "least middleware": lambda: wrk(passing.url("/"), seconds=run.pick(3, 1)),
         }
         for measure in turns.values():
             measure()
