@@ -25,7 +25,7 @@ PIECES_TOGETHER = 8 * 1024 * 1024
 """Bytes that the pieces of all who are being sent something have together: each slow client holds one in a buffer."""
 
 CHUNKS_TOGETHER = 8
-"""Chunks that are hashed together."""
+"""Chunks that are read, or hashed, in one go of a thread (2 MiB)."""
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
@@ -129,6 +129,13 @@ class OpenFile:
                 of_chunks = self.threads.run(chunk_digests, len(each), chunks)
                 each += (await asyncio.gather(of_chunks, self.threads.run(add_all, whole, chunks)))[0]
         return Digests(whole.hexdigest(), each)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """All chunks, read in a thread some ahead: for who takes them as fast as they come, and serves nobody."""
+        async with aclosing(ahead(self._handfuls())) as handfuls:
+            async for chunks in handfuls:
+                for chunk in chunks:
+                    yield chunk
 
     async def _handfuls(self) -> AsyncGenerator[list[bytes], None]:
         start = 0

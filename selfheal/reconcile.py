@@ -207,7 +207,7 @@ class Reconciler:
         known = await file.digests()
         await self._raise_if_moved(name, file.identity)
         record = await self._database.store_image(
-            name, file.pieces(0, file.size), modified_ns=file.modified_ns, known=known, only_new=only_new
+            name, file.chunks(), modified_ns=file.modified_ns, known=known, only_new=only_new
         )
         self._events.emit(Kind.ADOPTED, name, file.size)
         return record

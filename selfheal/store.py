@@ -204,7 +204,7 @@ class UploadStore:
         if file is None:
             raise NotStored(f"{record.name!r} is not on the disk")
         with file:
-            await self.database.mend(record, file.pieces(0, file.size))
+            await self.database.mend(record, file.chunks())
 
     # -- what a server does ---------------------------------------------------------------------------------------
 
