@@ -934,3 +934,38 @@ def test_a_port_that_is_taken(full: Site) -> None:
         done = full.execute(None, "serve", *full.flags, "--port", str(port))
     assert done.code == 1
     assert done.err.splitlines()[-1] == "selfheal: the server did not start; what it said is above"
+
+
+LATE_DRIVER = """
+import sys, time
+import aiosqlite.core as core
+from selfheal import DatabaseUnavailable, UploadStore
+from selfheal.scripts.common import run_on
+
+real = core._connection_worker_thread
+
+class Late:
+    def __init__(self, queue):
+        self.queue = queue
+    def get(self):
+        asked = self.queue.get()
+        time.sleep(0.05)
+        return asked
+
+def _connection_worker_thread(queue):
+    real(Late(queue))
+
+core._connection_worker_thread = _connection_worker_thread
+try:
+    run_on(UploadStore(sys.argv[1], "sqlite:///" + sys.argv[1] + "/nowhere/a.db"), lambda store: store.database.count())
+except DatabaseUnavailable:
+    print("no answer")
+time.sleep(0.2)
+"""
+
+
+def test_a_driver_that_is_late_to_say_that_it_could_not_connect(tmp_path: Path) -> None:
+    """The loop of a command is not closed under the driver's thread: that would be told as a traceback."""
+    command = [sys.executable, "-c", LATE_DRIVER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("no answer\n", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
@@ -71,8 +72,19 @@ def run_on(store: UploadStore, work: Callable[[UploadStore], Coroutine[Any, Any,
             return await work(store)
         finally:
             await store.close()
+            await _no_driver_threads()
 
     return asyncio.run(and_close())
+
+
+async def _no_driver_threads() -> None:
+    """aiosqlite tells a loop from a thread that a connection which could not be opened has ended, and nobody waits for
+    it: a loop that is closed by then costs the user a traceback. A second is enough, unless a file system hangs.
+    """
+    for _ in range(1000):
+        if not any("_connection_worker_thread" in thread.name for thread in threading.enumerate()):
+            return
+        await asyncio.sleep(0.001)
 
 
 def store_of(settings: Settings) -> UploadStore:
