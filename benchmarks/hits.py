@@ -125,18 +125,22 @@ def beside_a_slow_disk(run: Run) -> Iterator[Contest]:
 
 @experiment("Hits beside a flood of random names that do not exist, on 64 connections")
 def beside_a_flood(run: Run) -> Iterator[Contest]:
-    """The names are of a shape that only the database can tell to be absent. "Beside nothing of ours": as many requests
-    that the wrapped app answers with a 404, which is what load alone does to one core, and to both clients on another.
+    """The names are of a shape that only the database can tell to be absent. "Beside nothing of ours": the same flood
+    of what the wrapped app answers with a 404. Both clients share a core; "a nice one" gives way to the other there.
     """
-    lua = Path(__file__).with_name("flood.lua")
+    lua = str(Path(__file__).with_name("flood.lua"))
     with uploads() as (directory, database), uvicorn("ours", directory=directory, database=database) as server:
-        turns = beside(run, server, PREFIX, "beside", str(lua)) | beside(
-            run, server, "/none", "beside nothing of ours", str(lua)
+        turns = (
+            beside(run, server, PREFIX, "beside", lua)
+            | beside(run, server, PREFIX, "beside a nice one", lua, nice=10)
+            | beside(run, server, "/none", "beside nothing of ours", lua)
         )
         yield run.contest("4 KiB hits", "p99 ms", turns, wants={"alone": "≤ 2"}, subject="beside")
 
 
-def beside(run: Run, server: Server, path: str, name: str, lua: str | None = None) -> dict[str, Callable[[], Measures]]:
+def beside(
+    run: Run, server: Server, path: str, name: str, lua: str | None = None, nice: int = 0
+) -> dict[str, Callable[[], Measures]]:
     """Hits alone, and beside another load."""
     seconds = run.pick(5, 2)
 
@@ -144,7 +148,7 @@ def beside(run: Run, server: Server, path: str, name: str, lua: str | None = Non
         return wrk(server.url(path_of("4 KiB")), seconds=seconds)
 
     def together() -> Measures:
-        with loading(server.url(path), seconds=seconds + 60, lua=lua):
+        with loading(server.url(path), seconds=seconds + 60, lua=lua, nice=nice):
             return alone()
 
     alone()

@@ -193,13 +193,13 @@ def wrk(url: str, *, seconds: float, connections: int = 64) -> Measures:
 
 @contextlib.contextmanager
 def loading(
-    url: str, *, seconds: float, connections: int = 64, lua: str | None = None
+    url: str, *, seconds: float, connections: int = 64, lua: str | None = None, nice: int = 0
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """wrk at work; stopped at the end. With `lua` it gives way to the other that it shares a core with."""
+    """wrk at work; stopped at the end. The more `nice`, the more it gives way to another on its core."""
     command = [program("wrk"), "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "--timeout", "60s"]
     if lua is not None:
-        command = ["nice", *command, "-s", lua]
-    process = subprocess.Popen([*command, url], stdout=subprocess.PIPE)
+        command += ["-s", lua]
+    process = subprocess.Popen(["nice", f"-n{nice}", *command, url], stdout=subprocess.PIPE)
     _place(process.pid, 1)
     try:
         yield process

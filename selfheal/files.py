@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import itertools
 import os
 import threading
 from collections.abc import AsyncGenerator
@@ -122,7 +121,7 @@ class OpenFile:
         return whole.hexdigest()
 
     async def digests(self) -> Digests:
-        """The digests of the whole file and of its chunks, from one reading; each is made in a thread of its own."""
+        """The digests of all `chunks` together and of each, from one reading; both are made in threads of their own."""
         whole, each = hashlib.sha256(), list[bytes]()
         async with aclosing(ahead(self._handfuls())) as handfuls:
             async for chunks in handfuls:
@@ -131,21 +130,30 @@ class OpenFile:
         return Digests(whole.hexdigest(), each)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """All chunks, read in a thread some ahead: for who takes them as fast as they come, and serves nobody."""
+        """All chunks of what was measured, read in a thread some ahead: for who takes them as fast as they come, and
+        serves nobody. Raises `Unsettled` if the file was cut short meanwhile.
+        """
         async with aclosing(ahead(self._handfuls())) as handfuls:
             async for chunks in handfuls:
                 for chunk in chunks:
                     yield chunk
 
     async def _handfuls(self) -> AsyncGenerator[list[bytes], None]:
-        start = 0
-        while chunks := await self.threads.run(self._chunks_waiting, start):
-            yield chunks
-            start += len(chunks) * CHUNK
+        step = CHUNKS_TOGETHER * CHUNK
+        for start in range(0, self.size, step):
+            yield await self.threads.run(self._chunks_waiting, start, min(self.size, start + step))
 
-    def _chunks_waiting(self, start: int) -> list[bytes]:
-        chunks = (self.read_waiting(at, CHUNK) for at in range(start, start + CHUNKS_TOGETHER * CHUNK, CHUNK))
-        return list(itertools.takewhile(len, chunks))
+    def _chunks_waiting(self, start: int, stop: int) -> list[bytes]:
+        return [self._all_waiting(at, min(CHUNK, stop - at)) for at in range(start, stop, CHUNK)]
+
+    def _all_waiting(self, start: int, size: int) -> bytes:
+        data = self.read_waiting(start, size)
+        while len(data) < size:  # the file ends here now, or its file system gives less at a time
+            more = self.read_waiting(start + len(data), size - len(data))
+            if not more:
+                raise self._cut_short()
+            data += more
+        return data
 
     async def read(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""
@@ -159,9 +167,12 @@ class OpenFile:
         while start < stop:
             piece = await self.read(start, min(CROWD.piece, stop - start))
             if not piece:
-                raise Unsettled(f"{self.path} was cut short while it was read")
+                raise self._cut_short()
             start += len(piece)
             yield piece
+
+    def _cut_short(self) -> Unsettled:
+        return Unsettled(f"{self.path} was cut short while it was read")
 
     def close(self) -> None:
         """Close the descriptor; closing twice is harmless."""

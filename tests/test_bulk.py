@@ -799,7 +799,8 @@ async def test_an_invalid_name_on_both_sides_is_told_once(store: UploadStore, di
     await store.save("good.png", noise(100))
     await sql("UPDATE image_storage SET name = 'CON'")
     (directory / "good.png").rename(directory / "CON")
-    assert (await told(bulk.verify(store))).problems == {"CON": "invalid_name"}
+    for run in (bulk.verify(store), bulk.restore(store)):
+        assert (await told(run)).problems == {"CON": "invalid_name"}
 
 
 # -- dry runs --------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import errno
 import hashlib
 import inspect
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,40 @@ async def test_a_file_that_is_cut_short_is_told(file: OpenFile, path: Path, left
     with pytest.raises(Unsettled) as caught:
         await anext(pieces)
     assert str(path) in str(caught.value)
+
+
+async def all_chunks(file: OpenFile) -> list[bytes]:
+    """What an open file gives to who takes all of it."""
+    return [chunk async for chunk in file.chunks()]
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 2 * len(LONG)])
+@pytest.mark.parametrize("at_most", [PIECE, 100_000], ids=["all that is asked for", "less"])
+async def test_chunks_are_those_of_the_file_that_was_measured(
+    path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch, size: int, at_most: int
+) -> None:
+    """Whatever was appended meanwhile, and however little a reading gives (some network file systems give less)."""
+    data, real = (LONG * 2)[:size], os.pread
+    path.write_bytes(data)
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: real(fd, min(size, at_most), offset))
+    with opened(path, threads) as file:
+        with path.open("ab") as appended:
+            appended.write(b"grown")
+        chunks = [data[start : start + CHUNK] for start in range(0, size, CHUNK)]
+        assert await all_chunks(file) == chunks
+        assert await file.digests() == Digests.of(chunks)
+
+
+@pytest.mark.parametrize("take", [all_chunks, OpenFile.digests])
+async def test_chunks_of_a_file_that_is_cut_short(
+    path: Path, threads: Threads, take: Callable[[OpenFile], Awaitable[object]]
+) -> None:
+    """It is told; nobody takes the rest for the whole."""
+    path.write_bytes(LONG)
+    with opened(path, threads) as file:
+        os.truncate(path, len(LONG) - 1)
+        with pytest.raises(Unsettled, match=re.escape(str(path))):
+            await take(file)
 
 
 # -- hashed ----------------------------------------------------------------------------------------------------------
