@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 from .disk import UploadsDirectory
 from .errors import NotStored, SelfHealError, Unsettled
-from .flight import ahead
+from .flight import ahead, in_order
 from .landing import LARGE_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Listing
 from .outcomes import Outcome, Result, Step, Survey, all_present, each, of_error, results_of, survey, told
-from .records import Record
+from .records import Page, Record, Stretch
 from .sides import NAMES_AT_ONCE, digest_of
 from .store import UploadStore
 from .workers import Alone, Workers
 
 Work = Callable[[list[Wanted]], Step]
+Looked = tuple[int, int, list[Stretch]]
+"""How many names, of how many bytes, are all there in some stretches; and the other stretches."""
+Look = Callable[[Sequence[Stretch]], Coroutine[Any, Any, Looked]]
+STRETCHES_AT_ONCE = 16
+"""Stretches that one process looks at, one after the other: a directory may be read once for all of them."""
 
 
 async def restore(
@@ -38,7 +44,8 @@ async def restore(
     jobs = jobs // workers.count or 1
     land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
     heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
-    surveys = _surveys(store) if verify else _quick_surveys(store)
+    look = partial(workers.run, _look)
+    surveys = _surveys(store) if verify else _quick_surveys(store, look, workers.at_once)
     async with aclosing(results_of(_steps(surveys, land, heal), workers.at_once)) as results:
         async for result in results:
             yield result
@@ -58,18 +65,47 @@ async def _steps(surveys: AsyncGenerator[Survey, None], land: Work, heal: Work) 
                 yield heal(batch)
 
 
-async def _quick_surveys(store: UploadStore) -> AsyncGenerator[Survey, None]:
-    """Names are looked at one by one only where a page of them is not all there."""
+async def _quick_surveys(store: UploadStore, look: Look, at_once: int) -> AsyncGenerator[Survey, None]:
+    """Names are looked at one by one only where a stretch of them is not all there."""
     listing = Listing(store.disk)
-    async with aclosing(ahead(store.database.summaries(NAMES_AT_ONCE))) as pages:
-        async for page in pages:
-            if await store.threads.run(all_present, listing, page):
-                yield Survey([], [], [Result("", Outcome.OK, int(page.size), count=page.count)])
-            else:
-                found = await store.threads.run(survey, listing, await store.database.names_of(page))
-                size = sum(size for _, size in found.present)
-                present = [Result("", Outcome.OK, size, count=len(found.present))] if found.present else []
+    async with aclosing(in_order(_looks(store, look), at_once)) as looks:
+        async for count, size, others in looks:
+            yield Survey([], [], _there(count, size))
+            for stretch in others:
+                found = await store.threads.run(survey, listing, await store.database.names_in(stretch))
+                present = _there(len(found.present), sum(size for _, size in found.present))
                 yield Survey([], found.missing, found.wrong + present)
+
+
+async def _looks(store: UploadStore, look: Look) -> AsyncGenerator[Coroutine[Any, Any, Looked], None]:
+    held: list[Stretch] = []
+    async with aclosing(store.database.stretches(NAMES_AT_ONCE)) as stretches:
+        async for stretch in stretches:
+            held.append(stretch)
+            if len(held) == STRETCHES_AT_ONCE or stretch.stop is None:
+                yield look(held)
+                held = []
+
+
+async def _look(store: UploadStore, stretches: Sequence[Stretch]) -> Looked:
+    listing = Listing(store.disk)
+    count, size, others = 0, 0, []
+    async with aclosing(ahead(_pages(store, stretches))) as pages:
+        async for stretch, page in pages:
+            if await store.threads.run(all_present, listing, page):
+                count, size = count + page.count, size + int(page.size)
+            else:
+                others.append(stretch)
+    return count, size, others
+
+
+async def _pages(store: UploadStore, stretches: Sequence[Stretch]) -> AsyncGenerator[tuple[Stretch, Page], None]:
+    for stretch in stretches:
+        yield stretch, await store.database.page(stretch)
+
+
+def _there(count: int, size: int) -> list[Result]:
+    return [Result("", Outcome.OK, size, count=count)] if count else []
 
 
 async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerator[Survey, None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -19,7 +19,7 @@ from .blobs import READ_AT_ONCE, Blobs, Write
 from .catalogue import Catalogue
 from .content_types import content_type as type_of
 from .digests import Digests
-from .engine import Engine, check_version, unavailable
+from .engine import Engine, check_version, unavailable, url_of
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks
 from .queries import ByName, Queries
@@ -30,6 +30,7 @@ from .records import (
     Purged,
     Record,
     SmallFile,
+    Stretch,
     Version,
     to_name,
     to_record,
@@ -59,7 +60,10 @@ class ImageStorage:
         threads: Threads | None = None,
         tasks: Tasks | None = None,
     ) -> None:
-        self.tables = define_tables(MetaData() if metadata is None else metadata)
+        if metadata is None:
+            self.tables = define_tables(MetaData(), url_of(database).get_backend_name())
+        else:
+            self.tables = define_tables(metadata)
         self._threads = threads or Threads()
         self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or Tasks())
         self._queries = Queries(self.tables, self._engine.dialect)
@@ -161,17 +165,23 @@ class ImageStorage:
             yield [to_name(row) for row in rows]
             query, after = self._queries.names[deleted], rows[-1][0]
 
-    async def summaries(self, size: int) -> AsyncGenerator[Page, None]:
-        """The names of the living in their order, `size` at a time, a page of them as one row."""
-        query, after = self._queries.first_summary, ""
-        while (row := (await self._engine.rows(query, **self._queries.bounds(after=after), size=size))[0])[1]:
-            yield Page(*row)
-            query, after = self._queries.summary, row[-1]
+    async def stretches(self, size: int) -> AsyncGenerator[Stretch, None]:
+        """All names there are, in stretches in which so many records lie at most, but for what is saved meanwhile."""
+        first: Any = ""
+        while rows := await self._engine.rows(
+            self._queries.next_stretch, **self._queries.bounds(first=first), size=size
+        ):
+            yield Stretch(first, rows[0][0])
+            first = rows[0][0]
+        yield Stretch(first, None)
 
-    async def names_of(self, page: Page) -> list[tuple[str, int]]:
-        """The names of a page with their sizes, and what was saved between them meanwhile."""
-        bounds = self._queries.bounds(first=page.first, last=page.last)
-        return [to_name(row) for row in await self._engine.rows(self._queries.names_of_page, **bounds)]
+    async def page(self, stretch: Stretch) -> Page:
+        """The living of a stretch as one row."""
+        return Page(*(await self._rows_in(self._queries.summary, stretch))[0])
+
+    async def names_in(self, stretch: Stretch) -> list[tuple[str, int]]:
+        """The living of a stretch, with their sizes."""
+        return [to_name(row) for row in await self._rows_in(self._queries.in_stretch, stretch)]
 
     async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
         """Names, not new ones, that were changed `since`, at most `size`, with their generations; and the next `since`.
@@ -301,6 +311,10 @@ class ImageStorage:
         return await self._engine.write(work)
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    async def _rows_in(self, query: Mapping[bool, Select[Any]], stretch: Stretch) -> Sequence[Sequence[Any]]:
+        bounds = {"first": stretch.first} if stretch.stop is None else {"first": stretch.first, "stop": stretch.stop}
+        return await self._engine.rows(query[stretch.stop is None], **self._queries.bounds(**bounds))
 
     async def _rows_of(self, query: ByName, wanted: Sequence[str]) -> Sequence[Sequence[Any]]:
         if len(wanted) == 1:

@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, database: str | URL | AsyncEngine, tables: Tables, *, timeout: float, tasks: Tasks) -> None:
         self._given = database if isinstance(database, AsyncEngine) else None
-        self.url = database.url if isinstance(database, AsyncEngine) else _as_url(database)
+        self.url = url_of(database)
         self.timeout = timeout
         self._tables = tables
         self._tasks = tasks
@@ -206,7 +206,10 @@ def check_version(version: int | None) -> None:
         raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
 
 
-def _as_url(database: str | URL) -> URL:
+def url_of(database: str | URL | AsyncEngine) -> URL:
+    """Where a database is, in the words of the driver that we use. Raises `SettingsError`."""
+    if isinstance(database, AsyncEngine):
+        return database.url
     return database_url(database if isinstance(database, str) else database.render_as_string(hide_password=False))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import itertools
@@ -53,11 +54,17 @@ class Listing:
         return last in self._files(folder)
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """As `has`, of many names in their order."""
-        for folder, below in itertools.groupby(names, _folder_of):
-            start = len(folder) + 1 if folder else 0
-            if not self._files(folder).issuperset([name[start:] for name in below]):
+        """As `has`, of many names: quickly where those below a folder are all in it, and in no folder below that."""
+        ordered = sorted(names)
+        start = 0
+        while start < len(ordered):
+            folder = _folder_of(ordered[start])
+            # what is below a folder lies before the name that has a 0, which comes after the /, in its place
+            stop = bisect.bisect_left(ordered, f"{folder}0", start) if folder else len(ordered)
+            below, cut = ordered[start:stop], len(folder) + 1 if folder else 0
+            if not self._files(folder).issuperset([name[cut:] for name in below]) and not all(map(self.has, below)):
                 return False
+            start = stop
         return True
 
     def _files(self, folder: str) -> frozenset[str] | _Large:

@@ -107,9 +107,15 @@ class Survey:
 
 def all_present(listing: Listing, page: Page) -> bool:
     """Whether a page holds nothing but sound records of valid names whose files are on the disk."""
+    if not page.count:
+        return True
     lines = page.lines.split("\n")
-    is_sound = not page.unsound and len(lines) == page.count and names.are_valid(page.lines)
-    return is_sound and listing.has_all(lines)
+    if page.unsound or len(lines) != page.count or not names.are_valid(page.lines):
+        return False
+    try:
+        return listing.has_all(lines)
+    except OSError:  # of which names nobody can tell is told by a look at each
+        return False
 
 
 def split(wanted: Iterable[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[Result]]:

@@ -75,10 +75,13 @@ class Queries:
         some = {False: names.where(alive).limit(size), True: names.where(dead).limit(size)}
         self.first_names = {dead: query.where(record.c.name >= after) for dead, query in some.items()}
         self.names = {dead: query.where(record.c.name > after) for dead, query in some.items()}
-        self.first_summary, self.summary = map(self._summary, (self.first_names[False], self.names[False]))
-        self.names_of_page: Select[Any] = (
-            names.where(alive).where(record.c.name >= self._bound("first")).where(record.c.name <= self._bound("last"))
+        begun = record.c.name >= self._bound("first")
+        self.next_stretch: Select[Any] = (
+            select(record.c.name).where(begun).order_by(record.c.name).limit(literal_column("1")).offset(size)
         )
+        living = names.where(alive).where(begun)
+        self.in_stretch = {True: living, False: living.where(record.c.name < self._bound("stop"))}
+        self.summary = {is_last: self._summary(query) for is_last, query in self.in_stretch.items()}
         overlap = text("datetime('now', '-60 seconds')" if self._is_sqlite else "now() - interval '60 seconds'")
         self.moment: Select[Any] = select(overlap)
         self.changes: Select[Any] = (
@@ -119,13 +122,13 @@ class Queries:
         return case((bindparam(f"{which}_is_text", type_=Boolean), cast(name, String)), else_=name)
 
     def _summary(self, names: Select[Any]) -> Select[Any]:
-        """Some names as one row, in the order of a `Page`: many rows cost ten times as much."""
+        """Some names as one row, the columns in the order of a `Page`: many rows cost ten times as much."""
         page = names.subquery()
         name, size = page.c
         of_dialect = self._of_sqlite if self._is_sqlite else self._of_postgresql
         lines, total, is_unsound = of_dialect(name, size)
         count = func.count()
-        return select(lines, count, total, count.filter(is_unsound), func.min(name), func.max(name))
+        return select(func.coalesce(lines, literal_column("''")), count, total, count.filter(is_unsound))
 
     @staticmethod
     def _of_sqlite(name: Any, size: Any) -> Iterator[ColumnElement[Any]]:
@@ -136,7 +139,7 @@ class Queries:
     @staticmethod
     def _of_postgresql(name: Any, size: Any) -> Iterator[ColumnElement[Any]]:
         yield func.string_agg(name, literal_column("chr(10)"))
-        yield cast(func.sum(size), Double)
+        yield cast(func.coalesce(func.sum(size), literal_column("0")), Double)
         yield size < 0
 
     def _by_name(self, name: ColumnElement[str], query: Select[Any]) -> ByName:

@@ -57,17 +57,23 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """The names from `first` on, those from `stop` on not among them (None: all there are), as the driver gave them."""
+
+    first: Any
+    stop: Any | None
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
-    """Consecutive names as `lines`, without a look at each: how many there are, how many bytes their records have
-    together, how many of those are `unsound`, and the `first` and the `last` name, as the driver gave them.
+    """The names of a stretch as `lines`, without a look at each: how many there are, how many bytes their records have
+    together, and how many of those are `unsound`.
     """
 
     lines: str
     count: int
     size: float
     unsound: int
-    first: Any
-    last: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sqlite3
@@ -33,7 +34,9 @@ from selfheal import (
     bulk,
     bulk_restore,
     landing,
+    syscalls,
 )
+from selfheal.listing import Listing
 from selfheal.names import to_path
 from selfheal.outcomes import Result
 from selfheal.sources import CHUNK
@@ -942,14 +945,14 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def after_listing(store: UploadStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]) -> None:
     """Let something change once the names of the living were read, and before anything is done about them."""
-    names_of = store.database.names_of
+    names_in = store.database.names_in
 
-    async def and_change(page: Any) -> Any:
-        names = await names_of(page)
+    async def and_change(stretch: Any) -> Any:
+        names = await names_in(stretch)
         await change()
         return names
 
-    monkeypatch.setattr(store.database, "names_of", and_change)
+    monkeypatch.setattr(store.database, "names_in", and_change)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -1054,19 +1057,18 @@ async def test_a_change_under_way_is_no_damage(
                         await change_once(name)
                 yield page
 
-    async def old_summaries(size: int) -> AsyncIterator[Any]:
-        async with aclosing(summaries(size)) as found:
-            async for page in found:
-                for name in page.lines.split("\n"):
-                    await change_once(name)
-                yield page
+    async def old_page(stretch: Any) -> Any:
+        found = await page_of(stretch)
+        for name in found.lines.split("\n"):
+            await change_once(name)
+        return found
 
     for name in ("small.png", "large.bin"):
         await store.save(name, noise(LARGE if name == "large.bin" else SMALL, name))
-    fetch, pages, summaries = store.database.fetch, store.database.names, store.database.summaries
+    fetch, pages, page_of = store.database.fetch, store.database.names, store.database.page
     monkeypatch.setattr(store.database, "fetch", old_records)
     monkeypatch.setattr(store.database, "names", old_names)
-    monkeypatch.setattr(store.database, "summaries", old_summaries)
+    monkeypatch.setattr(store.database, "page", old_page)
     said = await told(run(store))
     assert said.problems == {}
     assert changed == {"small.png", "large.bin"}
@@ -1110,15 +1112,87 @@ async def test_what_is_saved_between_two_looks_at_a_page(
     for name in ("a.png", "c.png", "d.png"):
         await sqlite_store.save(name, noise(50, name))
         (directory / name).unlink()
-    names_of = sqlite_store.database.names_of
+    names_in = sqlite_store.database.names_in
 
-    async def save_before(page: Any) -> Any:
+    async def save_before(stretch: Any) -> Any:
         await sqlite_store.database.store_image("b.png", noise(50, "b.png"))
-        return await names_of(page)
+        return await names_in(stretch)
 
-    monkeypatch.setattr(sqlite_store.database, "names_of", save_before)
+    monkeypatch.setattr(sqlite_store.database, "names_in", save_before)
     assert (await told(bulk.restore(sqlite_store))).counts == {"restored": 4}
     assert sorted(path.name for path in directory.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
+
+
+@pytest.mark.parametrize(("names_at_once", "stretches_at_once"), [(1, 1), (2, 3), (4, 1), (100, 16)])
+async def test_pages_of_any_length(
+    store: UploadStore, directory: Path, names_at_once: int, stretches_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However names are parted, each is looked at once: none is left out, none restored that is there, or deleted."""
+    monkeypatch.setattr(bulk_restore, "NAMES_AT_ONCE", names_at_once)
+    monkeypatch.setattr(bulk_restore, "STRETCHES_AT_ONCE", stretches_at_once)
+    names = [f"{folder}{number}.png" for folder in ("", "a/", "a/b/", "日本/") for number in range(4)]
+    for name in names:
+        await store.save(name, noise(50, name))
+    deleted, missing = {names[2], names[5]}, {names[0], names[7], names[15]}
+    for name in deleted:
+        await store.delete(name)
+    for name in missing:
+        (directory / name).unlink()
+    said = await told(bulk.restore(store))
+    assert said.counts == {"ok": len(names) - 5, "restored": 3}
+    assert {one.name for one in said.results if one.outcome == "restored"} == missing
+    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*.png")}
+    assert there == set(names) - deleted
+    assert (await told(bulk.restore(store))).counts == {"ok": len(names) - 2}
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 100])
+async def test_stretches(store: UploadStore, size: int) -> None:
+    """They hold every name once, in their order, none more records than asked for, and a page says the same."""
+    names = sorted(f"{folder}{number}.png" for folder in ("", "a/", "a/b/", "z") for number in range(3))
+    for name in names:
+        await store.database.store_image(name, noise(len(name), name))
+    for name in names[:4]:
+        await store.database.bury(name)
+    held = []
+    async for stretch in store.database.stretches(size):
+        found = await store.database.names_in(stretch)
+        page = await store.database.page(stretch)
+        assert len(found) <= size
+        assert page.lines == "\n".join(name for name, _ in found)
+        assert (page.count, page.size, page.unsound) == (len(found), sum(size for _, size in found), 0)
+        held += found
+    assert held == [(name, len(name)) for name in names[4:]]
+
+
+async def test_whether_all_are_there(sqlite_store: UploadStore, directory: Path) -> None:
+    """The quick look at many names says what a look at each says, whatever folders they are in."""
+    random = Random(7)
+    folders = ("", "a/", "a/b/", "a/b/c/", "a!/", "a0/", "b/")
+    everything = [f"{folder}{last}" for folder in folders for last in ("0", "1.png", "x", "z.gif")]
+    there = random.sample(everything, len(everything) * 3 // 4)
+    for name in there:
+        lay(directory, name, b"")
+    for _ in range(3000):
+        wanted = random.sample(there, random.randint(1, 6)) + random.sample(everything, random.randint(0, 1))
+        assert Listing(sqlite_store.disk).has_all(wanted) == set(wanted).issubset(there), wanted
+
+
+async def test_a_folder_that_cannot_be_read(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its names nobody can tell whether they are there; of all others somebody can."""
+    for name in ("a.png", "cats/a.png", "cats/b.png", "dogs/a.png"):
+        await store.save(name, noise(50, name))
+    open_directory = syscalls.open_directory
+
+    def refuse(root: int, name: str) -> int:
+        if name == "cats":
+            raise OSError(errno.EIO, "Input/output error")
+        return open_directory(root, name)
+
+    monkeypatch.setattr(syscalls, "open_directory", refuse)
+    said = await told(bulk.restore(store))
+    assert said.problems == {"cats/a.png": "failed", "cats/b.png": "failed"}
+    assert said.counts == {"ok": 2, "failed": 2}
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "socket"])

@@ -661,6 +661,14 @@ def test_without_an_extra(site: Site, command: str | None, arguments: list[str],
     assert f"pip install 'selfheal[{extra}]'" in done.complaint
 
 
+@pytest.mark.parametrize("module", ["sqlalchemy.dialects.postgresql", "starlette", "uvicorn"])
+def test_a_run_does_without_what_it_does_not_use(full: Site, module: str) -> None:
+    """A bulk run over SQLite loads no server, and no other database's dialect: that would be a tenth of its start."""
+    (full.home / "sitecustomize.py").write_text(HIDING.format(module=module))
+    done = full.execute("verify", *full.flags, PYTHONPATH=str(full.home), PYTHONDONTWRITEBYTECODE="1")
+    assert (done.code, done.err) == (0, "")
+
+
 def test_help_and_version(site: Site) -> None:
     """Help is asked for with -h or --help, of the command and of every module; it goes to standard output, exit 0."""
     for flag in ("-h", "--help"):
