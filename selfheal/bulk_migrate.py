@@ -94,7 +94,7 @@ async def _compare(store: UploadStore, entry: Entry, found: Found, *, prefer_dis
     if record.is_deleted:
         return await still_there(store, name)
     try:
-        fault = await fault_in_database(store.database, found, store.threads)
+        fault = await fault_in_database(store.database, found)
         is_same = (entry.stat.st_mtime_ns, size) == (record.modified_ns, record.size)
         if fault or not is_same:
             is_same = await store.threads.run(digest_of, store.disk, name) == record.sha256

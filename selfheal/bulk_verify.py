@@ -74,7 +74,7 @@ async def _verify(store: UploadStore, found: Found) -> Result | None:
     if record.is_deleted:
         return None  # meanwhile: the walk finds it if it is still on disk
     try:
-        fault = await fault_in_database(store.database, found, store.threads)
+        fault = await fault_in_database(store.database, found)
         if fault:
             return problem(record.name, Outcome.CORRUPT_IN_DATABASE, fault, record.size)
         digest = await store.threads.run(digest_of, store.disk, record.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -18,10 +19,10 @@ from . import names
 from .blobs import READ_AT_ONCE, Blobs, Write
 from .catalogue import Catalogue
 from .content_types import content_type as type_of
-from .digests import Digests
+from .digests import Digests, add_all
 from .engine import Engine, check_version, unavailable, url_of
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
-from .flight import Tasks
+from .flight import Tasks, ahead
 from .queries import ByName, Queries
 from .records import (
     RECORD_COLUMNS,
@@ -145,6 +146,17 @@ class ImageStorage:
     def read_whole(self, record: Record) -> AsyncGenerator[list[bytes], None]:
         """As `read_handfuls`, for who believes none of it before the whole digest is checked."""
         return self._blobs.read_whole(record.name, record.sha256, record.size)
+
+    async def digest(self, version: Record | Version) -> str:
+        """The SHA-256 of the bytes that there are for a record, which is theirs if it is the recorded one.
+
+        Raises `CorruptBlob`.
+        """
+        whole = hashlib.sha256()
+        async with aclosing(ahead(self.read_handfuls(version))) as handfuls:
+            async for chunks in handfuls:
+                await self._threads.run(add_all, whole, chunks)
+        return whole.hexdigest()
 
     async def history(self, name: str) -> list[Version]:
         """What a name was before, newest first."""

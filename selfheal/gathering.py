@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from .db import ImageStorage
-from .digests import Digests, add_all, chunk_digest
+from .digests import Digests, chunk_digest
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SelfHealError, Unsettled
 from .files import OpenFile, identity_of
-from .records import Found, Record, SmallFile
+from .records import Found, SmallFile
 from .sources import CHUNK
-from .threads import Threads
 
 LARGE = 4 * 1024 * 1024
 """Bytes from which a file is better streamed than held in memory."""
@@ -55,26 +53,18 @@ def _whole(name: str, file: OpenFile) -> SmallFile:
     return SmallFile(name, file.size, file.modified_ns, chunks, Digests.of(chunks))
 
 
-async def fault_in_database(database: ImageStorage, found: Found, threads: Threads) -> str:
+async def fault_in_database(database: ImageStorage, found: Found) -> str:
     """Why the recorded bytes could not be brought back; empty if they could."""
     record = found.record
     if record.size <= CHUNK and _is_sound(found):
         return ""
     try:
-        whole = await _digest(database, record, threads)
+        whole = await database.digest(record)
     except CorruptBlob as error:
         return error.why
     if whole != record.sha256:
         return "the whole does not match its digest"
     return "" if found.has_blob else "its blob has no row, or another size"
-
-
-async def _digest(database: ImageStorage, record: Record, threads: Threads) -> str:
-    whole = hashlib.sha256()
-    async with aclosing(database.read_handfuls(record)) as handfuls:
-        async for chunks in handfuls:
-            await threads.run(add_all, whole, chunks)
-    return whole.hexdigest()
 
 
 def _is_sound(found: Found) -> bool:

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any
 
+from .absent import AbsentNames
 from .blobs import READ_AT_ONCE
 from .bodies import FromDatabase, Incoming, InMemory, Landed
 from .db import ImageStorage
@@ -25,11 +25,6 @@ from .staging import Staged
 
 WHOLE_FIRST = 16 * 1024 * 1024
 """Bytes up to which a file is restored and checked whole before its answer begins; a larger one streams meanwhile."""
-ABSENT_FOR = 2.0
-"""Seconds for which an absent name is remembered."""
-ABSENT_AT_MOST = 10_000
-TURNS_OF_AN_ABSENT = 2
-"""Turns of the event loop per answer that a name is absent: a flood of such names waits for hits, not they for it."""
 LOOKUPS_AT_ONCE = 64
 HERE_AT_ONCE = 8
 """Threads that may be asking the database themselves; the others are there for the disk."""
@@ -69,10 +64,9 @@ class Restorer:
         self._threads = disk.threads
         self._deadline = deadline
         self._places = Places(at_once)
-        self._turns = Places(1)
         self._flights: Flights[str, asyncio.Future[Answer]] = Flights(tasks)
         self._lookups: Batches[str, Found] = Batches(database.fetch, tasks, size=LOOKUPS_AT_ONCE, at_once=2)
-        self._absent: dict[str, float] = {}
+        self._absent = AbsentNames()
         self._here = 0
 
     async def bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
@@ -82,14 +76,12 @@ class Restorer:
         """
         body = await self._bring_back(name)
         if body is None:
-            async with self._turns.one():
-                for _ in range(TURNS_OF_AN_ABSENT):
-                    await asyncio.sleep(0)
+            await self._absent.turn()
         return body
 
     def forget(self, name: str) -> None:
         """A name was saved: it is no longer known to be absent."""
-        self._absent.pop(name, None)
+        self._absent.discard(name)
 
     async def put(self, record: Record) -> None:
         """Make the disk's copy of a living record what the record says; what stands there unrecorded is quarantined.
@@ -111,16 +103,7 @@ class Restorer:
 
     async def check(self, version: Version) -> None:
         """Read all bytes of a version; raises `CorruptBlob` if they are not the recorded ones."""
-        whole = hashlib.sha256()
-
-        def add(chunks: list[bytes]) -> None:
-            for chunk in chunks:
-                whole.update(chunk)
-
-        async with aclosing(ahead(self._database.read_handfuls(version))) as handfuls:
-            async for chunks in handfuls:
-                await self._threads.run(add, chunks)
-        if whole.hexdigest() != version.sha256:
+        if await self._database.digest(version) != version.sha256:
             raise CorruptBlob(version.name, "the whole does not match its digest")
 
     async def withdraw(self, record: Record) -> None:
@@ -157,7 +140,7 @@ class Restorer:
 
     async def _bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
         for _ in range(3):
-            if self._is_known_absent(name):
+            if name in self._absent:
                 return None
             answer = await self._join(name)
             if isinstance(answer, Incoming) and not answer.progress.is_over:
@@ -244,7 +227,7 @@ class Restorer:
     def _settle(self, name: str, size: int, there: Landed | OnDisk | None, answer: asyncio.Future[Answer]) -> None:
         """A name was restored and is there, or there is no such name."""
         if there is None:
-            self._remember_absent(name)
+            self._absent.add(name)
         if not answer.done():
             answer.set_result(there)
         self._events.emit(Kind.ABSENT if there is None else Kind.RESTORED, name, size)
@@ -368,13 +351,3 @@ class Restorer:
     def _replace(self, staged: Staged) -> None:
         with self._disk.writing():
             staged.replace()
-
-    # -- absent names ---------------------------------------------------------------------------------------------
-
-    def _is_known_absent(self, name: str) -> bool:
-        return time.monotonic() < self._absent.get(name, 0.0)
-
-    def _remember_absent(self, name: str) -> None:
-        if len(self._absent) >= ABSENT_AT_MOST:
-            self._absent.clear()
-        self._absent[name] = time.monotonic() + ABSENT_FOR

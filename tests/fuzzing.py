@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from asgi import Answer, Wrapped, ask_scope
 from sides import files_below
 
-from selfheal import CorruptBlob, SelfHealMiddleware, UploadStore, bulk, names, restoration
+from selfheal import CorruptBlob, SelfHealMiddleware, UploadStore, absent, bulk, names
 from selfheal.blobs import chunk_digest
 from selfheal.outcomes import Outcome
 from selfheal.sources import CHUNK
@@ -64,7 +64,7 @@ class Target:
         self.directory = self.base / "static" / "uploads"
         self.database = self.base / "catalogue.db"
         self.runner = asyncio.Runner()
-        self.absent_for, restoration.ABSENT_FOR = restoration.ABSENT_FOR, 0.0  # one game knows nothing of the other
+        self.absent_for, absent.ABSENT_FOR = absent.ABSENT_FOR, 0.0  # one game knows nothing of the other
         self.store = UploadStore(self.directory, f"sqlite+aiosqlite:///{self.database}")
         self.wrapped = Wrapped()
         self.app = SelfHealMiddleware(self.wrapped, self.store, adopt=False)
@@ -95,7 +95,7 @@ class Target:
 
     def close(self) -> None:
         """Leave nothing."""
-        restoration.ABSENT_FOR = self.absent_for
+        absent.ABSENT_FOR = self.absent_for
         self.runner.run(self.store.close())
         self.runner.close()
         shutil.rmtree(self.base)

@@ -10,7 +10,7 @@ import selfheal
 PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
-    {"settings", "names", "sources", "policy", "workers"},
+    {"settings", "names", "sources", "policy", "workers", "absent"},
     {"staging", "tables", "files", "records", "direct", "statements"},
     {"disk", "engine", "queries"},
     {"blobs", "catalogue", "responses", "listing"},

@@ -47,12 +47,13 @@ from selfheal import (
     SelfHealMiddleware,
     UploadStore,
 )
+from selfheal.absent import ABSENT_FOR
 from selfheal.blobs import READ_AT_ONCE
 from selfheal.bodies import FromDatabase, Incoming, Landed
 from selfheal.digests import chunk_digest
 from selfheal.events import Event, Kind
 from selfheal.files import OpenFile
-from selfheal.restoration import ABSENT_FOR, WHOLE_FIRST
+from selfheal.restoration import WHOLE_FIRST
 from selfheal.settings import sqlite_file
 from selfheal.sources import CHUNK
 
@@ -376,7 +377,7 @@ async def test_an_undone_deletion_is_present_at_once(store: UploadStore) -> None
 
 async def test_absent_names_take_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many absent names are asked for, only so many are remembered."""
-    monkeypatch.setattr("selfheal.restoration.ABSENT_AT_MOST", 50)
+    monkeypatch.setattr("selfheal.absent.ABSENT_AT_MOST", 50)
     names = [f"{number}.jpg" for number in range(300)]
     for _ in range(2):
         with statements() as asked:
