@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,6 @@ from .store import UploadStore
 from .workers import Alone, Workers
 
 Work = Callable[[list[Wanted]], Step]
-Looked = tuple[int, int, list[Stretch]]
-"""How many names, of how many bytes, are all there in some stretches; and the other stretches."""
-Look = Callable[[Sequence[Stretch]], Coroutine[Any, Any, Looked]]
 STRETCHES_AT_ONCE = 16
 """Stretches that one process looks at, one after the other: a directory may be read once for all of them."""
 
@@ -44,40 +42,81 @@ async def restore(
     jobs = jobs // workers.count or 1
     land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
     heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
-    look = partial(workers.run, _look)
-    surveys = _surveys(store) if verify else _quick_surveys(store, look, workers.at_once)
-    async with aclosing(results_of(_steps(surveys, land, heal), workers.at_once)) as results:
+    remove = partial(workers.run, _remove_all, dry_run=dry_run)
+    found = _everything(store) if verify else _quickly(store, partial(workers.run, _look), workers.at_once)
+    steps = _steps(found, land=land, heal=heal, remove=remove)
+    async with aclosing(results_of(steps, workers.at_once)) as results:
         async for result in results:
             yield result
-    async with aclosing(_remove_lingering(store, dry_run=dry_run)) as removed:
-        async for result in removed:
-            yield result
 
 
-async def _steps(surveys: AsyncGenerator[Survey, None], land: Work, heal: Work) -> AsyncGenerator[Step, None]:
+@dataclass(frozen=True, slots=True)
+class _Found(Survey):
+    """What there is to do: bring back what is `missing`, hash what is `present`, remove what was `deleted`."""
+
+    deleted: list[Wanted] = field(default_factory=list)
+
+
+async def _steps(
+    found: AsyncGenerator[_Found, None], *, land: Work, heal: Work, remove: Work
+) -> AsyncGenerator[Step, None]:
     """What is to be done for all that was found."""
-    async with aclosing(ahead(surveys)) as found:
-        async for one in found:
-            yield told(one.wrong)
-            for batch in in_batches(one.missing, LARGE_AT_ONCE):
-                yield land(batch)
-            for batch in in_batches(one.present, LARGE_AT_ONCE):
-                yield heal(batch)
+    async with aclosing(ahead(found)) as coming:
+        async for one in coming:
+            yield told(one.told)
+            for work, wanted in ((land, one.missing), (heal, one.present), (remove, one.deleted)):
+                for batch in in_batches(wanted, LARGE_AT_ONCE):
+                    yield work(batch)
 
 
-async def _quick_surveys(store: UploadStore, look: Look, at_once: int) -> AsyncGenerator[Survey, None]:
-    """Names are looked at one by one only where a stretch of them is not all there."""
+async def _everything(store: UploadStore) -> AsyncGenerator[_Found, None]:
+    """Names are looked at one by one."""
+    listing = Listing(store.disk)
+    async with aclosing(ahead(store.database.stretches(NAMES_AT_ONCE))) as stretches:
+        async for stretch in stretches:
+            living = await _survey(store, listing, stretch)
+            yield _Found(living.present, living.missing, living.told)
+            yield await _lingering(store, listing, stretch)
+
+
+async def _quickly(store: UploadStore, look: Look, at_once: int) -> AsyncGenerator[_Found, None]:
+    """Names are looked at one by one only where a stretch of them is not all there; what is there is not hashed."""
     listing = Listing(store.disk)
     async with aclosing(in_order(_looks(store, look), at_once)) as looks:
-        async for count, size, others in looks:
-            yield Survey([], [], _there(count, size))
-            for stretch in others:
-                found = await store.threads.run(survey, listing, await store.database.names_in(stretch))
-                present = _there(len(found.present), sum(size for _, size in found.present))
-                yield Survey([], found.missing, found.wrong + present)
+        async for looked in looks:
+            yield _Found([], [], _there(looked.count, looked.size))
+            for stretch in looked.others:
+                living = await _survey(store, listing, stretch)
+                there = _there(len(living.present), sum(size for _, size in living.present))
+                yield _Found([], living.missing, living.told + there)
+            for stretch in looked.with_deleted:
+                yield await _lingering(store, listing, stretch)
 
 
-async def _looks(store: UploadStore, look: Look) -> AsyncGenerator[Coroutine[Any, Any, Looked], None]:
+async def _lingering(store: UploadStore, listing: Listing, stretch: Stretch) -> _Found:
+    """Deleted names that are still on disk; where nobody can tell whether they are, that is told."""
+    dead = await _survey(store, listing, stretch, deleted=True)
+    return _Found([], [], [one for one in dead.told if one.outcome is Outcome.FAILED], dead.present)
+
+
+async def _survey(store: UploadStore, listing: Listing, stretch: Stretch, *, deleted: bool = False) -> Survey:
+    return await store.threads.run(survey, listing, await store.database.names_in(stretch, deleted=deleted))
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What a quick look at some stretches told: in all but the `others` all is there, `count` names of `size` bytes."""
+
+    count: int
+    size: int
+    others: list[Stretch]
+    with_deleted: list[Stretch]
+
+
+Look = Callable[[Sequence[Stretch]], Coroutine[Any, Any, _Looked]]
+
+
+async def _looks(store: UploadStore, look: Look) -> AsyncGenerator[Coroutine[Any, Any, _Looked], None]:
     held: list[Stretch] = []
     async with aclosing(store.database.stretches(NAMES_AT_ONCE)) as stretches:
         async for stretch in stretches:
@@ -87,16 +126,19 @@ async def _looks(store: UploadStore, look: Look) -> AsyncGenerator[Coroutine[Any
                 held = []
 
 
-async def _look(store: UploadStore, stretches: Sequence[Stretch]) -> Looked:
+async def _look(store: UploadStore, stretches: Sequence[Stretch]) -> _Looked:
     listing = Listing(store.disk)
-    count, size, others = 0, 0, []
+    count = size = 0
+    others, with_deleted = list[Stretch](), list[Stretch]()
     async with aclosing(ahead(_pages(store, stretches))) as pages:
         async for stretch, page in pages:
+            if page.deleted:
+                with_deleted.append(stretch)
             if await store.threads.run(all_present, listing, page):
                 count, size = count + page.count, size + int(page.size)
             else:
                 others.append(stretch)
-    return count, size, others
+    return _Looked(count, size, others, with_deleted)
 
 
 async def _pages(store: UploadStore, stretches: Sequence[Stretch]) -> AsyncGenerator[tuple[Stretch, Page], None]:
@@ -106,13 +148,6 @@ async def _pages(store: UploadStore, stretches: Sequence[Stretch]) -> AsyncGener
 
 def _there(count: int, size: int) -> list[Result]:
     return [Result("", Outcome.OK, size, count=count)] if count else []
-
-
-async def _surveys(store: UploadStore, *, deleted: bool = False) -> AsyncGenerator[Survey, None]:
-    listing = Listing(store.disk)
-    async with aclosing(ahead(store.database.names(deleted=deleted, size=NAMES_AT_ONCE))) as pages:
-        async for page in pages:
-            yield await store.threads.run(survey, listing, page)
 
 
 async def _land(store: UploadStore, missing: list[Wanted], *, jobs: int) -> list[Result]:
@@ -190,15 +225,8 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
     return Result(name, Outcome.RESTORED, record.size, detail)
 
 
-async def _remove_lingering(store: UploadStore, *, dry_run: bool) -> AsyncGenerator[Result, None]:
-    """Deleted names that are still on disk go; where nobody can tell whether they are, that is told."""
-    async with aclosing(_surveys(store, deleted=True)) as surveys:
-        async for found in surveys:
-            for result in found.wrong:
-                if result.outcome is Outcome.FAILED:
-                    yield result
-            for name, _ in found.present:
-                yield await _remove(store, name, dry_run=dry_run)
+async def _remove_all(store: UploadStore, lingering: list[Wanted], *, dry_run: bool) -> list[Result]:
+    return [await _remove(store, name, dry_run=dry_run) for name, _ in lingering]
 
 
 async def _remove(store: UploadStore, name: str, *, dry_run: bool) -> Result:

@@ -11,7 +11,6 @@ from functools import partial
 from . import names
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, NotStored, SelfHealError
-from .flight import ahead
 from .gathering import fault_in_database
 from .landing import LARGE_AT_ONCE, SMALL_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Entry
@@ -40,9 +39,9 @@ async def verify(
 
 
 async def _recorded(store: UploadStore, compare: Callable[[list[Wanted]], Step]) -> AsyncGenerator[Step, None]:
-    async with aclosing(ahead(store.database.names(size=NAMES_AT_ONCE))) as pages:
-        async for page in pages:
-            valid, wrong = split(page)
+    async with aclosing(store.database.stretches(NAMES_AT_ONCE)) as stretches:
+        async for stretch in stretches:
+            valid, wrong = split(await store.database.names_in(stretch))
             yield told(wrong)
             for batch in in_batches(valid, LARGE_AT_ONCE):
                 yield compare(batch)

@@ -169,14 +169,6 @@ class ImageStorage:
             yield [to_record(row) for row in rows]
             after = rows[-1][0]
 
-    async def names(self, *, deleted: bool = False, size: int = 1000) -> AsyncGenerator[list[tuple[str, int]], None]:
-        """Names with their sizes, in the order of names, `size` at a time: of the living, or of the deleted."""
-        query = self._queries.first_names[deleted]
-        after = ""
-        while rows := await self._engine.rows(query, **self._queries.bounds(after=after), size=size):
-            yield [to_name(row) for row in rows]
-            query, after = self._queries.names[deleted], rows[-1][0]
-
     async def stretches(self, size: int) -> AsyncGenerator[Stretch, None]:
         """All names there are, in stretches in which so many records lie at most, but for what is saved meanwhile."""
         first: Any = ""
@@ -188,12 +180,12 @@ class ImageStorage:
         yield Stretch(first, None)
 
     async def page(self, stretch: Stretch) -> Page:
-        """The living of a stretch as one row."""
+        """What lies in a stretch as one row."""
         return Page(*(await self._rows_in(self._queries.summary, stretch))[0])
 
-    async def names_in(self, stretch: Stretch) -> list[tuple[str, int]]:
-        """The living of a stretch, with their sizes."""
-        return [to_name(row) for row in await self._rows_in(self._queries.in_stretch, stretch)]
+    async def names_in(self, stretch: Stretch, *, deleted: bool = False) -> list[tuple[str, int]]:
+        """Names in a stretch with their sizes, in the order of names: of the living, or of the deleted."""
+        return [to_name(row) for row in await self._rows_in(self._queries.names[deleted], stretch)]
 
     async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
         """Names, not new ones, that were changed `since`, at most `size`, with their generations; and the next `since`.

@@ -98,11 +98,11 @@ def sort(entries: Iterable[Entry]) -> tuple[list[Entry], list[Result]]:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Which of some names (with the sizes of their records) are on the disk, and what is wrong with the others."""
+    """Which of some names (with the sizes of their records) are on the disk, and what is to be told of the others."""
 
     present: list[tuple[str, int]]
     missing: list[tuple[str, int]]
-    wrong: list[Result]
+    told: list[Result]
 
 
 def all_present(listing: Listing, page: Page) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     Select,
     String,
+    Table,
     and_,
     any_,
     bindparam,
@@ -71,17 +72,18 @@ class Queries:
             True: page.where(dead),
             None: page.where(true()),
         }
-        names = select(record.c.name, record.c.size).order_by(record.c.name)
-        some = {False: names.where(alive).limit(size), True: names.where(dead).limit(size)}
-        self.first_names = {dead: query.where(record.c.name >= after) for dead, query in some.items()}
-        self.names = {dead: query.where(record.c.name > after) for dead, query in some.items()}
         begun = record.c.name >= self._bound("first")
         self.next_stretch: Select[Any] = (
             select(record.c.name).where(begun).order_by(record.c.name).limit(literal_column("1")).offset(size)
         )
-        living = names.where(alive).where(begun)
-        self.in_stretch = {True: living, False: living.where(record.c.name < self._bound("stop"))}
-        self.summary = {is_last: self._summary(query) for is_last, query in self.in_stretch.items()}
+        in_stretch = {True: begun, False: and_(begun, record.c.name < self._bound("stop"))}
+        names = select(record.c.name, record.c.size).order_by(record.c.name)
+        self.names = {
+            deleted: {is_last: names.where(which).where(within) for is_last, within in in_stretch.items()}
+            for deleted, which in ((False, alive), (True, dead))
+        }
+        summary = self._summary(record)
+        self.summary = {is_last: summary.where(within) for is_last, within in in_stretch.items()}
         overlap = text("datetime('now', '-60 seconds')" if self._is_sqlite else "now() - interval '60 seconds'")
         self.moment: Select[Any] = select(overlap)
         self.changes: Select[Any] = (
@@ -121,26 +123,21 @@ class Queries:
             return name
         return case((bindparam(f"{which}_is_text", type_=Boolean), cast(name, String)), else_=name)
 
-    def _summary(self, names: Select[Any]) -> Select[Any]:
-        """Some names as one row, the columns in the order of a `Page`: many rows cost ten times as much."""
-        page = names.subquery()
-        name, size = page.c
-        of_dialect = self._of_sqlite if self._is_sqlite else self._of_postgresql
-        lines, total, is_unsound = of_dialect(name, size)
-        count = func.count()
-        return select(func.coalesce(lines, literal_column("''")), count, total, count.filter(is_unsound))
-
-    @staticmethod
-    def _of_sqlite(name: Any, size: Any) -> Iterator[ColumnElement[Any]]:
-        yield func.group_concat(name, literal_column("char(10)"))
-        yield func.total(size)
-        yield or_(size < 0, func.typeof(size) != "integer")
-
-    @staticmethod
-    def _of_postgresql(name: Any, size: Any) -> Iterator[ColumnElement[Any]]:
-        yield func.string_agg(name, literal_column("chr(10)"))
-        yield cast(func.coalesce(func.sum(size), literal_column("0")), Double)
-        yield size < 0
+    def _summary(self, record: Table) -> Select[Any]:
+        """Records as one row, the columns in the order of a `Page`: many rows cost ten times as much."""
+        name, size, alive, count = record.c.name, record.c.size, record.c.deleted_at.is_(None), func.count()
+        if self._is_sqlite:
+            lines, total = func.group_concat(name, literal_column("char(10)")), func.total(size)  # sum() can overflow
+            is_unsound = or_(size < 0, func.typeof(size) != literal_column("'integer'"))
+        else:
+            lines, total, is_unsound = func.string_agg(name, literal_column("chr(10)")), func.sum(size), size < 0
+        return select(
+            func.coalesce(lines.filter(alive), literal_column("''")),
+            count.filter(alive),
+            cast(func.coalesce(total.filter(alive), literal_column("0")), Double),
+            count.filter(and_(alive, is_unsound)),
+            count.filter(record.c.deleted_at.is_not(None)),
+        ).select_from(record)
 
     def _by_name(self, name: ColumnElement[str], query: Select[Any]) -> ByName:
         return ByName(query.where(name == bindparam("name", type_=String)), query.where(self._among(name)))

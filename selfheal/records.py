@@ -66,14 +66,15 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The names of a stretch as `lines`, without a look at each: how many there are, how many bytes their records have
-    together, and how many of those are `unsound`.
+    """The living names of a stretch as `lines`, without a look at each: how many there are, how many bytes their
+    records have together, and how many of those are `unsound`; and how many names in it are `deleted`.
     """
 
     lines: str
     count: int
     size: float
     unsound: int
+    deleted: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -947,8 +947,8 @@ def after_listing(store: UploadStore, monkeypatch: pytest.MonkeyPatch, change: C
     """Let something change once the names of the living were read, and before anything is done about them."""
     names_in = store.database.names_in
 
-    async def and_change(stretch: Any) -> Any:
-        names = await names_in(stretch)
+    async def and_change(stretch: Any, **which: Any) -> Any:
+        names = await names_in(stretch, **which)
         await change()
         return names
 
@@ -1049,13 +1049,12 @@ async def test_a_change_under_way_is_no_damage(
             await change_once(name)
         return found
 
-    async def old_names(**options: Any) -> AsyncIterator[list[tuple[str, int]]]:
-        async with aclosing(pages(**options)) as found:
-            async for page in found:
-                for name, _ in page:
-                    if not options.get("deleted") and run not in (bulk.verify, bulk.migrate):
-                        await change_once(name)
-                yield page
+    async def old_names(stretch: Any, **which: Any) -> list[tuple[str, int]]:
+        found = await names_in(stretch, **which)
+        for name, _ in found:
+            if not which.get("deleted") and run not in (bulk.verify, bulk.migrate):
+                await change_once(name)
+        return found
 
     async def old_page(stretch: Any) -> Any:
         found = await page_of(stretch)
@@ -1065,9 +1064,9 @@ async def test_a_change_under_way_is_no_damage(
 
     for name in ("small.png", "large.bin"):
         await store.save(name, noise(LARGE if name == "large.bin" else SMALL, name))
-    fetch, pages, page_of = store.database.fetch, store.database.names, store.database.page
+    fetch, names_in, page_of = store.database.fetch, store.database.names_in, store.database.page
     monkeypatch.setattr(store.database, "fetch", old_records)
-    monkeypatch.setattr(store.database, "names", old_names)
+    monkeypatch.setattr(store.database, "names_in", old_names)
     monkeypatch.setattr(store.database, "page", old_page)
     said = await told(run(store))
     assert said.problems == {}
@@ -1114,9 +1113,9 @@ async def test_what_is_saved_between_two_looks_at_a_page(
         (directory / name).unlink()
     names_in = sqlite_store.database.names_in
 
-    async def save_before(stretch: Any) -> Any:
+    async def save_before(stretch: Any, **which: Any) -> Any:
         await sqlite_store.database.store_image("b.png", noise(50, "b.png"))
-        return await names_in(stretch)
+        return await names_in(stretch, **which)
 
     monkeypatch.setattr(sqlite_store.database, "names_in", save_before)
     assert (await told(bulk.restore(sqlite_store))).counts == {"restored": 4}
@@ -1179,9 +1178,11 @@ async def test_whether_all_are_there(sqlite_store: UploadStore, directory: Path)
 
 
 async def test_a_folder_that_cannot_be_read(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its names nobody can tell whether they are there; of all others somebody can."""
-    for name in ("a.png", "cats/a.png", "cats/b.png", "dogs/a.png"):
+    """Of its names, deleted ones too, nobody can tell whether they are there; of all others somebody can."""
+    for name in ("a.png", "cats/a.png", "cats/b.png", "cats/deleted.png", "dogs/a.png", "dogs/deleted.png"):
         await store.save(name, noise(50, name))
+        if "deleted" in name:
+            await store.delete(name)
     open_directory = syscalls.open_directory
 
     def refuse(root: int, name: str) -> int:
@@ -1191,8 +1192,22 @@ async def test_a_folder_that_cannot_be_read(store: UploadStore, monkeypatch: pyt
 
     monkeypatch.setattr(syscalls, "open_directory", refuse)
     said = await told(bulk.restore(store))
-    assert said.problems == {"cats/a.png": "failed", "cats/b.png": "failed"}
-    assert said.counts == {"ok": 2, "failed": 2}
+    assert said.problems == dict.fromkeys(("cats/a.png", "cats/b.png", "cats/deleted.png"), "failed")
+    assert said.counts == {"ok": 2, "failed": 3}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+async def test_an_unsound_record_that_is_deleted(store: UploadStore, sql: SQL, *, verify: bool) -> None:
+    """A tombstone of no valid name, or no sound size, leaves nothing wrong: there is no file of it."""
+    for name in ("a.png", "b.png", "c.png"):
+        await store.save(name, noise(50, name))
+    await store.delete("a.png")
+    await store.delete("b.png")
+    await sql("UPDATE image_storage SET name = '../a.png' WHERE name = 'a.png'")
+    await sql("UPDATE image_storage SET size = -1 WHERE name = 'b.png'")
+    said = await told(bulk.restore(store, verify=verify))
+    assert said.problems == {}
+    assert said.counts == {"ok": 1}
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "socket"])
