@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def memory(run: Run) -> Iterator[Contest]:
 def memory_of_one_file(run: Run) -> Iterator[Contest]:
     """On SQLite."""
     sizes = {"64 MiB": 64 * MIB, "1 GiB": run.pick(1024, 256) * MIB}
-    measured = {label: chain("SQLite", files(1, size)) for label, size in sizes.items()}
+    with scratch() as place:
+        measured = {label: chain("SQLite", files(1, size), place) for label, size in sizes.items()}
     for job in JOBS:
         samples = {label: [measured[label][job]] for label in sizes}
         yield Contest(job, "MB at most", samples, {"64 MiB": "≤ 1.2"}, "1 GiB")
@@ -73,27 +75,28 @@ def by_count(run: Run) -> dict[str, Samples]:
     """What every run cost, by run and database, and then by number of files."""
     samples: dict[str, Samples] = {}
     counts = (1000, 10_000, 100_000)[: run.pick(3, 2)]
-    for _ in range(run.pick(3, 1)):
-        for kind in BOTH:
-            for count in counts:
-                with contextlib.suppress(Unavailable):
-                    for job, measures in chain(kind, files(count, KIB)).items():
-                        samples.setdefault(f"{job}, {kind}", {}).setdefault(f"{count:,}", []).append(measures)
+    with scratch() as place:
+        for _ in range(run.pick(3, 1)):
+            for kind in BOTH:
+                for count in counts:
+                    with contextlib.suppress(Unavailable):
+                        for job, measures in chain(kind, files(count, KIB), place).items():
+                            samples.setdefault(f"{job}, {kind}", {}).setdefault(f"{count:,}", []).append(measures)
     return samples
 
 
-def chain(kind: str, source: Path) -> dict[str, Measures]:
-    """What each run costs, one after the other, beginning with nothing but the files."""
-    with databases() as urls, scratch() as place:
+def chain(kind: str, source: Path, place: Path) -> dict[str, Measures]:
+    """What each run costs, one after the other, beginning with nothing but the files.
+
+    What is restored stays in `place`: where many files were just removed, making some takes longer (see `renew`).
+    """
+    out = Path(tempfile.mkdtemp(dir=place))
+    with databases() as urls:
         if kind not in urls:
             raise Unavailable(kind)
         migrated = cost(*selfheal("migrate", source, urls[kind]), sync=place)
-        restored = cost(*selfheal("restore", place / "out", urls[kind]), sync=place)
-        return {
-            "migrate": migrated,
-            "restore": restored,
-            "verify": cost(*selfheal("verify", place / "out", urls[kind])),
-        }
+        restored = cost(*selfheal("restore", out, urls[kind]), sync=place)
+        return {"migrate": migrated, "restore": restored, "verify": cost(*selfheal("verify", out, urls[kind]))}
 
 
 def empty_files(count: int) -> Path:
