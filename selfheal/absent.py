@@ -15,7 +15,7 @@ TURNS_OF_AN_ABSENT = 2
 
 
 class AbsentNames:
-    """Those that are known to be absent."""
+    """A set of names that forgets each of them after `ABSENT_FOR` seconds."""
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}

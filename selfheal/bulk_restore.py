@@ -15,15 +15,15 @@ from .errors import NotStored, SelfHealError, Unsettled
 from .flight import ahead, in_order
 from .landing import LARGE_AT_ONCE, Landed, Landing, Wanted, in_batches
 from .listing import Listing
-from .outcomes import Outcome, Result, Step, Survey, all_present, each, of_error, results_of, survey, told
-from .records import Page, Record, Stretch
+from .outcomes import Outcome, Result, Step, all_present, each, of_error, results_of, survey, told
+from .records import KeyRange, Record, Summary
 from .sides import NAMES_AT_ONCE, digest_of
 from .store import UploadStore
 from .workers import Alone, Workers
 
 Work = Callable[[list[Wanted]], Step]
-STRETCHES_AT_ONCE = 16
-"""Stretches that one process looks at, one after the other: a directory may be read once for all of them."""
+RANGES_AT_ONCE = 16
+"""Ranges of names that one process looks at, one after the other: a directory may be read once for all of them."""
 
 
 async def restore(
@@ -43,107 +43,103 @@ async def restore(
     land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
     heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
     remove = partial(workers.run, _remove_all, dry_run=dry_run)
-    found = _everything(store) if verify else _quickly(store, partial(workers.run, _look), workers.at_once)
-    steps = _steps(found, land=land, heal=heal, remove=remove)
-    async with aclosing(results_of(steps, workers.at_once)) as results:
+    todo = _everything(store) if verify else _what_is_not_there(store, workers)
+    async with aclosing(results_of(_steps(todo, land, heal, remove), workers.at_once)) as results:
         async for result in results:
             yield result
 
 
 @dataclass(frozen=True, slots=True)
-class _Found(Survey):
-    """What there is to do: bring back what is `missing`, hash what is `present`, remove what was `deleted`."""
+class _Todo:
+    """What there is to do about some names, and what there is only to tell of others."""
 
-    deleted: list[Wanted] = field(default_factory=list)
+    tell: list[Result]
+    land: list[Wanted] = field(default_factory=list)
+    heal: list[Wanted] = field(default_factory=list)
+    remove: list[Wanted] = field(default_factory=list)
 
 
-async def _steps(
-    found: AsyncGenerator[_Found, None], *, land: Work, heal: Work, remove: Work
-) -> AsyncGenerator[Step, None]:
-    """What is to be done for all that was found."""
-    async with aclosing(ahead(found)) as coming:
+async def _steps(todo: AsyncGenerator[_Todo, None], land: Work, heal: Work, remove: Work) -> AsyncGenerator[Step, None]:
+    async with aclosing(ahead(todo)) as coming:
         async for one in coming:
-            yield told(one.told)
-            for work, wanted in ((land, one.missing), (heal, one.present), (remove, one.deleted)):
+            if one.tell:
+                yield told(one.tell)
+            for work, wanted in ((land, one.land), (heal, one.heal), (remove, one.remove)):
                 for batch in in_batches(wanted, LARGE_AT_ONCE):
                     yield work(batch)
 
 
-async def _everything(store: UploadStore) -> AsyncGenerator[_Found, None]:
-    """Names are looked at one by one."""
+async def _everything(store: UploadStore) -> AsyncGenerator[_Todo, None]:
     listing = Listing(store.disk)
-    async with aclosing(ahead(store.database.stretches(NAMES_AT_ONCE))) as stretches:
-        async for stretch in stretches:
-            living = await _survey(store, listing, stretch)
-            yield _Found(living.present, living.missing, living.told)
-            yield await _lingering(store, listing, stretch)
+    async with aclosing(ahead(store.database.key_ranges(NAMES_AT_ONCE))) as key_ranges:
+        async for key_range in key_ranges:
+            living = await store.threads.run(survey, listing, await store.database.names_in(key_range))
+            yield _Todo(living.wrong, living.missing, living.present)
+            yield await _lingering(store, Listing(store.disk), key_range)
 
 
-async def _quickly(store: UploadStore, look: Look, at_once: int) -> AsyncGenerator[_Found, None]:
-    """Names are looked at one by one only where a stretch of them is not all there; what is there is not hashed."""
-    listing = Listing(store.disk)
-    async with aclosing(in_order(_looks(store, look), at_once)) as looks:
-        async for looked in looks:
-            yield _Found([], [], _there(looked.count, looked.size))
-            for stretch in looked.others:
-                living = await _survey(store, listing, stretch)
+async def _what_is_not_there(store: UploadStore, workers: Workers) -> AsyncGenerator[_Todo, None]:
+    """Names are looked at one by one only where not all of a range is there."""
+    at_once = workers.at_once if workers.count > 1 else 1  # each holds the names in some directories
+    async with aclosing(in_order(_glances(store, workers), at_once)) as glances:
+        async for glance in glances:
+            yield _Todo(_there(glance.count, glance.size))
+            listing = Listing(store.disk)
+            for key_range in glance.others:
+                living = await store.threads.run(survey, listing, await store.database.names_in(key_range))
                 there = _there(len(living.present), sum(size for _, size in living.present))
-                yield _Found([], living.missing, living.told + there)
-            for stretch in looked.with_deleted:
-                yield await _lingering(store, listing, stretch)
+                yield _Todo(living.wrong + there, living.missing)
+            for key_range in glance.with_deleted:
+                yield await _lingering(store, listing, key_range)
 
 
-async def _lingering(store: UploadStore, listing: Listing, stretch: Stretch) -> _Found:
+async def _lingering(store: UploadStore, listing: Listing, key_range: KeyRange) -> _Todo:
     """Deleted names that are still on disk; where nobody can tell whether they are, that is told."""
-    dead = await _survey(store, listing, stretch, deleted=True)
-    return _Found([], [], [one for one in dead.told if one.outcome is Outcome.FAILED], dead.present)
-
-
-async def _survey(store: UploadStore, listing: Listing, stretch: Stretch, *, deleted: bool = False) -> Survey:
-    return await store.threads.run(survey, listing, await store.database.names_in(stretch, deleted=deleted))
+    names = await store.database.names_in(key_range, deleted=True)
+    dead = await store.threads.run(survey, listing, [(name, max(size, 0)) for name, size in names])
+    return _Todo([one for one in dead.wrong if one.outcome is Outcome.FAILED], remove=dead.present)
 
 
 @dataclass(frozen=True, slots=True)
-class _Looked:
-    """What a quick look at some stretches told: in all but the `others` all is there, `count` names of `size` bytes."""
+class _Glance:
+    """Of some ranges: in all but the `others` all is there, `count` names of `size` bytes; some have deleted names."""
 
     count: int
     size: int
-    others: list[Stretch]
-    with_deleted: list[Stretch]
+    others: list[KeyRange]
+    with_deleted: list[KeyRange]
 
 
-Look = Callable[[Sequence[Stretch]], Coroutine[Any, Any, _Looked]]
-
-
-async def _looks(store: UploadStore, look: Look) -> AsyncGenerator[Coroutine[Any, Any, _Looked], None]:
-    held: list[Stretch] = []
-    async with aclosing(store.database.stretches(NAMES_AT_ONCE)) as stretches:
-        async for stretch in stretches:
-            held.append(stretch)
-            if len(held) == STRETCHES_AT_ONCE or stretch.stop is None:
-                yield look(held)
+async def _glances(store: UploadStore, workers: Workers) -> AsyncGenerator[Coroutine[Any, Any, _Glance], None]:
+    held: list[KeyRange] = []
+    async with aclosing(store.database.key_ranges(NAMES_AT_ONCE)) as key_ranges:
+        async for key_range in key_ranges:
+            held.append(key_range)
+            if len(held) == RANGES_AT_ONCE or key_range.stop is None:
+                yield workers.run(_glance, held)
                 held = []
 
 
-async def _look(store: UploadStore, stretches: Sequence[Stretch]) -> _Looked:
+async def _glance(store: UploadStore, key_ranges: Sequence[KeyRange]) -> _Glance:
     listing = Listing(store.disk)
     count = size = 0
-    others, with_deleted = list[Stretch](), list[Stretch]()
-    async with aclosing(ahead(_pages(store, stretches))) as pages:
-        async for stretch, page in pages:
-            if page.deleted:
-                with_deleted.append(stretch)
-            if await store.threads.run(all_present, listing, page):
-                count, size = count + page.count, size + int(page.size)
+    others, with_deleted = list[KeyRange](), list[KeyRange]()
+    async with aclosing(ahead(_summaries(store, key_ranges))) as summaries:
+        async for key_range, summary in summaries:
+            if summary.deleted:
+                with_deleted.append(key_range)
+            if await store.threads.run(all_present, listing, summary):
+                count, size = count + summary.count, size + int(summary.size)
             else:
-                others.append(stretch)
-    return _Looked(count, size, others, with_deleted)
+                others.append(key_range)
+    return _Glance(count, size, others, with_deleted)
 
 
-async def _pages(store: UploadStore, stretches: Sequence[Stretch]) -> AsyncGenerator[tuple[Stretch, Page], None]:
-    for stretch in stretches:
-        yield stretch, await store.database.page(stretch)
+async def _summaries(
+    store: UploadStore, key_ranges: Iterable[KeyRange]
+) -> AsyncGenerator[tuple[KeyRange, Summary], None]:
+    for key_range in key_ranges:
+        yield key_range, await store.database.summary(key_range)
 
 
 def _there(count: int, size: int) -> list[Result]:

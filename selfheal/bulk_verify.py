@@ -39,9 +39,9 @@ async def verify(
 
 
 async def _recorded(store: UploadStore, compare: Callable[[list[Wanted]], Step]) -> AsyncGenerator[Step, None]:
-    async with aclosing(store.database.stretches(NAMES_AT_ONCE)) as stretches:
-        async for stretch in stretches:
-            valid, wrong = split(await store.database.names_in(stretch))
+    async with aclosing(store.database.key_ranges(NAMES_AT_ONCE)) as key_ranges:
+        async for key_range in key_ranges:
+            valid, wrong = split(await store.database.names_in(key_range))
             yield told(wrong)
             for batch in in_batches(valid, LARGE_AT_ONCE):
                 yield compare(batch)

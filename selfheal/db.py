@@ -27,11 +27,11 @@ from .queries import ByName, Queries
 from .records import (
     RECORD_COLUMNS,
     Found,
-    Page,
+    KeyRange,
     Purged,
     Record,
     SmallFile,
-    Stretch,
+    Summary,
     Version,
     to_name,
     to_record,
@@ -61,10 +61,8 @@ class ImageStorage:
         threads: Threads | None = None,
         tasks: Tasks | None = None,
     ) -> None:
-        if metadata is None:
-            self.tables = define_tables(MetaData(), url_of(database).get_backend_name())
-        else:
-            self.tables = define_tables(metadata)
+        dialects = () if metadata is not None else (url_of(database).get_backend_name(),)
+        self.tables = define_tables(MetaData() if metadata is None else metadata, *dialects)
         self._threads = threads or Threads()
         self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or Tasks())
         self._queries = Queries(self.tables, self._engine.dialect)
@@ -148,10 +146,7 @@ class ImageStorage:
         return self._blobs.read_whole(record.name, record.sha256, record.size)
 
     async def digest(self, version: Record | Version) -> str:
-        """The SHA-256 of the bytes that there are for a record, which is theirs if it is the recorded one.
-
-        Raises `CorruptBlob`.
-        """
+        """The SHA-256 of a record's stored bytes, to be compared with the recorded one; raises `CorruptBlob`."""
         whole = hashlib.sha256()
         async with aclosing(ahead(self.read_handfuls(version))) as handfuls:
             async for chunks in handfuls:
@@ -169,23 +164,21 @@ class ImageStorage:
             yield [to_record(row) for row in rows]
             after = rows[-1][0]
 
-    async def stretches(self, size: int) -> AsyncGenerator[Stretch, None]:
-        """All names there are, in stretches in which so many records lie at most, but for what is saved meanwhile."""
+    async def key_ranges(self, size: int) -> AsyncGenerator[KeyRange, None]:
+        """All names there are, in ranges that so many records lie in at most, but for what is saved meanwhile."""
         first: Any = ""
-        while rows := await self._engine.rows(
-            self._queries.next_stretch, **self._queries.bounds(first=first), size=size
-        ):
-            yield Stretch(first, rows[0][0])
+        while rows := await self._engine.rows(self._queries.next_range, **self._queries.bounds(first=first), size=size):
+            yield KeyRange(first, rows[0][0])
             first = rows[0][0]
-        yield Stretch(first, None)
+        yield KeyRange(first, None)
 
-    async def page(self, stretch: Stretch) -> Page:
-        """What lies in a stretch as one row."""
-        return Page(*(await self._rows_in(self._queries.summary, stretch))[0])
+    async def summary(self, key_range: KeyRange) -> Summary:
+        """What lies in a range as one row."""
+        return Summary(*(await self._rows_in(self._queries.summary, key_range))[0])
 
-    async def names_in(self, stretch: Stretch, *, deleted: bool = False) -> list[tuple[str, int]]:
-        """Names in a stretch with their sizes, in the order of names: of the living, or of the deleted."""
-        return [to_name(row) for row in await self._rows_in(self._queries.names[deleted], stretch)]
+    async def names_in(self, key_range: KeyRange, *, deleted: bool = False) -> list[tuple[str, int]]:
+        """Names in a range with their sizes, in the order of names: of the living, or of the deleted."""
+        return [to_name(row) for row in await self._rows_in(self._queries.names[deleted], key_range)]
 
     async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
         """Names, not new ones, that were changed `since`, at most `size`, with their generations; and the next `since`.
@@ -316,9 +309,10 @@ class ImageStorage:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _rows_in(self, query: Mapping[bool, Select[Any]], stretch: Stretch) -> Sequence[Sequence[Any]]:
-        bounds = {"first": stretch.first} if stretch.stop is None else {"first": stretch.first, "stop": stretch.stop}
-        return await self._engine.rows(query[stretch.stop is None], **self._queries.bounds(**bounds))
+    async def _rows_in(self, query: Mapping[bool, Select[Any]], key_range: KeyRange) -> Sequence[Sequence[Any]]:
+        is_last = key_range.stop is None
+        bounds = {"first": key_range.first} | ({} if is_last else {"stop": key_range.stop})
+        return await self._engine.rows(query[is_last], **self._queries.bounds(**bounds))
 
     async def _rows_of(self, query: ByName, wanted: Sequence[str]) -> Sequence[Sequence[Any]]:
         if len(wanted) == 1:

@@ -115,7 +115,7 @@ class _Large:
         return stat.S_ISREG(found.st_mode)
 
     def issuperset(self, wanted: Iterable[str]) -> bool:
-        return all(last in self for last in wanted)
+        return all("/" not in last and last in self for last in wanted)  # on the way to others may be a link
 
 
 def _folder_of(name: str) -> str:

@@ -14,7 +14,7 @@ from . import names
 from .errors import CorruptBlob, DatabaseUnavailable, NotAFile
 from .flight import in_order
 from .listing import Entry, Listing
-from .records import Page
+from .records import Summary
 
 T = TypeVar("T")
 
@@ -98,19 +98,19 @@ def sort(entries: Iterable[Entry]) -> tuple[list[Entry], list[Result]]:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Which of some names (with the sizes of their records) are on the disk, and what is to be told of the others."""
+    """Which of some names (with the sizes of their records) are on the disk, and what is wrong with the others."""
 
     present: list[tuple[str, int]]
     missing: list[tuple[str, int]]
-    told: list[Result]
+    wrong: list[Result]
 
 
-def all_present(listing: Listing, page: Page) -> bool:
-    """Whether a page holds nothing but sound records of valid names whose files are on the disk."""
-    if not page.count:
+def all_present(listing: Listing, summary: Summary) -> bool:
+    """Whether all living records of a range are sound, their names valid, and their files on the disk."""
+    if not summary.count:
         return True
-    lines = page.lines.split("\n")
-    if page.unsound or len(lines) != page.count or not names.are_valid(page.lines):
+    lines = summary.lines.split("\n")
+    if summary.unsound or len(lines) != summary.count or not names.are_valid(summary.lines):
         return False
     try:
         return listing.has_all(lines)

@@ -73,17 +73,17 @@ class Queries:
             None: page.where(true()),
         }
         begun = record.c.name >= self._bound("first")
-        self.next_stretch: Select[Any] = (
+        self.next_range: Select[Any] = (
             select(record.c.name).where(begun).order_by(record.c.name).limit(literal_column("1")).offset(size)
         )
-        in_stretch = {True: begun, False: and_(begun, record.c.name < self._bound("stop"))}
+        in_range = {True: begun, False: and_(begun, record.c.name < self._bound("stop"))}
         names = select(record.c.name, record.c.size).order_by(record.c.name)
         self.names = {
-            deleted: {is_last: names.where(which).where(within) for is_last, within in in_stretch.items()}
+            deleted: {is_last: names.where(which).where(within) for is_last, within in in_range.items()}
             for deleted, which in ((False, alive), (True, dead))
         }
         summary = self._summary(record)
-        self.summary = {is_last: summary.where(within) for is_last, within in in_stretch.items()}
+        self.summary = {is_last: summary.where(within) for is_last, within in in_range.items()}
         overlap = text("datetime('now', '-60 seconds')" if self._is_sqlite else "now() - interval '60 seconds'")
         self.moment: Select[Any] = select(overlap)
         self.changes: Select[Any] = (
@@ -124,7 +124,7 @@ class Queries:
         return case((bindparam(f"{which}_is_text", type_=Boolean), cast(name, String)), else_=name)
 
     def _summary(self, record: Table) -> Select[Any]:
-        """Records as one row, the columns in the order of a `Page`: many rows cost ten times as much."""
+        """Records as one row, the columns in the order of a `Summary`: many rows cost ten times as much."""
         name, size, alive, count = record.c.name, record.c.size, record.c.deleted_at.is_(None), func.count()
         if self._is_sqlite:
             lines, total = func.group_concat(name, literal_column("char(10)")), func.total(size)  # sum() can overflow

@@ -57,7 +57,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class KeyRange:
     """The names from `first` on, those from `stop` on not among them (None: all there are), as the driver gave them."""
 
     first: Any
@@ -65,9 +65,9 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """The living names of a stretch as `lines`, without a look at each: how many there are, how many bytes their
-    records have together, and how many of those are `unsound`; and how many names in it are `deleted`.
+class Summary:
+    """The living names of a range as `lines`, without a look at each: how many there are, how many bytes their records
+    have together, and how many of those are `unsound`; and how many names in it are `deleted`.
     """
 
     lines: str

@@ -34,6 +34,7 @@ from selfheal import (
     bulk,
     bulk_restore,
     landing,
+    listing,
     syscalls,
 )
 from selfheal.listing import Listing
@@ -947,8 +948,8 @@ def after_listing(store: UploadStore, monkeypatch: pytest.MonkeyPatch, change: C
     """Let something change once the names of the living were read, and before anything is done about them."""
     names_in = store.database.names_in
 
-    async def and_change(stretch: Any, **which: Any) -> Any:
-        names = await names_in(stretch, **which)
+    async def and_change(key_range: Any, **which: Any) -> Any:
+        names = await names_in(key_range, **which)
         await change()
         return names
 
@@ -1049,25 +1050,25 @@ async def test_a_change_under_way_is_no_damage(
             await change_once(name)
         return found
 
-    async def old_names(stretch: Any, **which: Any) -> list[tuple[str, int]]:
-        found = await names_in(stretch, **which)
+    async def old_names(key_range: Any, **which: Any) -> list[tuple[str, int]]:
+        found = await names_in(key_range, **which)
         for name, _ in found:
             if not which.get("deleted") and run not in (bulk.verify, bulk.migrate):
                 await change_once(name)
         return found
 
-    async def old_page(stretch: Any) -> Any:
-        found = await page_of(stretch)
+    async def old_summary(key_range: Any) -> Any:
+        found = await summary_of(key_range)
         for name in found.lines.split("\n"):
             await change_once(name)
         return found
 
     for name in ("small.png", "large.bin"):
         await store.save(name, noise(LARGE if name == "large.bin" else SMALL, name))
-    fetch, names_in, page_of = store.database.fetch, store.database.names_in, store.database.page
+    fetch, names_in, summary_of = store.database.fetch, store.database.names_in, store.database.summary
     monkeypatch.setattr(store.database, "fetch", old_records)
     monkeypatch.setattr(store.database, "names_in", old_names)
-    monkeypatch.setattr(store.database, "page", old_page)
+    monkeypatch.setattr(store.database, "summary", old_summary)
     said = await told(run(store))
     assert said.problems == {}
     assert changed == {"small.png", "large.bin"}
@@ -1113,71 +1114,99 @@ async def test_what_is_saved_between_two_looks_at_a_page(
         (directory / name).unlink()
     names_in = sqlite_store.database.names_in
 
-    async def save_before(stretch: Any, **which: Any) -> Any:
+    async def save_before(key_range: Any, **which: Any) -> Any:
         await sqlite_store.database.store_image("b.png", noise(50, "b.png"))
-        return await names_in(stretch, **which)
+        return await names_in(key_range, **which)
 
     monkeypatch.setattr(sqlite_store.database, "names_in", save_before)
     assert (await told(bulk.restore(sqlite_store))).counts == {"restored": 4}
     assert sorted(path.name for path in directory.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
 
 
-@pytest.mark.parametrize(("names_at_once", "stretches_at_once"), [(1, 1), (2, 3), (4, 1), (100, 16)])
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(("names_at_once", "ranges_at_once"), [(1, 1), (2, 3), (4, 1), (100, 16)])
 async def test_pages_of_any_length(
-    store: UploadStore, directory: Path, names_at_once: int, stretches_at_once: int, monkeypatch: pytest.MonkeyPatch
+    store: UploadStore,
+    directory: Path,
+    names_at_once: int,
+    ranges_at_once: int,
+    *,
+    verify: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However names are parted, each is looked at once: none is left out, none restored that is there, or deleted."""
     monkeypatch.setattr(bulk_restore, "NAMES_AT_ONCE", names_at_once)
-    monkeypatch.setattr(bulk_restore, "STRETCHES_AT_ONCE", stretches_at_once)
+    monkeypatch.setattr(bulk_restore, "RANGES_AT_ONCE", ranges_at_once)
     names = [f"{folder}{number}.png" for folder in ("", "a/", "a/b/", "日本/") for number in range(4)]
     for name in names:
         await store.save(name, noise(50, name))
-    deleted, missing = {names[2], names[5]}, {names[0], names[7], names[15]}
+    deleted, missing = {names[2], names[5], names[10]}, {names[0], names[7], names[15]}
     for name in deleted:
         await store.delete(name)
     for name in missing:
         (directory / name).unlink()
-    said = await told(bulk.restore(store))
-    assert said.counts == {"ok": len(names) - 5, "restored": 3}
+    lingering = deleted - {names[10]}
+    for name in lingering:
+        lay(directory, name, noise(50, name))
+    said = await told(bulk.restore(store, verify=verify))
+    assert said.counts == {"ok": len(names) - 6, "restored": 3, "deleted": 2}
     assert {one.name for one in said.results if one.outcome == "restored"} == missing
+    assert {one.name for one in said.results if one.outcome == "deleted"} == lingering
     there = {path.relative_to(directory).as_posix() for path in directory.rglob("*.png")}
     assert there == set(names) - deleted
-    assert (await told(bulk.restore(store))).counts == {"ok": len(names) - 2}
+    assert (await told(bulk.restore(store, verify=verify))).counts == {"ok": len(names) - 3}
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 100])
-async def test_stretches(store: UploadStore, size: int) -> None:
-    """They hold every name once, in their order, none more records than asked for, and a page says the same."""
+async def test_key_ranges(store: UploadStore, size: int) -> None:
+    """They hold every name once, in their order, none more records than asked for, and a summary says the same."""
     names = sorted(f"{folder}{number}.png" for folder in ("", "a/", "a/b/", "z") for number in range(3))
     for name in names:
         await store.database.store_image(name, noise(len(name), name))
     for name in names[:4]:
         await store.database.bury(name)
-    held = []
-    async for stretch in store.database.stretches(size):
-        found = await store.database.names_in(stretch)
-        page = await store.database.page(stretch)
-        assert len(found) <= size
-        assert page.lines == "\n".join(name for name, _ in found)
-        assert (page.count, page.size, page.unsound) == (len(found), sum(size for _, size in found), 0)
-        held += found
-    assert held == [(name, len(name)) for name in names[4:]]
+    living, dead = [], []
+    async for key_range in store.database.key_ranges(size):
+        found = await store.database.names_in(key_range)
+        buried = await store.database.names_in(key_range, deleted=True)
+        said = await store.database.summary(key_range)
+        assert len(found) + len(buried) <= size
+        assert sorted(said.lines.split("\n")) == [name for name, _ in found] or not found
+        assert (said.count, said.size, said.unsound) == (len(found), sum(size for _, size in found), 0)
+        assert said.deleted == len(buried)
+        living += found
+        dead += buried
+    assert living == [(name, len(name)) for name in names[4:]]
+    assert dead == [(name, len(name)) for name in names[:4]]
 
 
-async def test_whether_all_are_there(sqlite_store: UploadStore, directory: Path) -> None:
-    """The quick look at many names says what a look at each says, whatever folders they are in."""
+@pytest.mark.parametrize("listed_at_most", [2, 100_000])
+async def test_whether_all_are_there(
+    sqlite_store: UploadStore, directory: Path, tmp_path: Path, listed_at_most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick look at many names says what a look at each says, whatever folders they are in, and follows no link."""
+    monkeypatch.setattr(listing, "LISTED_AT_MOST", listed_at_most)
     random = Random(7)
     folders = ("", "a/", "a/b/", "a/b/c/", "a!/", "a0/", "b/")
     everything = [f"{folder}{last}" for folder in folders for last in ("0", "1.png", "x", "z.gif")]
     there = random.sample(everything, len(everything) * 3 // 4)
     for name in there:
         lay(directory, name, b"")
+    for name in ("0", "1.png"):
+        lay(tmp_path / "elsewhere", name, b"")
+        everything.append(f"a/link/{name}")
+        everything.append(f"link/{name}")
+    for link in ("a/link", "link"):
+        (directory / link).symlink_to(tmp_path / "elsewhere")
     for _ in range(3000):
         wanted = random.sample(there, random.randint(1, 6)) + random.sample(everything, random.randint(0, 1))
         assert Listing(sqlite_store.disk).has_all(wanted) == set(wanted).issubset(there), wanted
 
 
-async def test_a_folder_that_cannot_be_read(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verify", [False, True])
+async def test_a_folder_that_cannot_be_read(
+    store: UploadStore, *, verify: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of its names, deleted ones too, nobody can tell whether they are there; of all others somebody can."""
     for name in ("a.png", "cats/a.png", "cats/b.png", "cats/deleted.png", "dogs/a.png", "dogs/deleted.png"):
         await store.save(name, noise(50, name))
@@ -1191,23 +1220,53 @@ async def test_a_folder_that_cannot_be_read(store: UploadStore, monkeypatch: pyt
         return open_directory(root, name)
 
     monkeypatch.setattr(syscalls, "open_directory", refuse)
-    said = await told(bulk.restore(store))
+    said = await told(bulk.restore(store, verify=verify))
     assert said.problems == dict.fromkeys(("cats/a.png", "cats/b.png", "cats/deleted.png"), "failed")
     assert said.counts == {"ok": 2, "failed": 3}
 
 
 @pytest.mark.parametrize("verify", [False, True])
-async def test_an_unsound_record_that_is_deleted(store: UploadStore, sql: SQL, *, verify: bool) -> None:
-    """A tombstone of no valid name, or no sound size, leaves nothing wrong: there is no file of it."""
+async def test_an_unsound_record_that_is_deleted(
+    store: UploadStore, sql: SQL, directory: Path, *, verify: bool
+) -> None:
+    """A tombstone of no valid name has no file; one of no sound size may have one that lingers, which goes."""
     for name in ("a.png", "b.png", "c.png"):
         await store.save(name, noise(50, name))
     await store.delete("a.png")
     await store.delete("b.png")
     await sql("UPDATE image_storage SET name = '../a.png' WHERE name = 'a.png'")
     await sql("UPDATE image_storage SET size = -1 WHERE name = 'b.png'")
+    lay(directory, "b.png", noise(50, "b.png"))
     said = await told(bulk.restore(store, verify=verify))
     assert said.problems == {}
-    assert said.counts == {"ok": 1}
+    assert said.counts == {"ok": 1, "deleted": 1}
+    assert [path.name for path in directory.iterdir()] == ["c.png"]
+    assert (await told(bulk.restore(store, verify=verify))).counts == {"ok": 1}
+
+
+async def test_a_folder_that_changes_while_others_are_restored(
+    sqlite_store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of a folder at first does not decide about names that are looked at later."""
+    monkeypatch.setattr(bulk_restore, "NAMES_AT_ONCE", 2)
+    monkeypatch.setattr(bulk_restore, "RANGES_AT_ONCE", 1)
+    names = [f"cats/{number:02}.png" for number in range(20)]
+    for name in names:
+        await sqlite_store.save(name, noise(50, name))
+    (directory / names[0]).unlink()
+    names_in = sqlite_store.database.names_in
+
+    async def change_then(key_range: Any, **which: Any) -> Any:
+        found = await names_in(key_range, **which)
+        if names[0] in [name for name, _ in found]:
+            await sqlite_store.delete(names[18])
+            (directory / names[17]).unlink()
+        return found
+
+    monkeypatch.setattr(sqlite_store.database, "names_in", change_then)
+    said = await told(bulk.restore(sqlite_store))
+    assert said.counts == {"ok": 17, "restored": 2}
+    assert sorted(f"cats/{path.name}" for path in directory.rglob("*.png")) == [n for n in names if n != names[18]]
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "socket"])

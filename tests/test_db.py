@@ -672,7 +672,7 @@ async def test_pages_of_text_that_is_no_utf8(sqlite_url: str) -> None:
         for name, value in {"b": "CAST(x'61ff' AS TEXT)", "c": "CAST(x'61fe' AS TEXT)", "d": "x'61ff'"}.items():
             await execute(sqlite_url, f"UPDATE image_storage SET name = {value} WHERE name = '{name}'")
         records = [record.name async for page in images.pages(size=1) for record in page]
-        names = [name async for stretch in images.stretches(1) for name, _ in await images.names_in(stretch)]
+        names = [name async for key_range in images.key_ranges(1) for name, _ in await images.names_in(key_range)]
     assert records == names == ["a", "a\udcfe", "a\udcff", "e", "é", "a\ufffd"]
 
 
