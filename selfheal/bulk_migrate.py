@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from functools import partial
 
 from .errors import SchemaError, SelfHealError
 from .gathering import LARGE, fault_in_database, read_small
+from .landing import SMALL_AT_ONCE, in_batches
 from .listing import Entry
 from .outcomes import Outcome, Result, each, of_error, problem, results_of, sort
-from .records import Found
+from .records import Found, Record
 from .sides import digest_of, on_disk, settled, still_there
+from .sources import CHUNK
 from .store import UploadStore
 from .workers import Alone, Workers
 
@@ -43,22 +45,26 @@ async def _migrate(
 ) -> list[Result]:
     """Some of the files on disk: new ones are brought in, those that the database knows are compared."""
     uploads, results = sort(entries)
-    known = await _known(store, [entry.name for entry in uploads], dry_run=dry_run)
+    by_name = {entry.name: entry for entry in uploads}
+    known = await _known(store, by_name, dry_run=dry_run)
     new = [entry for entry in uploads if entry.name not in known]
     results += map(_would_migrate, new) if dry_run else await _bring_in(store, new, jobs)
     compare = partial(_compare, store, prefer_disk=prefer_disk, dry_run=dry_run)
-    work = (settled(store, known[one.name], partial(compare, one)) for one in uploads if one.name in known)
-    async with aclosing(each(jobs, work)) as compared:
-        return results + [result async for result in compared]
+    for batch in in_batches(((name, min(record.size, CHUNK)) for name, record in known.items()), SMALL_AT_ONCE):
+        found = await store.database.fetch(name for name, _ in batch)
+        work = (settled(store, one, partial(compare, by_name[name])) for name, one in found.items())
+        async with aclosing(each(jobs, work)) as compared:
+            results += [result async for result in compared]
+    return results
 
 
 def _would_migrate(entry: Entry) -> Result:
-    return Result(entry.name, Outcome.MIGRATED, entry.stat.st_size, "would be migrated")
+    return Result(entry.name, Outcome.MIGRATED, entry.size, "would be migrated")
 
 
-async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dict[str, Found]:
+async def _known(store: UploadStore, wanted: Iterable[str], *, dry_run: bool) -> dict[str, Record]:
     try:
-        return await store.database.fetch(wanted)
+        return await store.database.find_many(wanted)
     except SchemaError:
         if not dry_run:
             raise
@@ -66,7 +72,7 @@ async def _known(store: UploadStore, wanted: list[str], *, dry_run: bool) -> dic
 
 
 async def _bring_in(store: UploadStore, new: list[Entry], jobs: int) -> list[Result]:
-    small = [entry.name for entry in new if entry.stat.st_size <= LARGE]
+    small = [entry.name for entry in new if entry.size <= LARGE]
     read = await store.threads.run(read_small, store.disk, small)
     results = [of_error(one.name, one.error) for one in read if one.error is not None]
     files = [one.file for one in read if one.file is not None]
@@ -76,7 +82,7 @@ async def _bring_in(store: UploadStore, new: list[Entry], jobs: int) -> list[Res
             results.append(Result(file.name, Outcome.MIGRATED, file.size))
         else:
             results.append(problem(file.name, Outcome.FAILED, "somebody else saved or deleted it meanwhile; run again"))
-    large = (_adopt(store, entry.name) for entry in new if entry.stat.st_size > LARGE)
+    large = (_adopt(store, entry.name) for entry in new if entry.size > LARGE)
     async with aclosing(each(jobs, large)) as adopted:
         return results + [result async for result in adopted]
 
@@ -90,12 +96,12 @@ async def _adopt(store: UploadStore, name: str) -> Result:
 
 
 async def _compare(store: UploadStore, entry: Entry, found: Found, *, prefer_disk: bool, dry_run: bool) -> Result:
-    record, name, size = found.record, entry.name, entry.stat.st_size
+    record, name, size = found.record, entry.name, entry.size
     if record.is_deleted:
         return await still_there(store, name)
     try:
         fault = await fault_in_database(store.database, found)
-        is_same = (entry.stat.st_mtime_ns, size) == (record.modified_ns, record.size)
+        is_same = (entry.modified_ns, size) == (record.modified_ns, record.size)
         if fault or not is_same:
             is_same = await store.threads.run(digest_of, store.disk, name) == record.sha256
         if is_same and not fault:

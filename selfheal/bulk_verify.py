@@ -115,7 +115,7 @@ def _compared(elsewhere: UploadsDirectory, one: Landed, record: Record) -> Lande
 
 def _not_backed_up(entry: Entry) -> Result:
     detail = "it is not backed up; `selfheal migrate` brings it in"
-    return problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.stat.st_size)
+    return problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.size)
 
 
 def _is_living(record: Record | None) -> bool:

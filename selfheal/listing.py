@@ -26,10 +26,14 @@ _NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.EN
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A directory entry that a walk met: `fault` says why it cannot be an upload, or is empty if it can."""
+    """A directory entry that a walk met, its `size` in bytes, and its mtime in ns since the epoch.
+
+    `fault` says why it cannot be an upload, or is empty if it can.
+    """
 
     name: str
-    stat: os.stat_result
+    size: int
+    modified_ns: int
     fault: str = ""
 
 
@@ -145,10 +149,14 @@ def _walk(root: Directory, folder: str) -> Iterator[Entry]:
 
 
 def _entry(name: str, measured: os.stat_result) -> Entry:
-    if stat.S_ISREG(measured.st_mode):
-        return Entry(name, measured)
-    if stat.S_ISDIR(measured.st_mode):
-        return Entry(name, measured, "a hidden directory; nothing below it is served")
-    if stat.S_ISLNK(measured.st_mode):
-        return Entry(name, measured, "a symbolic link; links are not followed, put the file itself here")
-    return Entry(name, measured, "not a regular file")
+    return Entry(name, measured.st_size, measured.st_mtime_ns, _fault(measured.st_mode))
+
+
+def _fault(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return ""
+    if stat.S_ISDIR(mode):
+        return "a hidden directory; nothing below it is served"
+    if stat.S_ISLNK(mode):
+        return "a symbolic link; links are not followed, put the file itself here"
+    return "not a regular file"

@@ -18,8 +18,8 @@ from .store import UploadStore
 NAMES_AT_ONCE = 4096
 """Names in one query, without their bytes."""
 
-ENTRIES_AT_ONCE = 512
-"""Files that are looked up, read and stored together."""
+ENTRIES_AT_ONCE = 4096
+"""Files that are looked up, read and stored together: digests lie all over an index, so a commit writes most of it."""
 
 R = TypeVar("R", Result, Result | None)
 
@@ -55,7 +55,7 @@ def _next_batch(entries: Iterator[Entry]) -> list[Entry]:
     held = total = 0
     for entry in itertools.islice(entries, ENTRIES_AT_ONCE):
         batch.append(entry)
-        size = entry.stat.st_size
+        size = entry.size
         held, total = held + (size if size <= LARGE else CHUNK), total + size
         if held > SMALL_AT_ONCE or total > LARGE_AT_ONCE:
             break
