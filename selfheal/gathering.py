@@ -56,7 +56,7 @@ def _whole(name: str, file: OpenFile) -> SmallFile:
 async def fault_in_database(database: ImageStorage, found: Found) -> str:
     """Why the recorded bytes could not be brought back; empty if they could."""
     record = found.record
-    if record.size <= CHUNK and _is_sound(found):
+    if is_sound(found):
         return ""
     try:
         whole = await database.digest(record)
@@ -67,10 +67,10 @@ async def fault_in_database(database: ImageStorage, found: Found) -> str:
     return "" if found.has_blob else "its blob has no row, or another size"
 
 
-def _is_sound(found: Found) -> bool:
-    """Whether a record of one chunk, as it was fetched, is whole in the database."""
+def is_sound(found: Found) -> bool:
+    """Whether a record is one of one chunk at most, and, as it was fetched, whole in the database."""
     record, first = found.record, found.first
-    if not found.has_blob:
+    if not found.has_blob or record.size > CHUNK:
         return False
     if first is None:
         return record.size == 0 and record.sha256 == hashlib.sha256().hexdigest()

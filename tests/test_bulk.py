@@ -37,6 +37,7 @@ from selfheal import (
     listing,
     syscalls,
 )
+from selfheal.digests import chunk_digest
 from selfheal.listing import Listing
 from selfheal.names import to_path
 from selfheal.outcomes import Result
@@ -1076,6 +1077,28 @@ async def test_a_change_under_way_is_no_damage(
         there = store.disk.path_of(name)
         assert not there.exists() if change == "delete" else there.read_bytes() == noise(LARGE, f"new {name}")
     assert quarantined(store) == []
+
+
+async def test_an_empty_file_that_is_deleted_while_all_is_verified(
+    sqlite_store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no bytes that could be gone, and still is told as deleted, once, if its file stays."""
+    await sqlite_store.save("empty.gif", b"")
+    after_listing(sqlite_store, monkeypatch, lambda: sqlite_store.database.bury("empty.gif"))
+    said = await told(bulk.verify(sqlite_store))
+    assert said.problems == {"empty.gif": "deleted"}
+    assert said.counts == {"deleted": 1}
+
+
+async def test_a_chunk_that_is_too_large(sqlite_store: UploadStore) -> None:
+    """What could not be brought back is not well, although every digest is right."""
+    data = noise(CHUNK + 1, "large")
+    await sqlite_store.save("large.bin", data)
+    with closing(sqlite3.connect(str(sqlite_store.database.url.database))) as connection:
+        connection.execute("DELETE FROM image_chunk WHERE position = 1")
+        connection.execute("UPDATE image_chunk SET data = ?, digest = ?", (data, chunk_digest(0, data)))
+        connection.commit()
+    assert (await told(bulk.verify(sqlite_store))).problems == {"large.bin": "corrupt_in_database"}
 
 
 # -- pages of names ---------------------------------------------------------------------------------------------------
