@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import DatabaseUnavailable
+
+IDLE_AT_MOST = 5
+"""Connections that stay open while nobody asks, as many as in a pool."""
 
 
 class Direct:
@@ -28,7 +32,7 @@ class Direct:
         except sqlite3.Error as error:
             connection.close()
             raise DatabaseUnavailable(f"the database gave no answer: {error}") from error
-        self._idle.append(connection)
+        self._give_back(connection)
         return rows
 
     def close(self) -> None:
@@ -41,3 +45,9 @@ class Direct:
             return self._idle.pop()
         except IndexError:
             return sqlite3.connect(self._uri, uri=True, timeout=0, check_same_thread=False)
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        self._idle.append(connection)
+        if len(self._idle) > IDLE_AT_MOST:
+            with contextlib.suppress(IndexError):  # others took all of them meanwhile
+                self._idle.pop().close()

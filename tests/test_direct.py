@@ -11,7 +11,7 @@ import pytest
 from sides import statements
 
 from selfheal import DatabaseUnavailable, UploadStore
-from selfheal.direct import Direct
+from selfheal.direct import IDLE_AT_MOST, Direct
 
 
 @pytest.fixture
@@ -45,6 +45,30 @@ def test_every_thread_asks_for_itself(file: Path) -> None:
     assert got == [[(8,)]] * 8
     direct.close()
     assert descriptors(file) == 0
+
+
+def test_few_connections_stay_open(file: Path) -> None:
+    """However many threads asked at once, no more stay open than a pool keeps, and each is asked again."""
+    direct, together = Direct(file), threading.Barrier(12)
+    before = descriptors(file)
+
+    def ask() -> None:
+        together.wait()
+        for _ in range(50):
+            direct.rows("SELECT count(*) FROM sqlite_master WHERE name = ?", ("none",))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert descriptors(file) - before <= IDLE_AT_MOST
+    held = [direct._connection() for _ in range(12)]
+    for connection in held:
+        direct._give_back(connection)
+    assert descriptors(file) - before == IDLE_AT_MOST
+    direct.close()
+    assert descriptors(file) == before
 
 
 def test_what_others_commit_is_seen(file: Path) -> None:

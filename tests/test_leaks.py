@@ -24,7 +24,6 @@ from sides import files_below, in_database, noise
 from sqlalchemy.engine import make_url
 
 from selfheal import UploadStore, bulk
-from selfheal.restoration import HERE_AT_ONCE
 from selfheal.sources import CHUNK
 
 AT_ONCE = 32
@@ -160,10 +159,6 @@ class Impatient:
         return random.choice(([], [], ["Range: bytes=10-500"], ["Range: bytes=-300000"]))
 
 
-CONNECTIONS_AT_MOST = 5 + HERE_AT_ONCE
-"""Those that a pool keeps, and to a SQLite file one for each thread that may ask it itself."""
-
-
 @dataclass(frozen=True)
 class Holding:
     """What a server process holds on to: its connections to the database may stay, and are counted apart."""
@@ -180,7 +175,7 @@ class Holding:
             more.append(f"{self.tasks} tasks, not {before.tasks}")
         if self.checked_out:
             more.append(f"{self.checked_out} connections are checked out")
-        if self.connections > CONNECTIONS_AT_MOST:
+        if self.connections > 10:
             more.append(f"{self.connections} connections are open")
         return more
 
