@@ -106,7 +106,7 @@ class OpenFile:
             raise
         if got == 0:
             raise BlockingIOError
-        return view[:got].tobytes()
+        return (view if got == size else view[:got]).tobytes()
 
     def read_waiting(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`; raises `OSError` (EIO) if the disk cannot give them."""

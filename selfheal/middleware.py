@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +16,9 @@ from .responses import RETRY_AFTER, Headers, Responder, error_messages, never_st
 from .settings import DEFAULT_PREFIX, Settings, check_prefix
 from .store import UploadStore
 
+VISITED_EVERY = 0.1
+"""Seconds, at least, between two times that the store is told of a visitor: telling it costs more than handing on."""
+_HIT = Kind.HIT  # to look a member up in its class takes as long as to count it
 _OURS = f"/{names.OWN_PREFIX}"
 _BROKEN = frozenset(getattr(errno, name, None) for name in ("EIO", "ESTALE", "EUCLEAN"))
 
@@ -43,6 +47,7 @@ class SelfHealMiddleware:
         self.store = store or UploadStore.from_env()
         self._prefix = check_prefix(prefix)
         self._below = f"{prefix}/"
+        self._visited_from = 0.0
         self._adopt = adopt
         self._responder = Responder(cache_control)
         self._answer = self._serve if serve else self._hand_on
@@ -55,8 +60,14 @@ class SelfHealMiddleware:
             else:
                 await self.app(scope, receive, send)
             return
-        self.store.follow()
+        now = time.monotonic()
+        if now >= self._visited_from:
+            self._visited_from = now + VISITED_EVERY
+            self.store.follow()
         path = scope["path"]
+        if self._below not in path and _OURS not in path:  # cheaper than where it stands, which the rest looks at
+            await self.app(scope, receive, send)
+            return
         root = scope.get("root_path")
         if root and path.startswith(f"{root}/"):
             path = path[len(root) :]
@@ -84,7 +95,7 @@ class SelfHealMiddleware:
         file, (start, body) = found
         await send(start)
         await send(body)
-        self.store.events.emit(Kind.HIT, name, file.size)
+        self.store.events.emit(_HIT, name, file.size)
         self.store.noticed(name, file.identity, adopt=self._adopt)
 
     def _at_once(self, scope: Scope, name: str) -> tuple[OpenFile, tuple[Message, Message]] | None:
@@ -134,7 +145,7 @@ class SelfHealMiddleware:
             if _is_broken(error):
                 await self._set_aside(name)
             raise
-        self.store.events.emit(Kind.HIT, name, file.size)
+        self.store.events.emit(_HIT, name, file.size)
 
     async def _set_aside(self, name: str) -> None:
         try:
