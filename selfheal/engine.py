@@ -155,14 +155,17 @@ class Engine:
         """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first."""
         if self.dialect != "sqlite":
             return
+        await connection.begin()
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if driver.in_transaction:  # the app's own engine has begun one, which would take the lock when it is too late
+            await driver.execute_fetchall("ROLLBACK")
         give_up = time.monotonic() + LOCK_PATIENCE
         while True:
             try:
-                await connection.exec_driver_sql("BEGIN IMMEDIATE")
-            except DBAPIError as error:
-                if time.monotonic() > give_up or "locked" not in str(error.orig):
+                await driver.execute_fetchall("BEGIN IMMEDIATE")  # one hop to its thread; by SQLAlchemy it takes three
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > give_up or "locked" not in str(error):
                     raise
-                await connection.rollback()
             else:
                 return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
@@ -21,12 +22,12 @@ import anyio
 import pytest
 from conftest import PostgresServer, free_port, start_postgres
 from proxy import Mode, Proxy
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy import Connection, event, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import MetaData
 
-from selfheal import DatabaseUnavailable, ImageStorage, MissingExtra, SchemaError, define_tables
+from selfheal import DatabaseUnavailable, ImageStorage, MissingExtra, SchemaError, SelfHealError, define_tables
 from selfheal import engine as engine_room
 from selfheal.digests import Digests
 from selfheal.engine import Engine, wal_is_safe
@@ -527,6 +528,45 @@ async def test_the_apps_own_engine_over_sqlite() -> None:
         assert await bytes_of(images, "a.png") == b"one"
     async with engine.connect() as connection:
         assert (await connection.execute(text("SELECT name FROM image_storage"))).all() == [("a.png",)]
+    await engine.dispose()
+
+
+def beginning_by_hooks(url: str) -> AsyncEngine:
+    """An engine that begins every transaction itself, as SQLAlchemy's documentation shows it for savepoints."""
+    engine = create_async_engine(url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def begin_nothing(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return engine
+
+
+def beginning_by_driver(url: str) -> AsyncEngine:
+    """The same by the setting that it shows for Python 3.12 and later: the driver is never without a transaction."""
+    if sys.version_info < (3, 12):
+        pytest.skip("sqlite3 has no `autocommit` before Python 3.12")
+    return create_async_engine(url, connect_args={"autocommit": False})
+
+
+@pytest.mark.parametrize("make", [beginning_by_hooks, beginning_by_driver])
+async def test_the_apps_own_engine_that_begins_its_transactions_itself(
+    sqlite_url: str, make: Callable[[str], AsyncEngine]
+) -> None:
+    """Everything works as without, and a write waits for the lock, for which what it begins with would not."""
+    engine = make(sqlite_url)
+    async with prepared(engine) as images, opened(sqlite_url) as others:  # type: ignore[arg-type]
+        for ask in WRITING.values():
+            with contextlib.suppress(SelfHealError):
+                await ask(images)
+        both = [store.store_image(f"{index}.png", b"x") for index in range(20) for store in (images, others)]
+        assert {record.sha256 for record in await asyncio.gather(*both)} == {hashlib.sha256(b"x").hexdigest()}
+        assert await images.count() == 21
+        assert [version.generation for version in await images.history("a.png")] == [3, 2, 1]
     await engine.dispose()
 
 
