@@ -152,8 +152,13 @@ class Engine:
             raise unavailable(error) from error
 
     async def _begin(self, connection: AsyncConnection) -> None:
-        """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first."""
+        """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first.
+
+        Over PostgreSQL the app's own engine may be one that commits each statement, or refuses what waited for others.
+        """
         if self.dialect != "sqlite":
+            if self._given is not None:
+                await connection.execution_options(isolation_level="READ COMMITTED")
             return
         await connection.begin()
         driver: Any = (await connection.get_raw_connection()).driver_connection

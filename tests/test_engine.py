@@ -570,6 +570,39 @@ async def test_the_apps_own_engine_that_begins_its_transactions_itself(
     await engine.dispose()
 
 
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ COMMITTED", "SERIALIZABLE"])
+@pytest.mark.parametrize("how", ["from the beginning", "by an option"])
+async def test_the_apps_own_engine_of_another_isolation_level(database_url: str, level: Any, how: str) -> None:
+    """Whatever the app's own statements do, a write of ours happens whole or not at all, and waits for others."""
+    if database_url.startswith("sqlite") and level == "READ COMMITTED":
+        pytest.skip("SQLite has no such level")
+    if how == "by an option":
+        engine = create_async_engine(database_url).execution_options(isolation_level=level)
+    else:
+        engine = create_async_engine(database_url, isolation_level=level)
+    tasks = Tasks()
+    ours = Engine(engine, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(text("DELETE FROM image_storage"))
+        raise EOFError("thought better of it")
+
+    async with prepared(engine) as images:  # type: ignore[arg-type]
+        with pytest.raises(EOFError):
+            await ours.write(work)
+        assert await bytes_of(images, "a.png") == b"one"
+        saves = [images.store_image("a.png", b"%d" % index) for index in range(20)]
+        generations = sorted(record.generation for record in await asyncio.gather(*saves))
+        assert generations == list(range(2, 22))
+        async with engine.connect() as connection:  # and the app's own are as before
+            await connection.execute(text("UPDATE image_storage SET modified_ns = 77"))
+        record = await images.find("a.png")
+        assert record is not None
+        assert (record.modified_ns == 77) is (level == "AUTOCOMMIT")
+    await tasks.settle(20)
+    await engine.dispose()
+
+
 async def test_used_again_after_closing(database_url: str) -> None:
     """What was closed opens anew at its next use."""
     async with prepared(database_url) as images:
