@@ -70,14 +70,19 @@ class Engine:
         return self.url.get_backend_name()
 
     async def read(self, work: Work[T]) -> T:
-        """Run `work` on a connection; anew for as long as the pool hands out connections that have died."""
-        for _ in range(_POOL_AT_MOST):
-            try:
-                return await self._read(work)
-            except DatabaseUnavailable as error:
-                if not _was_dead(error.__cause__):
-                    raise
-        return await self._read(work)
+        """Run `work` on a connection; anew for as long as the pool hands out connections that have died.
+
+        It ends even if the caller is cancelled: who breaks off a driver that is connecting leaves what it opens behind.
+        """
+        return await self._tasks.finish(self._read_on_a_living_one(work))
+
+    async def write(self, work: Work[T]) -> T:
+        """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
+        return await self._tasks.finish(self._write(work))
+
+    async def write_schema(self, work: Work[T]) -> T:
+        """As `write`, on a database whose tables may not be there yet."""
+        return await self._tasks.finish(self._write(work, has_tables=False))
 
     async def rows(self, query: Select[Any], **values: Any) -> Sequence[Sequence[Any]]:
         """All rows of a query, read as by `read`; `values` are those of its bound parameters.
@@ -98,9 +103,25 @@ class Engine:
             raise DatabaseUnavailable("the database was closed meanwhile")
         return direct.rows(*self._statements.bind(engine.dialect, query, values))
 
-    async def write(self, work: Work[T]) -> T:
-        """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
-        return await self._tasks.finish(self._write(work))
+    async def close(self) -> None:
+        """Close what was opened here; the app's own engine is the app's to close."""
+        engine, self._engine = self._engine, None
+        direct, self._direct = self._direct, None
+        if engine is not None and engine is not self._given and self._is_ours():
+            await engine.dispose()
+            if direct is not None:
+                direct.close()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    async def _read_on_a_living_one(self, work: Work[T]) -> T:
+        for _ in range(_POOL_AT_MOST):
+            try:
+                return await self._read(work)
+            except DatabaseUnavailable as error:
+                if not _was_dead(error.__cause__):
+                    raise
+        return await self._read(work)
 
     async def _read(self, work: Work[T]) -> T:
         async with self._connection() as connection:
@@ -112,21 +133,6 @@ class Engine:
             result = await work(connection)
             await connection.commit()
             return result
-
-    async def write_schema(self, work: Work[T]) -> T:
-        """As `write`, on a database whose tables may not be there yet."""
-        return await self._tasks.finish(self._write(work, has_tables=False))
-
-    async def close(self) -> None:
-        """Close what was opened here; the app's own engine is the app's to close."""
-        engine, self._engine = self._engine, None
-        direct, self._direct = self._direct, None
-        if engine is not None and engine is not self._given and self._is_ours():
-            await engine.dispose()
-            if direct is not None:
-                direct.close()
-
-    # -- inside ----------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
@@ -145,7 +151,7 @@ class Engine:
                 await connection.invalidate()  # the server is silent: this connection never comes back
                 raise
             finally:
-                await asyncio.shield(self._tasks.start(connection.close()))
+                await connection.close()
         except (IntegrityError, DataError):
             raise
         except _database_errors() as error:

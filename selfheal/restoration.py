@@ -139,6 +139,7 @@ class Restorer:
     # -- one flight -----------------------------------------------------------------------------------------------
 
     async def _bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
+        failed: SelfHealError | None = None
         for _ in range(3):
             if name in self._absent:
                 return None
@@ -153,7 +154,9 @@ class Restorer:
                 file = await self._threads.run(self._disk.open, name)
             if file is not None:
                 return file
-        raise DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
+            if isinstance(answer, Incoming):
+                failed = answer.progress.error  # before this asker's turn came
+        raise failed or DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
 
     async def _join(self, name: str) -> Answer:
         flight = self._flights.join(name, lambda: self._board(name))

@@ -805,6 +805,27 @@ async def test_a_write_that_fails(database_url: str) -> None:
     await engine.close()
 
 
+async def test_a_read_whose_caller_goes_away(database_url: str) -> None:
+    """A read goes on to its end, and gives its connection back, though its caller is cancelled while it connects."""
+    tasks = Tasks()
+    engine = Engine(database_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
+    answers = list[int]()
+    async with prepared(database_url):
+
+        async def work(connection: AsyncConnection) -> None:
+            answers.append((await connection.execute(text("SELECT 1"))).scalar_one())
+
+        for _ in range(20):
+            reading = asyncio.create_task(engine.read(work))
+            await asyncio.sleep(0)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+        await tasks.settle(20)
+    assert answers == [1] * 20
+    await engine.close()
+
+
 async def test_a_write_whose_caller_goes_away(database_url: str) -> None:
     """A write goes on to its end, and commits, though its caller is cancelled."""
     tasks = Tasks()

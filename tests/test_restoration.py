@@ -53,7 +53,7 @@ from selfheal.bodies import FromDatabase, Incoming, Landed
 from selfheal.digests import chunk_digest
 from selfheal.events import Event, Kind
 from selfheal.files import OpenFile
-from selfheal.restoration import WHOLE_FIRST
+from selfheal.restoration import WHOLE_FIRST, Answer, Restorer
 from selfheal.settings import sqlite_file
 from selfheal.sources import CHUNK
 
@@ -770,6 +770,25 @@ async def test_a_damaged_body_is_never_sent_whole(
         disk.mend()
         await execute(sqlite_store, "DELETE FROM image_chunk")
     await nothing_is_held_open(sqlite_store.disk.path)
+
+
+async def test_damage_that_is_found_before_an_askers_turn_comes(
+    store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy event loop may be told of a restore only when that has failed: it is damage all the same, not unknown."""
+    at_once = Restorer._join
+
+    async def late(self: Restorer, name: str) -> Answer:
+        answer = await at_once(self, name)
+        await store.tasks.settle(30)
+        return answer
+
+    monkeypatch.setattr(Restorer, "_join", late)
+    await saved_and_lost(store, STREAMED)
+    last = (STREAMED - 1) // CHUNK
+    await _change_data(store, last, STREAMED - last * CHUNK)
+    assert (await got(SelfHealMiddleware(wrapped, store))).status_code == 500
+    assert files_below(store.disk.path) == []
 
 
 async def test_damage_found_on_a_disk_that_fills_up_meanwhile(store: UploadStore, disk: BrokenDisk) -> None:
