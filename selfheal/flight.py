@@ -6,6 +6,7 @@ The work runs in a task of its own. An asker that goes away (a client hangs up, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -47,6 +48,18 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # read, so that a failure whose asker has gone is not reported as never retrieved
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end; a caller that is cancelled meanwhile is so after it."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
+        raise
 
 
 class Places:

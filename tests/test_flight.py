@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from selfheal.flight import Batches, Flights, Tasks, in_order
+from selfheal.flight import Batches, Flights, Tasks, in_order, to_its_end
 
 PATIENCE = 5.0
 """Seconds within which every asker must have been answered."""
@@ -45,6 +45,45 @@ async def outcomes(askers: Iterable[asyncio.Future[Any]]) -> list[Any]:
         asker.cancel()
     assert not hanging, f"{len(hanging)} of {len(waiting)} askers were never answered"
     return await asyncio.gather(*waiting, return_exceptions=True)
+
+
+# -- to its end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_goes_to_its_end_holds_up_its_caller(complaints: list[dict[str, Any]], fails: bool) -> None:
+    """However often the caller is cancelled: it is so once the work has ended, whatever became of that."""
+    opened, done = asyncio.Event(), asyncio.Event()
+
+    async def close() -> None:
+        await opened.wait()
+        done.set()
+        if fails:
+            raise EOFError
+
+    closing = asyncio.create_task(to_its_end(close()))
+    for _ in range(3):
+        await turns()
+        closing.cancel()
+    await turns()
+    assert not closing.done()
+    opened.set()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert done.is_set()
+    gc.collect()
+    assert complaints == []
+
+
+async def test_what_goes_to_its_end_undisturbed() -> None:
+    """What it returns, or raises, is the caller's."""
+    assert await to_its_end(asyncio.sleep(0, "closed")) == "closed"
+
+    async def fail() -> None:
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        await to_its_end(fail())
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------

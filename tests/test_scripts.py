@@ -797,6 +797,37 @@ def test_a_migration_that_is_stopped(site: Site, jobs: str) -> None:
     assert site.run("verify", "--json").json["counts"] == {"ok": len(images)}
 
 
+INTERRUPTED_AS_IT_CLOSES = """if True:
+    import os, signal
+    from selfheal.engine import Engine
+    from selfheal.scripts import main
+
+    close = Engine.close
+
+    async def close_meanwhile(engine):
+        os.kill(os.getpid(), signal.SIGINT)
+        await close(engine)
+
+    Engine.close = close_meanwhile
+    main("migrate")
+"""
+
+
+def test_a_migration_that_is_stopped_as_it_closes(site: Site) -> None:
+    """SIGINT in that moment waits for its end: connections are closed, and nobody sees a traceback (see `Done`)."""
+    lay(site.directory, "a.png", b"one")
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AS_IT_CLOSES, *site.flags, "--json", "--jobs", "1"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    done = Done(stopped.returncode, stopped.stdout, stopped.stderr)
+    assert (done.code, done.json["error"], done.json["counts"]) == (130, "stopped by the user", {"migrated": 1})
+
+
 @one_process_or_several
 def test_a_restore_that_is_killed(crowded: Site, jobs: str) -> None:
     """SIGKILL at any moment leaves whole files only and no litter; the run after it finishes."""

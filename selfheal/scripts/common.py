@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import DatabaseUnavailable, SelfHealError, SettingsError
+from ..flight import to_its_end
 from ..settings import Settings, database_url, is_in_memory, sqlite_file
 from ..store import UploadStore
 from ..workers import Processes, processors
@@ -71,10 +72,14 @@ def run_on(store: UploadStore, work: Callable[[UploadStore], Coroutine[Any, Any,
         try:
             return await work(store)
         finally:
-            await store.close()
-            await _no_driver_threads()
+            await to_its_end(_close(store))
 
     return asyncio.run(and_close())
+
+
+async def _close(store: UploadStore) -> None:
+    await store.close()
+    await _no_driver_threads()
 
 
 async def _no_driver_threads() -> None:
