@@ -64,7 +64,8 @@ class ImageStorage:
         dialects = () if metadata is not None else (url_of(database).get_backend_name(),)
         self.tables = define_tables(MetaData() if metadata is None else metadata, *dialects)
         self._threads = threads or Threads()
-        self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or Tasks())
+        self._own_tasks = Tasks()
+        self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or self._own_tasks)
         self._queries = Queries(self.tables, self._engine.dialect)
         self._blobs = Blobs(self._engine, self.tables, self._queries.chunks, self._threads)
         self._catalogue = Catalogue(self.tables, self._blobs.insert)
@@ -88,6 +89,7 @@ class ImageStorage:
 
     async def close(self) -> None:
         """Close the connections that were opened here; the app's own engine stays open."""
+        await self._own_tasks.settle(self._engine.timeout)
         await self._engine.close()
 
     # -- asking ---------------------------------------------------------------------------------------------------

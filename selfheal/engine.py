@@ -7,30 +7,29 @@ import contextlib
 import os
 import sqlite3
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, event, select
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from .direct import Direct
 from .errors import DatabaseUnavailable, MissingExtra, SchemaError
-from .flight import Tasks
+from .flight import Places, Tasks
 from .settings import database_url, is_in_memory, sqlite_file
 from .statements import DeadConnection, Statements
 from .tables import SCHEMA_VERSION, Tables
+from .transactions import is_shared, transaction
 
 T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
-LOCK_PATIENCE = 10.0
-"""Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
 _NO_SUCH = ("no such table", "no such column", "has no column named")
 _POOL_AT_MOST = 10
 _NO_SUCH_STATES = ("42P01", "42703")
@@ -58,6 +57,7 @@ class Engine:
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._checked = False
         self._left: list[object] = []
+        self._writers = Places(1)
         self._statements = Statements()
         self._direct: Direct | None = None
         if self.dialect == "postgresql":
@@ -70,11 +70,14 @@ class Engine:
         return self.url.get_backend_name()
 
     async def read(self, work: Work[T]) -> T:
-        """Run `work` on a connection; anew for as long as the pool hands out connections that have died.
-
-        It ends even if the caller is cancelled: who breaks off a driver that is connecting leaves what it opens behind.
-        """
-        return await self._tasks.finish(self._read_on_a_living_one(work))
+        """Run `work` on a connection; anew for as long as the pool hands out connections that have died."""
+        for _ in range(_POOL_AT_MOST):
+            try:
+                return await self._read(work)
+            except DatabaseUnavailable as error:
+                if not _was_dead(error.__cause__):
+                    raise
+        return await self._read(work)
 
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
@@ -114,25 +117,17 @@ class Engine:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    async def _read_on_a_living_one(self, work: Work[T]) -> T:
-        for _ in range(_POOL_AT_MOST):
-            try:
-                return await self._read(work)
-            except DatabaseUnavailable as error:
-                if not _was_dead(error.__cause__):
-                    raise
-        return await self._read(work)
-
     async def _read(self, work: Work[T]) -> T:
         async with self._connection() as connection:
             return await work(connection)
 
     async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
-        async with self._connection(has_tables=has_tables) as connection:
-            await self._begin(connection)
-            result = await work(connection)
-            await connection.commit()
-            return result
+        async with (
+            self._turn(),
+            self._connection(has_tables=has_tables) as connection,
+            transaction(connection, is_given=self._given is not None),
+        ):
+            return await work(connection)
 
     @contextlib.asynccontextmanager
     async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
@@ -151,34 +146,16 @@ class Engine:
                 await connection.invalidate()  # the server is silent: this connection never comes back
                 raise
             finally:
-                await connection.close()
+                await asyncio.shield(self._tasks.start(connection.close()))
         except (IntegrityError, DataError):
             raise
         except _database_errors() as error:
             raise unavailable(error) from error
 
-    async def _begin(self, connection: AsyncConnection) -> None:
-        """Take SQLite's write lock at once: a lock that is taken later fails at once if another was first.
-
-        Over PostgreSQL the app's own engine may be one that commits each statement, or refuses what waited for others.
-        """
-        if self.dialect != "sqlite":
-            if self._given is not None:
-                await connection.execution_options(isolation_level="READ COMMITTED")
-            return
-        await connection.begin()
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        if driver.in_transaction:  # the app's own engine has begun one, which would take the lock when it is too late
-            await driver.execute_fetchall("ROLLBACK")
-        give_up = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                await driver.execute_fetchall("BEGIN IMMEDIATE")  # one hop to its thread; by SQLAlchemy it takes three
-            except sqlite3.OperationalError as error:
-                if time.monotonic() > give_up or "locked" not in str(error):
-                    raise
-            else:
-                return
+    def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Those who write on one connection do so one after the other: it has one transaction."""
+        is_one = is_in_memory(self.url) if self._given is None else is_shared(self._given)
+        return self._writers.one() if is_one else contextlib.nullcontext()
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
         rows = await self._statements.fetch(connection, select(self._tables.schema.c.version), {})
@@ -228,6 +205,27 @@ def url_of(database: str | URL | AsyncEngine) -> URL:
 
 
 def _make(url: URL, timeout: float) -> AsyncEngine:
+    engine = _made(url, timeout)
+    event.listen(engine.sync_engine, "do_connect", _connect)
+    return engine
+
+
+def _connect(dialect: Dialect, _record: object, given: Sequence[Any], named: dict[str, Any]) -> Any:
+    return await_only(_connected(dialect, given, named))
+
+
+async def _connected(dialect: Dialect, given: Sequence[Any], named: dict[str, Any]) -> Any:
+    """A driver's connection. A driver that is broken off leaves behind what it opens: who is cancelled waits for it."""
+    connecting = asyncio.create_task(greenlet_spawn(dialect.connect, *given, **named))
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            await greenlet_spawn((await connecting).close)
+        raise
+
+
+def _made(url: URL, timeout: float) -> AsyncEngine:
     if url.get_backend_name() == "sqlite":
         limits = {} if is_in_memory(url) else {"pool_size": 5, "max_overflow": 5, "pool_timeout": timeout}
         # nothing to reset: reads open no transaction, and every write ends its own

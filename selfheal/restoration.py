@@ -144,8 +144,9 @@ class Restorer:
             if name in self._absent:
                 return None
             answer = await self._join(name)
-            if isinstance(answer, Incoming) and not answer.progress.is_over:
-                return answer.hold()
+            failed = answer.progress.error if isinstance(answer, Incoming) else None
+            if isinstance(answer, Incoming) and (not answer.progress.is_over or isinstance(failed, DiskUnwritable)):
+                return answer.hold()  # which sends from the database what the disk did not take
             if not isinstance(answer, OnDisk | Incoming):
                 return answer
             try:
@@ -154,8 +155,6 @@ class Restorer:
                 file = await self._threads.run(self._disk.open, name)
             if file is not None:
                 return file
-            if isinstance(answer, Incoming):
-                failed = answer.progress.error  # before this asker's turn came
         raise failed or DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
 
     async def _join(self, name: str) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import os
 import socket
@@ -27,8 +28,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import MetaData
 
-from selfheal import DatabaseUnavailable, ImageStorage, MissingExtra, SchemaError, SelfHealError, define_tables
-from selfheal import engine as engine_room
+from selfheal import (
+    DatabaseUnavailable,
+    ImageStorage,
+    MissingExtra,
+    SchemaError,
+    SelfHealError,
+    define_tables,
+    transactions,
+)
 from selfheal.digests import Digests
 from selfheal.engine import Engine, wal_is_safe
 from selfheal.flight import Tasks
@@ -211,7 +219,7 @@ async def test_a_missing_directory(tmp_path: Path) -> None:
 
 async def test_a_locked_file(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While somebody else holds SQLite's lock questions are unknown; once it is free they are answered."""
-    monkeypatch.setattr(engine_room, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(transactions, "LOCK_PATIENCE", 0.0)
     async with prepared(sqlite_url, timeout=0.2) as images:
         holder = sqlite3.connect(sqlite_url.partition("///")[2], isolation_level=None)
         try:
@@ -553,7 +561,18 @@ def beginning_by_driver(url: str) -> AsyncEngine:
     return create_async_engine(url, connect_args={"autocommit": False})
 
 
-@pytest.mark.parametrize("make", [beginning_by_hooks, beginning_by_driver])
+def beginning_by_asking(url: str) -> AsyncEngine:
+    """One that asks something of every connection that it hands out, as SQLAlchemy shows it for a test of its own."""
+    engine = create_async_engine(url)
+
+    @event.listens_for(engine.sync_engine, "engine_connect")
+    def ask(connection: Connection) -> None:
+        connection.scalar(text("SELECT 1"))
+
+    return engine
+
+
+@pytest.mark.parametrize("make", [beginning_by_hooks, beginning_by_driver, beginning_by_asking])
 async def test_the_apps_own_engine_that_begins_its_transactions_itself(
     sqlite_url: str, make: Callable[[str], AsyncEngine]
 ) -> None:
@@ -570,16 +589,80 @@ async def test_the_apps_own_engine_that_begins_its_transactions_itself(
     await engine.dispose()
 
 
+@pytest.mark.parametrize("make", [create_async_engine, beginning_by_hooks, beginning_by_driver, beginning_by_asking])
+async def test_a_lock_that_the_apps_own_engine_does_not_get(
+    sqlite_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[str], AsyncEngine],
+) -> None:
+    """It is told as that, and the connection is as good as before."""
+    monkeypatch.setattr(transactions, "LOCK_PATIENCE", 0.0)
+    engine = make(f"{sqlite_url}?timeout=0.1")
+    async with prepared(engine) as images:  # type: ignore[arg-type]
+        holder = sqlite3.connect(sqlite_url.partition("///")[2], isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseUnavailable, match="locked"):
+            await images.store_image("b.png", b"two")
+        holder.close()
+        await images.store_image("b.png", b"two")
+        assert await bytes_of(images, "b.png") == b"two"
+    await engine.dispose()
+    assert "Traceback" not in caplog.text
+
+
+async def test_the_apps_own_engine_that_commits_nothing(sqlite_url: str) -> None:
+    """Where the driver commits nothing a write is refused, and leaves nothing behind, nor a lock."""
+    if sys.version_info < (3, 12):
+        pytest.skip("sqlite3 has no `autocommit` before Python 3.12")
+    engine = create_async_engine(sqlite_url, connect_args={"autocommit": True})
+    async with prepared(sqlite_url) as others, opened(engine) as images:  # type: ignore[arg-type]
+        with pytest.raises(DatabaseUnavailable, match="autocommit=True"):
+            await images.store_image("a.png", b"two")
+        assert await bytes_of(images, "a.png") == b"one"
+        await others.store_image("a.png", b"three")
+        with pytest.raises(DatabaseUnavailable, match="autocommit=True"):
+            await images.purge(timedelta(0), dry_run=True)
+        assert [version.generation for version in await others.history("a.png")] == [1]
+    await engine.dispose()
+
+
+async def test_many_writes_on_one_connection() -> None:
+    """A database in memory has one connection: each write is a transaction of its own all the same."""
+    async with prepared("sqlite+aiosqlite:///:memory:") as images:
+        names = [f"{index}.png" for index in range(60)]
+        await asyncio.gather(*(images.store_image(name, name.encode()) for name in names))
+        assert [await bytes_of(images, name) for name in names] == [name.encode() for name in names]
+
+
+async def test_a_transaction_of_the_apps_own_on_one_connection() -> None:
+    """A write of ours does not become a part of it, and is not told to be done: it is refused."""
+    engine = create_async_engine("sqlite+aiosqlite://")
+    async with prepared(engine) as images:  # type: ignore[arg-type]
+        async with engine.begin() as connection:
+            await connection.execute(text("UPDATE image_storage SET modified_ns = 77"))
+            with pytest.raises(DatabaseUnavailable, match="only connection"):
+                await images.store_image("b.png", b"two")
+        assert await images.find("b.png") is None
+        await images.store_image("b.png", b"two")
+        assert await bytes_of(images, "b.png") == b"two"
+    await engine.dispose()
+
+
 @pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ COMMITTED", "SERIALIZABLE"])
+@pytest.mark.parametrize("skips", [False, True], ids=["", "rolling nothing back at it"])
 @pytest.mark.parametrize("how", ["from the beginning", "by an option"])
-async def test_the_apps_own_engine_of_another_isolation_level(database_url: str, level: Any, how: str) -> None:
+async def test_the_apps_own_engine_of_another_isolation_level(
+    database_url: str, level: Any, how: str, skips: bool
+) -> None:
     """Whatever the app's own statements do, a write of ours happens whole or not at all, and waits for others."""
     if database_url.startswith("sqlite") and level == "READ COMMITTED":
         pytest.skip("SQLite has no such level")
     if how == "by an option":
-        engine = create_async_engine(database_url).execution_options(isolation_level=level)
+        engine = create_async_engine(database_url, skip_autocommit_rollback=skips)
+        engine = engine.execution_options(isolation_level=level)
     else:
-        engine = create_async_engine(database_url, isolation_level=level)
+        engine = create_async_engine(database_url, isolation_level=level, skip_autocommit_rollback=skips)
     tasks = Tasks()
     ours = Engine(engine, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
 
@@ -806,24 +889,21 @@ async def test_a_write_that_fails(database_url: str) -> None:
 
 
 async def test_a_read_whose_caller_goes_away(database_url: str) -> None:
-    """A read goes on to its end, and gives its connection back, though its caller is cancelled while it connects."""
-    tasks = Tasks()
-    engine = Engine(database_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
-    answers = list[int]()
+    """At whatever moment the caller of a read is cancelled, what was opened for it is closed at the end."""
     async with prepared(database_url):
-
-        async def work(connection: AsyncConnection) -> None:
-            answers.append((await connection.execute(text("SELECT 1"))).scalar_one())
-
-        for _ in range(20):
-            reading = asyncio.create_task(engine.read(work))
-            await asyncio.sleep(0)
-            reading.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await reading
-        await tasks.settle(20)
-    assert answers == [1] * 20
-    await engine.close()
+        pass
+    gc.collect()
+    before = os.listdir("/proc/self/fd")
+    for turns in range(40):
+        async with opened(database_url) as images:
+            finding = asyncio.create_task(images.find("a.png"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            finding.cancel()
+            await asyncio.gather(finding, return_exceptions=True)
+            if turns % 2:
+                assert await images.count() == 1
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_a_write_whose_caller_goes_away(database_url: str) -> None:

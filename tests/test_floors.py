@@ -11,7 +11,7 @@ PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
     {"settings", "names", "sources", "policy", "workers", "absent"},
-    {"staging", "tables", "files", "records", "direct", "statements"},
+    {"staging", "tables", "files", "records", "direct", "statements", "transactions"},
     {"disk", "engine", "queries"},
     {"blobs", "catalogue", "responses", "listing"},
     {"db"},

@@ -772,22 +772,47 @@ async def test_a_damaged_body_is_never_sent_whole(
     await nothing_is_held_open(sqlite_store.disk.path)
 
 
-async def test_damage_that_is_found_before_an_askers_turn_comes(
-    store: UploadStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A busy event loop may be told of a restore only when that has failed: it is damage all the same, not unknown."""
+def be_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every asker's turn come when the restore that it has joined is over."""
     at_once = Restorer._join
 
     async def late(self: Restorer, name: str) -> Answer:
         answer = await at_once(self, name)
-        await store.tasks.settle(30)
+        while isinstance(answer, Incoming) and not answer.progress.is_over:
+            await asyncio.sleep(0.01)
         return answer
 
     monkeypatch.setattr(Restorer, "_join", late)
+
+
+async def test_damage_that_is_found_before_an_askers_turn_comes(
+    store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy event loop may be told of a restore only when that has failed: it is damage all the same, not unknown."""
+    be_late(monkeypatch)
     await saved_and_lost(store, STREAMED)
     last = (STREAMED - 1) // CHUNK
     await _change_data(store, last, STREAMED - last * CHUNK)
     assert (await got(SelfHealMiddleware(wrapped, store))).status_code == 500
+    assert files_below(store.disk.path) == []
+
+
+async def test_a_disk_that_fills_up_before_an_askers_turn_comes(
+    store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The visitor is served from the database all the same, however often what was written makes room again."""
+    be_late(monkeypatch)
+    data = await saved_and_lost(store, STREAMED)
+    real = os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        if offset > 10 * CHUNK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    answer = await got(SelfHealMiddleware(wrapped, store))
+    assert (answer.status_code, answer.content) == (200, data)
     assert files_below(store.disk.path) == []
 
 

@@ -1,0 +1,77 @@
+"""A write's transaction, whole or not at all, whatever the app's own engine begins, commits, or asks as it connects."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import StaticPool
+
+from .errors import DatabaseUnavailable
+
+LOCK_PATIENCE = 10.0
+"""Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
+
+
+def is_shared(engine: AsyncEngine) -> bool:
+    """Whether everybody works on one connection, as with a database in memory."""
+    return isinstance(engine.pool, StaticPool)
+
+
+@contextlib.asynccontextmanager
+async def transaction(connection: AsyncConnection, *, is_given: bool) -> AsyncIterator[None]:
+    """A transaction that is committed at its end, or rolled back; `is_given`: the engine is the app's own.
+
+    Raises `DatabaseUnavailable` where that cannot be promised.
+    """
+    if connection.in_transaction():  # begun by what the app's own engine asks as it connects
+        await connection.commit()
+    if connection.dialect.name == "sqlite":
+        async with _in_sqlite(connection):
+            yield
+        return
+    if is_given:  # it may commit each statement, or refuse what has waited for another
+        await connection.execution_options(isolation_level="READ COMMITTED")
+    yield
+    await connection.commit()
+
+
+@contextlib.asynccontextmanager
+async def _in_sqlite(connection: AsyncConnection) -> AsyncIterator[None]:
+    """The lock is taken at once: one that is taken later fails at once if another was first."""
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    has_always = driver.in_transaction  # with sqlite3's autocommit=False one is begun wherever one ends
+    shared = is_shared(connection.engine)
+    if has_always and shared:
+        raise DatabaseUnavailable("a transaction is open on this engine's only connection")
+    await connection.begin()
+    if driver.in_transaction:  # begun by the app's own engine, and without the lock
+        await driver.execute_fetchall("ROLLBACK")
+    try:
+        await _lock(driver)
+        yield
+        await connection.commit()
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error, ValueError):  # it is closed
+            if driver.in_transaction is not has_always and not shared:  # the rest is SQLAlchemy's, if it does it
+                await driver.execute_fetchall("BEGIN" if has_always else "ROLLBACK")
+        raise
+    if driver.in_transaction and not has_always and not shared:
+        await driver.execute_fetchall("ROLLBACK")
+        raise DatabaseUnavailable("this engine's connections commit nothing; is that sqlite3's autocommit=True?")
+
+
+async def _lock(driver: Any) -> None:
+    give_up = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            await driver.execute_fetchall("BEGIN IMMEDIATE")  # one hop to its thread; by SQLAlchemy it takes three
+        except sqlite3.OperationalError as error:
+            if time.monotonic() > give_up or "locked" not in str(error):
+                raise
+        else:
+            return
