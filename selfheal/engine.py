@@ -12,15 +12,14 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, event, select
-from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool
 
 from .direct import Direct
 from .errors import DatabaseUnavailable, MissingExtra, SchemaError
-from .flight import Places, Tasks
+from .flight import Places, Tasks, to_its_end
 from .settings import database_url, is_in_memory, sqlite_file
 from .statements import DeadConnection, Statements
 from .tables import SCHEMA_VERSION, Tables
@@ -57,7 +56,8 @@ class Engine:
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._checked = False
         self._left: list[object] = []
-        self._writers = Places(1)
+        self._is_shared = is_in_memory(self.url) if self._given is None else is_shared(self._given)
+        self._turns = Places(1)  # on a connection that all share: it has one transaction
         self._statements = Statements()
         self._direct: Direct | None = None
         if self.dialect == "postgresql":
@@ -71,6 +71,9 @@ class Engine:
 
     async def read(self, work: Work[T]) -> T:
         """Run `work` on a connection; anew for as long as the pool hands out connections that have died."""
+        if self._is_shared:  # not to be broken off: what is given back late is rolled back under whoever is next
+            async with self._turns.one():
+                return await to_its_end(self._read(work))
         for _ in range(_POOL_AT_MOST):
             try:
                 return await self._read(work)
@@ -123,7 +126,7 @@ class Engine:
 
     async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
         async with (
-            self._turn(),
+            self._turns.one() if self._is_shared else contextlib.nullcontext(),
             self._connection(has_tables=has_tables) as connection,
             transaction(connection, is_given=self._given is not None),
         ):
@@ -132,7 +135,7 @@ class Engine:
     @contextlib.asynccontextmanager
     async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
         try:
-            connection = await self._get_engine().connect()
+            connection = await self._connect(self._get_engine())
         except MissingExtra:
             raise
         except Exception as error:
@@ -152,10 +155,16 @@ class Engine:
         except _database_errors() as error:
             raise unavailable(error) from error
 
-    def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Those who write on one connection do so one after the other: it has one transaction."""
-        is_one = is_in_memory(self.url) if self._given is None else is_shared(self._given)
-        return self._writers.one() if is_one else contextlib.nullcontext()
+    async def _connect(self, engine: AsyncEngine) -> AsyncConnection:
+        """A connection. Who breaks off what opens one leaves it behind half made, so the caller alone is broken off."""
+        if not _opens_one(engine.pool):
+            return await engine.connect()
+        opening = self._tasks.start(_opened(engine))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._tasks.start(_closed(opening))
+            raise
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
         rows = await self._statements.fetch(connection, select(self._tables.schema.c.version), {})
@@ -204,28 +213,20 @@ def url_of(database: str | URL | AsyncEngine) -> URL:
     return database_url(database if isinstance(database, str) else database.render_as_string(hide_password=False))
 
 
+def _opens_one(pool: Pool) -> bool:
+    """Whether the next connection is a new one: none is idle, and there may be more (of another's pool: a guess)."""
+    return not isinstance(pool, QueuePool) or not (pool.checkedin() or pool.checkedout() >= _POOL_AT_MOST)
+
+
+async def _opened(engine: AsyncEngine) -> AsyncConnection:
+    return await engine.connect()
+
+
+async def _closed(opening: asyncio.Task[AsyncConnection]) -> None:
+    await (await opening).close()
+
+
 def _make(url: URL, timeout: float) -> AsyncEngine:
-    engine = _made(url, timeout)
-    event.listen(engine.sync_engine, "do_connect", _connect)
-    return engine
-
-
-def _connect(dialect: Dialect, _record: object, given: Sequence[Any], named: dict[str, Any]) -> Any:
-    return await_only(_connected(dialect, given, named))
-
-
-async def _connected(dialect: Dialect, given: Sequence[Any], named: dict[str, Any]) -> Any:
-    """A driver's connection. A driver that is broken off leaves behind what it opens: who is cancelled waits for it."""
-    connecting = asyncio.create_task(greenlet_spawn(dialect.connect, *given, **named))
-    try:
-        return await asyncio.shield(connecting)
-    except asyncio.CancelledError:
-        with contextlib.suppress(Exception):
-            await greenlet_spawn((await connecting).close)
-        raise
-
-
-def _made(url: URL, timeout: float) -> AsyncEngine:
     if url.get_backend_name() == "sqlite":
         limits = {} if is_in_memory(url) else {"pool_size": 5, "max_overflow": 5, "pool_timeout": timeout}
         # nothing to reset: reads open no transaction, and every write ends its own

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import anyio
@@ -633,6 +634,31 @@ async def test_many_writes_on_one_connection() -> None:
         names = [f"{index}.png" for index in range(60)]
         await asyncio.gather(*(images.store_image(name, name.encode()) for name in names))
         assert [await bytes_of(images, name) for name in names] == [name.encode() for name in names]
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["ours", "the app's own"])
+async def test_reads_beside_writes_on_one_connection(is_given: bool) -> None:
+    """Who reads, and goes away or not, ends no write: a connection that is given back is rolled back."""
+    url = "sqlite+aiosqlite://"
+    engine: Any = create_async_engine(url) if is_given else url
+    async with prepared(engine) as images:
+        is_over = asyncio.Event()
+
+        async def ask() -> None:
+            while not is_over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(images.find("a.png"), Random().uniform(0, 0.002))
+                await asyncio.sleep(0)
+
+        asking = [asyncio.create_task(ask()) for _ in range(3)]
+        names = [f"{index}.png" for index in range(60)]
+        for name in names:
+            await images.store_image(name, name.encode())
+        is_over.set()
+        await asyncio.gather(*asking)
+        assert [await bytes_of(images, name) for name in names] == [name.encode() for name in names]
+    if is_given:
+        await engine.dispose()
 
 
 async def test_a_transaction_of_the_apps_own_on_one_connection() -> None:
