@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 from uuid import uuid4
 
-from sqlalchemy import Insert, Select, Table, and_, delete, exists, func, select, update
+from sqlalchemy import ColumnElement, Insert, Select, Table, and_, delete, exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .digests import Digests, chunk_digest
@@ -34,6 +35,8 @@ KNOWN_AT_ONCE = 24
 """The same (6 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
 KNOWN_UPLOADS_AT_ONCE = 2
 """How many of those are on their way: each holds four times as many chunks in memory."""
+MOVED_AT_ONCE = 256
+"""Chunks (64 MiB) that are moved in one transaction where nobody else can write meanwhile."""
 
 
 class Write(Protocol):
@@ -45,13 +48,17 @@ class Write(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Bytes that came: the last chunks are still `rows` in memory, those before them stand under `key`."""
+    """Bytes that came: the last chunks are still `rows` in memory, those before them stand under `key`.
+
+    The first `moved` of them stand where they belong.
+    """
 
     key: str
     sha256: str
     size: int
     chunks: int
     rows: list[dict[str, Any]]
+    moved: int
 
 
 def chunk_rows(key: str, position: int, chunks: Sequence[bytes]) -> list[dict[str, Any]]:
@@ -115,9 +122,11 @@ class Blobs:
         """Take bytes in, writing all but the last chunks in transactions of `write`.
 
         If their digests are `known`, each chunk is compared (`Unsettled` if it differs) and goes where it belongs. If
-        not, they stand under a key of their own until `finish`: moving them costs SQLite as much as writing them.
+        not, they stand under a key of their own until the digest is known.
         """
-        if known is None or len(known.chunks) <= WRITE_AT_ONCE:
+        if known is None:
+            return await self._move(write, await self._receive(write, data, known, WRITE_AT_ONCE))
+        if len(known.chunks) <= WRITE_AT_ONCE:
             return await self._receive(write, data, known, WRITE_AT_ONCE)
         async with self._places.one():
             return await self._receive(write, data, known, KNOWN_AT_ONCE)
@@ -137,17 +146,31 @@ class Blobs:
             async for chunks in handfuls:
                 yield await self._threads.run(taken.rows, chunks)
 
+    async def _move(self, write: Write, received: Received) -> Received:
+        """Let chunks stand where they belong, all but the last of them, which `finish` moves.
+
+        A transaction locks everybody out of SQLite, so there it takes several; elsewhere `finish` does it in one.
+        """
+        moved = received.moved
+        while self._engine.dialect == "sqlite" and moved + MOVED_AT_ONCE < received.chunks:
+            some = self._chunks.c.position.between(moved, moved + MOVED_AT_ONCE - 1)
+            await write(partial(self._replace, received, some))
+            moved += MOVED_AT_ONCE
+        return replace(received, moved=moved)
+
     async def finish(self, connection: AsyncConnection, received: Received) -> None:
         """Make a received blob whole. Its row comes first: who stores, or purges, the same bytes waits there."""
-        chunks = self._chunks.c
         blob = {"sha256": received.sha256, "size": received.size, "chunks": received.chunks}
         await self.put_blobs(connection, [blob])
         await self.put_chunks(connection, received.rows)
-        moves = received.key != received.sha256
-        stale = and_(chunks.sha256 == received.sha256, chunks.position >= (0 if moves else received.chunks))
-        await connection.execute(delete(self._chunks).where(stale))
-        if moves:
-            moved = update(self._chunks).where(chunks.sha256 == received.key).values(sha256=received.sha256)
+        await self._replace(received, self._chunks.c.position >= received.moved, connection)
+
+    async def _replace(self, received: Received, some: ColumnElement[bool], connection: AsyncConnection) -> None:
+        """Let chunks take the places of those that stand there: of the same bytes, or damaged, or too many."""
+        sha256 = self._chunks.c.sha256
+        await connection.execute(delete(self._chunks).where(sha256 == received.sha256, some))
+        if received.key != received.sha256:
+            moved = update(self._chunks).where(sha256 == received.key, some).values(sha256=received.sha256)
             await connection.execute(moved)
 
     async def put_chunks(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
@@ -195,7 +218,8 @@ class _Taken:
 
     def __init__(self, known: Digests | None) -> None:
         self._known = known
-        self._key = known.whole if known is not None else f"upload-{uuid4().hex}"
+        # as long as a digest: SQLite then writes only the page where it stands when it becomes one, not the chunk
+        self._key = known.whole if known is not None else f"upload-{uuid4().hex:->57}"
         self._whole = hashlib.sha256()
         self._size = self._chunks = 0
 
@@ -217,8 +241,10 @@ class _Taken:
             raise Unsettled("the bytes became fewer while they were read; try again once they hold still")
         digest = self._whole.hexdigest() if self._known is None else self._known.whole
         if len(last) == self._chunks:  # nothing was written under another key
-            return Received(digest, digest, self._size, self._chunks, [row | {"sha256": digest} for row in last])
-        return Received(self._key, digest, self._size, self._chunks, last)
+            last = [row | {"sha256": digest} for row in last]
+            return Received(digest, digest, self._size, self._chunks, last, self._chunks)
+        moved = self._chunks if self._key == digest else 0
+        return Received(self._key, digest, self._size, self._chunks, last, moved)
 
 
 async def _in_handfuls(source: AsyncGenerator[bytes, None], at_once: int) -> AsyncGenerator[list[bytes], None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from .db import ImageStorage
 from .disk import UploadsDirectory
@@ -204,20 +206,27 @@ class Reconciler:
         self._events.emit(Kind.RESTORED, record.name, record.size)
 
     async def _store(self, name: str, file: OpenFile, *, only_new: bool) -> Record:
-        known = await file.digests()
-        await self._raise_if_moved(name, file.identity)
+        # read twice, and compared, while a write could leave its time as it is
+        known = None if _age(file.identity) >= SETTLED_AFTER else await file.digests()
         record = await self._database.store_image(
-            name, file.chunks(), modified_ns=file.modified_ns, known=known, only_new=only_new
+            name, self._unmoved(name, file), modified_ns=file.modified_ns, known=known, only_new=only_new
         )
         self._events.emit(Kind.ADOPTED, name, file.size)
         return record
+
+    async def _unmoved(self, name: str, file: OpenFile) -> AsyncGenerator[bytes, None]:
+        """The bytes of a file, if it holds still until the last one is read; raises `Unsettled` otherwise."""
+        async with aclosing(file.chunks()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        await self._raise_if_moved(name, file.identity)
 
     async def _agrees(self, name: str, identity: Identity) -> bool:
         record = await self._records.get(name)
         return record is not None and not record.is_deleted and (record.modified_ns, record.size) == identity[:2]
 
     async def _settled(self, name: str, identity: Identity) -> None:
-        age = (time.time_ns() - identity[0]) / 1e9
+        age = _age(identity)
         if age < SETTLED_AFTER:  # or of the future, which says nothing
             await asyncio.sleep(min(SETTLED_AFTER, SETTLED_AFTER - age))
             await self._raise_if_moved(name, identity)
@@ -226,3 +235,8 @@ class Reconciler:
         now = await self._threads.run(self._disk.stat, name)
         if now is None or identity_of(now) != identity:
             raise Unsettled(f"{name!r} is still being written")
+
+
+def _age(identity: Identity) -> float:
+    """Seconds since a file was written; less than none if that is of the future."""
+    return (time.time_ns() - identity[0]) / 1e9

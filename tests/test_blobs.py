@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing
+from datetime import timedelta
 from functools import lru_cache
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -18,11 +20,11 @@ import anyio
 import pytest
 from conftest import PostgresServer
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 from starlette.datastructures import UploadFile
 
-from selfheal import CorruptBlob, ImageStorage, Record, UploadStore
+from selfheal import CorruptBlob, DatabaseUnavailable, ImageStorage, Record, UploadStore
 from selfheal.blobs import READ_AT_ONCE, WRITE_AT_ONCE
 from selfheal.digests import Digests, chunk_digest
 from selfheal.errors import Unsettled
@@ -81,6 +83,12 @@ async def execute(url: str, statement: str, **values: Any) -> list[tuple[Any, ..
             return [tuple(row) for row in result] if result.returns_rows else []
     finally:
         await engine.dispose()
+
+
+def bytes_written() -> int:
+    """What this process gave the kernel to write so far."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["wchar"])
 
 
 async def pieces(data: bytes, sizes: tuple[int, ...]) -> AsyncIterator[bytes]:
@@ -234,6 +242,73 @@ async def test_equal_bytes_at_the_same_time(images: ImageStorage, database_url: 
     assert await stored(database_url) == (1, -(-size // CHUNK), size)
 
 
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["new", "damaged"])
+async def test_chunks_that_are_moved_in_several_transactions(
+    images: ImageStorage, database_url: str, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    """All of them stand where they belong in the end, instead of what stood there; others write in between."""
+    monkeypatch.setattr("selfheal.blobs.MOVED_AT_ONCE", 3)
+    data = noise(2 * LARGE)
+    if is_damaged:
+        record = await images.store_image("a.png", data, known=digests_of(data))
+        for damage in (a_bit_of_the_data(4, 9), a_missing_chunk(7), an_extra_chunk(b"more")):
+            await damage(database_url, record)
+    records = [await images.store_image("a.png", pieces(data, (CHUNK,)))]
+
+    async def save(name: str) -> None:
+        records.append(await images.store_image(name, pieces(data, (CHUNK,))))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(save, "b.png")
+        group.start_soon(save, "c.png")
+        group.start_soon(images.store_image, "small.png", b"small")
+    assert await stored(database_url) == (2, -(-len(data) // CHUNK) + 1, len(data) + 5)
+    assert [await whole(images, record) for record in records] == [data] * 3
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 8, 12])
+async def test_a_move_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int) -> None:
+    """The same bytes under another name stay whole; what is left of the upload is nobody's, and purged."""
+    database_url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"
+    images = ImageStorage(database_url)
+    await images.create_tables()
+    monkeypatch.setattr("selfheal.blobs.MOVED_AT_ONCE", 3)
+    data = noise(2 * LARGE)
+    before = await images.store_image("before.png", data)
+    real, left = images._engine.write, done
+
+    async def write(work: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise DatabaseUnavailable("it was killed")
+        return await real(work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images._engine, "write", write)
+        with pytest.raises(DatabaseUnavailable):
+            await images.store_image("a.png", pieces(data, (CHUNK,)))
+    assert await images.find("a.png") is None
+    assert await whole(images, before) == data
+    await images.purge(timedelta(0), grace=timedelta(seconds=-5))
+    assert await stored(database_url) == (1, -(-len(data) // CHUNK), len(data))
+    assert await whole(images, before) == data
+    await images.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much was written")
+async def test_bytes_are_written_once(tmp_path: Path) -> None:
+    """SQLite writes a chunk once, though the digest under which it belongs is known only at the end."""
+    images = ImageStorage(f"sqlite+aiosqlite:///{tmp_path / 'app.db'}")
+    await images.create_tables()
+    data = noise(8 * LARGE)
+    before = bytes_written()
+    await images.store_image("a.png", pieces(data, (CHUNK,)))
+    written = bytes_written() - before
+    await images.close()
+    assert written < 1.3 * len(data)
+
+
 async def test_the_same_bytes_at_the_same_time(images: ImageStorage) -> None:
     """Many saves of the same bytes under one name are one change."""
     async with anyio.create_task_group() as group:
@@ -341,7 +416,6 @@ async def test_memory_does_not_grow_with_the_file(images: ImageStorage) -> None:
     finally:
         tracemalloc.stop()
     assert size == record.size == 32_000_000
-    print("PEAK", peak)
     assert peak < 24_000_000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -393,19 +394,45 @@ async def test_a_file_is_not_taken_while_it_is_being_written(
     assert await generation_of(sqlite_store) == before + 1
 
 
-async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore) -> None:
+@pytest.mark.parametrize("age", [0, A_DAY], ids=["fresh", "old"])
+async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore, age: int) -> None:
     """Whoever wants a file adopted that is replaced at this very moment is told to try again; nothing is stored."""
-    path = laid(sqlite_store, noise(64 * CHUNK), time.time_ns() - A_DAY)
+    path = laid(sqlite_store, noise(64 * CHUNK), time.time_ns() - age)
     adopting = asyncio.create_task(sqlite_store.adopt(NAME))
     for number in range(200):
         if adopting.done():
             break
-        laid(sqlite_store, noise(64 * CHUNK + number + 1), time.time_ns() - A_DAY)
+        laid(sqlite_store, noise(64 * CHUNK + number + 1), time.time_ns() - age)
         await asyncio.sleep(0)
     with pytest.raises(Unsettled):
         await adopting
     assert await sqlite_store.database.find(NAME) is None
     assert path.exists()
+
+
+@pytest.mark.parametrize("size", [40 * CHUNK, 3 * CHUNK + 1], ids=["large", "small"])
+@pytest.mark.parametrize("age", [0, A_DAY], ids=["fresh", "old"])
+@pytest.mark.parametrize("is_old_again", [False, True], ids=["", "its time set back"])
+async def test_a_file_that_is_overwritten_in_place_while_it_is_read(
+    sqlite_store: UploadStore, disk: BrokenDisk, size: int, age: int, is_old_again: bool
+) -> None:
+    """Half old, half new is no picture: whoever wants it adopted is told to try again, and nothing is stored."""
+    modified = time.time_ns() - age
+    path = laid(sqlite_store, noise(size), modified)
+    held = disk.hold("pread", after=2)
+    adopting = asyncio.create_task(sqlite_store.adopt(NAME))
+    await held.met()
+    with path.open("r+b") as file:
+        file.write(b"new at its beginning")
+    if is_old_again:
+        os.utime(path, ns=(modified, modified))
+    held.release()
+    with pytest.raises(Unsettled):
+        await adopting
+    assert await sqlite_store.database.find(NAME) is None
+    record = await sqlite_store.adopt(NAME)
+    assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert await in_database(sqlite_store, NAME) == path.read_bytes()
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["saved", "forgotten"])

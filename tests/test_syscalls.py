@@ -8,6 +8,7 @@ import importlib.util
 import os
 import socket
 import stat
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -446,3 +447,34 @@ def test_without_syncfs_everything_is_synced(monkeypatch: pytest.MonkeyPatch, ro
     monkeypatch.setattr(os, "sync", lambda: synced.append(True))
     other_room(monkeypatch, lambda resolve: errno.ENOSYS).sync_filesystem(root)
     assert synced
+
+
+CHURN = """
+import resource, sys
+from selfheal import syscalls
+if sys.argv[1] == "kept":
+    syscalls.keep_freed_memory()
+def use():
+    for _ in range(200):
+        chunks = [bytes(262144) for _ in range(16)]
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_freed_memory_is_used_again() -> None:
+    """A process that frees chunks and makes as many does not fetch the same memory from the system each time."""
+
+    def pages(how: str) -> int:
+        run = subprocess.run([sys.executable, "-c", CHURN, how], capture_output=True, check=True, text=True)
+        return int(run.stdout)
+
+    assert pages("kept") < 2000 < pages("given back")
+
+
+def test_a_c_library_without_mallopt_keeps_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """musl has none, nor has macOS: nothing is asked for."""
+    other_room(monkeypatch, lambda resolve: errno.ENOSYS).keep_freed_memory()
