@@ -29,12 +29,14 @@ _Rows = Sequence[Sequence[Any]]
 _SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 READ_AT_ONCE = 8
 """Chunks in one query (2 MiB): what one reader holds in memory."""
-WRITE_AT_ONCE = 16
-"""Chunks in one transaction (4 MiB) of a large upload: others get their turn in between."""
-KNOWN_AT_ONCE = 24
-"""The same (6 MiB) of bytes that are on the disk: they come quickly, and a commit costs a disk as much as 4 MiB."""
-KNOWN_UPLOADS_AT_ONCE = 2
-"""How many of those are on their way: each holds four times as many chunks in memory."""
+HASH_AT_ONCE = 8
+"""Chunks that are hashed (2 MiB) while others are read, and others written."""
+WRITE_AT_ONCE = 24
+"""Chunks in one transaction (6 MiB) of a large upload: others get their turn in between."""
+LARGE_FROM = 16
+"""Chunks (4 MiB) up to which any number of uploads may be held in memory at once."""
+LARGE_AT_ONCE = 2
+"""How many larger ones may, of those that are on the disk and so come quickly: each holds up to 20 MiB."""
 MOVED_AT_ONCE = 256
 """Chunks (64 MiB) that are moved in one transaction where nobody else can write meanwhile."""
 
@@ -79,7 +81,7 @@ class Blobs:
         self._blobs = tables.blobs
         self._chunks = tables.chunks
         self._threads = threads
-        self._places = Places(KNOWN_UPLOADS_AT_ONCE)
+        self._places = Places(LARGE_AT_ONCE)
         self._put_chunks = self._put(tables.chunks, "data", "digest")
         self._put_blobs = self._put(tables.blobs, "size", "chunks")
 
@@ -125,26 +127,30 @@ class Blobs:
         not, they stand under a key of their own until the digest is known.
         """
         if known is None:
-            return await self._move(write, await self._receive(write, data, known, WRITE_AT_ONCE))
-        if len(known.chunks) <= WRITE_AT_ONCE:
-            return await self._receive(write, data, known, WRITE_AT_ONCE)
+            return await self._move(write, await self._receive(write, data, known))
+        if len(known.chunks) <= LARGE_FROM:
+            return await self._receive(write, data, known)
         async with self._places.one():
-            return await self._receive(write, data, known, KNOWN_AT_ONCE)
+            return await self._receive(write, data, known)
 
-    async def _receive(self, write: Write, data: Source, known: Digests | None, at_once: int) -> Received:
-        taken, last = _Taken(known), list[dict[str, Any]]()
-        async with aclosing(ahead(self._rows(taken, data, at_once))) as handfuls:
-            async for rows in handfuls:
-                if last:
-                    await write(lambda connection, rows=last: self.put_chunks(connection, rows))  # type: ignore[misc]
-                last = rows
-        return taken.received(last)
+    async def _receive(self, write: Write, data: Source, known: Digests | None) -> Received:
+        taken, rows = _Taken(known), list[dict[str, Any]]()
+        async with aclosing(ahead(self._batches(taken, data))) as batches:
+            async for rows, is_last in batches:
+                if not is_last:
+                    await write(partial(self.put_chunks, rows=rows))
+        return taken.received(rows)
 
-    async def _rows(self, taken: _Taken, data: Source, at_once: int) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """Some are read while others are hashed, while others are written."""
-        async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads), at_once))) as handfuls:
+    async def _batches(self, taken: _Taken, data: Source) -> AsyncGenerator[tuple[list[dict[str, Any]], bool], None]:
+        """The rows of one transaction after the other, and whether they are the last ones."""
+        held: list[dict[str, Any]] = []
+        async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads)))) as handfuls:
             async for chunks in handfuls:
-                yield await self._threads.run(taken.rows, chunks)
+                if len(held) >= WRITE_AT_ONCE:
+                    yield held, False
+                    held = []
+                held += await self._threads.run(taken.rows, chunks)
+        yield held, True
 
     async def _move(self, write: Write, received: Received) -> Received:
         """Let chunks stand where they belong, all but the last of them, which `finish` moves.
@@ -247,13 +253,13 @@ class _Taken:
         return Received(self._key, digest, self._size, self._chunks, last, moved)
 
 
-async def _in_handfuls(source: AsyncGenerator[bytes, None], at_once: int) -> AsyncGenerator[list[bytes], None]:
-    """As many chunks as are written in one transaction."""
+async def _in_handfuls(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[list[bytes], None]:
+    """As many chunks as are hashed in one go."""
     held: list[bytes] = []
     async with aclosing(source):
         async for chunk in source:
             held.append(chunk)
-            if len(held) == at_once:
+            if len(held) == HASH_AT_ONCE:
                 yield held
                 held = []
     if held:

@@ -266,7 +266,7 @@ async def test_chunks_that_are_moved_in_several_transactions(
     assert [await whole(images, record) for record in records] == [data] * 3
 
 
-@pytest.mark.parametrize("done", [1, 2, 3, 8, 12])
+@pytest.mark.parametrize("done", [1, 2, 3, 8, 18])
 async def test_a_move_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int) -> None:
     """The same bytes under another name stay whole; what is left of the upload is nobody's, and purged."""
     database_url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"

@@ -34,7 +34,15 @@ from selfheal import CorruptBlob, NotStored, SelfHealMiddleware, UploadStore, bu
 from selfheal.files import Identity, identity_of
 from selfheal.outcomes import Outcome
 
-SIZES = {"CHUNK": 64, "READ_AT_ONCE": 2, "WRITE_AT_ONCE": 2, "WHOLE_FIRST": 600, "LARGE": 400}
+SIZES = {
+    "CHUNK": 64,
+    "READ_AT_ONCE": 2,
+    "HASH_AT_ONCE": 1,
+    "WRITE_AT_ONCE": 2,
+    "MOVED_AT_ONCE": 3,
+    "WHOLE_FIRST": 600,
+    "LARGE": 400,
+}
 TIMES = {"FOLLOWED_EVERY": 1e9, "SETTLED_AFTER": 0.0, "ABSENT_FOR": 0.0, "CHANGING_FOR": 1e9}
 CHUNK = SIZES["CHUNK"]
 NAMES = ["tom.jpg", "cats/über @2x.svg"]
