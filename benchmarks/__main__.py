@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib
 import mmap
 import os
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 
 from . import report
-from .measure import EXPERIMENTS, Contest, Experiment, Run, machine, save
+from .measure import EXPERIMENTS, PROJECT, Contest, Experiment, Run, machine, save
 
 GROUPS = ("hits", "misses", "bulk", "growth", "peers")
 
@@ -35,6 +36,7 @@ def main() -> int:
             one for one in EXPERIMENTS if not asked.what or {one.group, f"{one.group}.{one.name}"} & set(asked.what)
         ]
         print(machine())
+        compileall.compile_dir(PROJECT / "selfheal", quiet=1)  # as what is installed is
         touch_memory()
         for one in chosen:
             perform(one, Run(quick=asked.quick, turns=asked.turns))

@@ -18,7 +18,8 @@ from .syscalls import Directory
 
 LISTED_AT_MOST = 100_000
 """Names held in memory; in a directory that has more, each is looked for."""
-FOLDERS_AT_MOST = 1000
+FOLDERS_AT_MOST = 32
+"""Directories held in memory, of those that were asked for last: those of ten times as many names fit no cache."""
 
 _NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
 _NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG)
@@ -72,9 +73,10 @@ class Listing:
         return True
 
     def _files(self, folder: str) -> frozenset[str] | _Large:
-        files = self._folders.get(folder)
+        files = self._folders.pop(folder, None)
         if files is None:
-            files = self._folders[folder] = self._read(folder)
+            files = self._read(folder)
+        self._folders[folder] = files  # the last to be forgotten
         return files
 
     def _read(self, folder: str) -> frozenset[str] | _Large:

@@ -126,11 +126,12 @@ class Queries:
     def _summary(self, record: Table) -> Select[Any]:
         """Records as one row, the columns in the order of a `Summary`: many rows cost ten times as much."""
         name, size, alive, count = record.c.name, record.c.size, record.c.deleted_at.is_(None), func.count()
+        newline = literal_column("'\n'")  # what char(10) gives is copied for each name: a fifth of the time
         if self._is_sqlite:
-            lines, total = func.group_concat(name, literal_column("char(10)")), func.total(size)  # sum() can overflow
+            lines, total = func.group_concat(name, newline), func.total(size)  # sum() can overflow
             is_unsound = or_(size < 0, func.typeof(size) != literal_column("'integer'"))
         else:
-            lines, total, is_unsound = func.string_agg(name, literal_column("chr(10)")), func.sum(size), size < 0
+            lines, total, is_unsound = func.string_agg(name, newline), func.sum(size), size < 0
         return select(
             func.coalesce(lines.filter(alive), literal_column("''")),
             count.filter(alive),

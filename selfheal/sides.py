@@ -15,7 +15,7 @@ from .records import Found
 from .sources import CHUNK
 from .store import UploadStore
 
-NAMES_AT_ONCE = 4096
+NAMES_AT_ONCE = 8192
 """Names in one query, without their bytes."""
 
 ENTRIES_AT_ONCE = 4096

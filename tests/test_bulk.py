@@ -1203,12 +1203,18 @@ async def test_key_ranges(store: UploadStore, size: int) -> None:
     assert dead == [(name, len(name)) for name in names[:4]]
 
 
-@pytest.mark.parametrize("listed_at_most", [2, 100_000])
+@pytest.mark.parametrize(("listed_at_most", "folders_at_most"), [(2, 32), (100_000, 2), (100_000, 32)])
 async def test_whether_all_are_there(
-    sqlite_store: UploadStore, directory: Path, tmp_path: Path, listed_at_most: int, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: UploadStore,
+    directory: Path,
+    tmp_path: Path,
+    listed_at_most: int,
+    folders_at_most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The quick look at many names says what a look at each says, whatever folders they are in, and follows no link."""
     monkeypatch.setattr(listing, "LISTED_AT_MOST", listed_at_most)
+    monkeypatch.setattr(listing, "FOLDERS_AT_MOST", folders_at_most)
     random = Random(7)
     folders = ("", "a/", "a/b/", "a/b/c/", "a!/", "a0/", "b/")
     everything = [f"{folder}{last}" for folder in folders for last in ("0", "1.png", "x", "z.gif")]
@@ -1224,6 +1230,26 @@ async def test_whether_all_are_there(
     for _ in range(3000):
         wanted = random.sample(there, random.randint(1, 6)) + random.sample(everything, random.randint(0, 1))
         assert Listing(sqlite_store.disk).has_all(wanted) == set(wanted).issubset(there), wanted
+
+
+async def test_folders_between_the_files_of_another(
+    sqlite_store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many folders stand between the files of a folder, in the order of names, each of them is read once."""
+    names = [name for number in range(200) for name in (f"a/{number:03}.png", f"a/{number:03}/tom.png")]
+    for name in names:
+        lay(directory, name, b"")
+    read, scandir = Counter[int](), os.scandir
+
+    def counting(fd: int) -> Any:
+        read[os.fstat(fd).st_ino] += 1
+        return scandir(fd)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    looking = Listing(sqlite_store.disk)
+    assert all(map(looking.has, sorted(names)))
+    assert len(read) == 201
+    assert set(read.values()) == {1}
 
 
 @pytest.mark.parametrize("verify", [False, True])
