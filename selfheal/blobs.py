@@ -35,7 +35,7 @@ WRITE_AT_ONCE = 24
 """Chunks in one transaction (6 MiB) of a large upload: others get their turn in between."""
 LARGE_FROM = 16
 """Chunks (4 MiB) up to which any number of uploads may be held in memory at once."""
-LARGE_AT_ONCE = 2
+LARGE_UPLOADS_AT_ONCE = 2
 """How many larger ones may, of those that are on the disk and so come quickly: each holds up to 20 MiB."""
 MOVED_AT_ONCE = 256
 """Chunks (64 MiB) that are moved in one transaction where nobody else can write meanwhile."""
@@ -81,7 +81,7 @@ class Blobs:
         self._blobs = tables.blobs
         self._chunks = tables.chunks
         self._threads = threads
-        self._places = Places(LARGE_AT_ONCE)
+        self._places = Places(LARGE_UPLOADS_AT_ONCE)
         self._put_chunks = self._put(tables.chunks, "data", "digest")
         self._put_blobs = self._put(tables.blobs, "size", "chunks")
 
@@ -153,12 +153,12 @@ class Blobs:
         yield held, True
 
     async def _move(self, write: Write, received: Received) -> Received:
-        """Let chunks stand where they belong, all but the last of them, which `finish` moves.
+        """Let written chunks stand where they belong, all but the last of them, which `finish` moves.
 
         A transaction locks everybody out of SQLite, so there it takes several; elsewhere `finish` does it in one.
         """
-        moved = received.moved
-        while self._engine.dialect == "sqlite" and moved + MOVED_AT_ONCE < received.chunks:
+        moved, written = received.moved, received.chunks - len(received.rows)
+        while self._engine.has_one_writer and moved + MOVED_AT_ONCE <= written:
             some = self._chunks.c.position.between(moved, moved + MOVED_AT_ONCE - 1)
             await write(partial(self._replace, received, some))
             moved += MOVED_AT_ONCE

@@ -125,6 +125,11 @@ class ImageStorage:
                     yield chunk
 
     @property
+    def has_one_writer(self) -> bool:
+        """Whether nobody else writes while a transaction does."""
+        return self._engine.has_one_writer
+
+    @property
     def is_at_hand(self) -> bool:
         """Whether `fetch_here` and `generation_here` can be asked, from any thread."""
         return self._engine.is_at_hand

@@ -69,6 +69,11 @@ class Engine:
         """`sqlite` or `postgresql`."""
         return self.url.get_backend_name()
 
+    @property
+    def has_one_writer(self) -> bool:
+        """Whether nobody else writes while a transaction does: SQLite locks all of a file."""
+        return self.dialect == "sqlite"
+
     async def read(self, work: Work[T]) -> T:
         """Run `work` on a connection; anew for as long as the pool hands out connections that have died."""
         if self._is_shared:  # not to be broken off: what is given back late is rolled back under whoever is next

@@ -126,7 +126,8 @@ class Queries:
     def _summary(self, record: Table) -> Select[Any]:
         """Records as one row, the columns in the order of a `Summary`: many rows cost ten times as much."""
         name, size, alive, count = record.c.name, record.c.size, record.c.deleted_at.is_(None), func.count()
-        newline = literal_column("'\n'")  # what char(10) gives is copied for each name: a fifth of the time
+        # what char(10) gives is copied for each name: a fifth of the time
+        newline: ColumnElement[str] = literal_column("'\n'")
         if self._is_sqlite:
             lines, total = func.group_concat(name, newline), func.total(size)  # sum() can overflow
             is_unsound = or_(size < 0, func.typeof(size) != literal_column("'integer'"))

@@ -8,15 +8,17 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from .blobs import LARGE_FROM, LARGE_UPLOADS_AT_ONCE
 from .db import ImageStorage
 from .disk import UploadsDirectory
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored, SelfHealError, Unsettled
 from .events import Events, Kind, logger
 from .files import Identity, OpenFile, identity_of
-from .flight import Batches, Tasks
+from .flight import Batches, Places, Tasks
 from .following import Follower
 from .records import Record
 from .restoration import Restorer
+from .sources import CHUNK
 
 SETTLED_AFTER = 1.0
 """Seconds for which a file must have held still before it is taken for whole."""
@@ -48,6 +50,7 @@ class Reconciler:
         self._seen: dict[str, Identity] = {}
         self._changing: dict[str, float] = {}
         self._behind: set[str] = set()
+        self._large = Places(LARGE_UPLOADS_AT_ONCE)
         self._quiet_until = 0.0
         self._follower = Follower(database)
         self._follow_from = 0.0
@@ -206,16 +209,27 @@ class Reconciler:
         self._events.emit(Kind.RESTORED, record.name, record.size)
 
     async def _store(self, name: str, file: OpenFile, *, only_new: bool) -> Record:
-        # read twice, and compared, while a write could leave its time as it is
-        known = None if _age(file.identity) >= SETTLED_AFTER else await file.digests()
-        record = await self._database.store_image(
-            name, self._unmoved(name, file), modified_ns=file.modified_ns, known=known, only_new=only_new
-        )
+        async with self._large.one() if file.size > LARGE_FROM * CHUNK else contextlib.nullcontext():
+            record = await self._database.store_image(
+                name,
+                self._unmoved(name, file),
+                modified_ns=file.modified_ns,
+                known=None if self._is_read_once(file) else await file.digests(),
+                only_new=only_new,
+            )
         self._events.emit(Kind.ADOPTED, name, file.size)
         return record
 
+    def _is_read_once(self, file: OpenFile) -> bool:
+        """A file that was written a moment ago is read twice, and compared: a write may leave its times as they are.
+
+        So is every file where another who stores the same bytes could come between chunks that are moved.
+        """
+        written_ns, changed_ns = file.identity[0], file.identity[3]
+        return self._database.has_one_writer and _age(max(written_ns, changed_ns)) >= SETTLED_AFTER
+
     async def _unmoved(self, name: str, file: OpenFile) -> AsyncGenerator[bytes, None]:
-        """The bytes of a file, if it holds still until the last one is read; raises `Unsettled` otherwise."""
+        """The bytes of a file; raises `Unsettled` if it is seen to change before the last one is read."""
         async with aclosing(file.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -226,7 +240,7 @@ class Reconciler:
         return record is not None and not record.is_deleted and (record.modified_ns, record.size) == identity[:2]
 
     async def _settled(self, name: str, identity: Identity) -> None:
-        age = _age(identity)
+        age = _age(identity[0])
         if age < SETTLED_AFTER:  # or of the future, which says nothing
             await asyncio.sleep(min(SETTLED_AFTER, SETTLED_AFTER - age))
             await self._raise_if_moved(name, identity)
@@ -237,6 +251,6 @@ class Reconciler:
             raise Unsettled(f"{name!r} is still being written")
 
 
-def _age(identity: Identity) -> float:
-    """Seconds since a file was written; less than none if that is of the future."""
-    return (time.time_ns() - identity[0]) / 1e9
+def _age(moment_ns: int) -> float:
+    """Seconds since a moment, in ns since the epoch; less than none if that is of the future."""
+    return (time.time_ns() - moment_ns) / 1e9

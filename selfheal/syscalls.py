@@ -182,8 +182,8 @@ def end_with_parent() -> None:
 
 def keep_freed_memory() -> None:
     """Let this process use memory that was freed again; glibc gives that of each chunk back and fetches it anew, page
-    by page (mallopt(3)). For a process of our own: it holds what it once used, up to 64 MiB, until it ends.
+    by page (mallopt(3)). For a process of our own: each of its threads may keep 16 MiB until it ends.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(32 * 2**20))  # as large as it can be
-        _libc.mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(64 * 2**20))
+        _libc.mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(16 * 2**20))

@@ -9,6 +9,7 @@ import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from io import BytesIO, StringIO
@@ -19,6 +20,7 @@ from uuid import uuid4
 import anyio
 import pytest
 from conftest import PostgresServer
+from sides import resize
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -264,6 +266,32 @@ async def test_chunks_that_are_moved_in_several_transactions(
         group.start_soon(images.store_image, "small.png", b"small")
     assert await stored(database_url) == (2, -(-len(data) // CHUNK) + 1, len(data) + 5)
     assert [await whole(images, record) for record in records] == [data] * 3
+
+
+@pytest.mark.parametrize("moved_at_once", [1, 3, 7])
+async def test_any_number_of_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved_at_once: int) -> None:
+    """However many chunks an upload has, and however they fall into transactions: all are there, and nothing else."""
+    resize(monkeypatch, CHUNK=16, HASH_AT_ONCE=2, WRITE_AT_ONCE=5, MOVED_AT_ONCE=moved_at_once)
+    database_url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"
+    images = ImageStorage(database_url)
+    await images.create_tables()
+    chunks = size = 0
+    for count in range(1, 23):
+        data = noise(16 * count - 3 * (count % 2))
+        first = await images.store_image(f"{count}/first.png", pieces(data, (7,)))
+        again = await images.store_image(f"{count}/again.png", pieces(data, (16,)))
+        assert await whole(images, first) == await whole(images, again) == data
+        with pytest.raises(CorruptBlob):
+            await images.mend(again, pieces(data[:-1], (16,)))
+        with pytest.raises(CorruptBlob):
+            await images.mend(replace(again, sha256="0" * 64), pieces(data, (16,)))
+        await a_missing_chunk(count // 2)(database_url, again)
+        await images.mend(again, pieces(data, (16,)))
+        assert await whole(images, first) == data
+        chunks, size = chunks + count, size + len(data)
+    await images.purge(timedelta(0), grace=timedelta(seconds=-5))
+    assert await stored(database_url) == (22, chunks, size)
+    await images.close()
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 8, 18])

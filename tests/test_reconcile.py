@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -394,15 +395,22 @@ async def test_a_file_is_not_taken_while_it_is_being_written(
     assert await generation_of(sqlite_store) == before + 1
 
 
-@pytest.mark.parametrize("age", [0, A_DAY], ids=["fresh", "old"])
-async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore, age: int) -> None:
+@pytest.fixture(params=[30.0, 0.0], ids=["read twice", "read once"])
+def settled_after(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Whether a file that was laid a moment ago is taken for one that holds still."""
+    resize(monkeypatch, SETTLED_AFTER=request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("settled_after")
+async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore) -> None:
     """Whoever wants a file adopted that is replaced at this very moment is told to try again; nothing is stored."""
-    path = laid(sqlite_store, noise(64 * CHUNK), time.time_ns() - age)
+    path = laid(sqlite_store, noise(64 * CHUNK), time.time_ns() - A_DAY)
     adopting = asyncio.create_task(sqlite_store.adopt(NAME))
     for number in range(200):
         if adopting.done():
             break
-        laid(sqlite_store, noise(64 * CHUNK + number + 1), time.time_ns() - age)
+        laid(sqlite_store, noise(64 * CHUNK + number + 1), time.time_ns() - A_DAY)
         await asyncio.sleep(0)
     with pytest.raises(Unsettled):
         await adopting
@@ -410,14 +418,43 @@ async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: Upl
     assert path.exists()
 
 
+@pytest.mark.usefixtures("settled_after")
+async def test_large_bytes_are_adopted_while_they_are_saved(store: UploadStore) -> None:
+    """The same bytes come under two names at once, from the disk and from a client: both are stored."""
+    data = noise(60 * CHUNK)
+    for number in range(3):
+        laid(store, data, time.time_ns() - A_DAY, f"{number}.png")
+        await asyncio.gather(store.adopt(f"{number}.png"), store.save(f"other-{number}.png", data))
+        assert await in_database(store, f"{number}.png") == await in_database(store, f"other-{number}.png") == data
+
+
+@pytest.mark.usefixtures("settled_after")
+async def test_many_large_files_are_adopted_at_once(sqlite_store: UploadStore) -> None:
+    """However many wait for the database's one writer, a few are held in memory meanwhile; all of them get there."""
+    old = time.time_ns() - A_DAY
+    files = {f"{number}.png": noise(30 * CHUNK + number) for number in range(8)}
+    for name, data in files.items():
+        laid(sqlite_store, data, old, name)
+    tracemalloc.start()
+    async with locked(sqlite_store):
+        adopting = [asyncio.create_task(sqlite_store.adopt(name)) for name in files]
+        await asyncio.sleep(1)
+        held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    await asyncio.gather(*adopting)
+    assert held < 3 * 31 * CHUNK
+    for name, data in files.items():
+        assert await in_database(sqlite_store, name) == data
+
+
 @pytest.mark.parametrize("size", [40 * CHUNK, 3 * CHUNK + 1], ids=["large", "small"])
-@pytest.mark.parametrize("age", [0, A_DAY], ids=["fresh", "old"])
 @pytest.mark.parametrize("is_old_again", [False, True], ids=["", "its time set back"])
+@pytest.mark.usefixtures("settled_after")
 async def test_a_file_that_is_overwritten_in_place_while_it_is_read(
-    sqlite_store: UploadStore, disk: BrokenDisk, size: int, age: int, is_old_again: bool
+    sqlite_store: UploadStore, disk: BrokenDisk, size: int, is_old_again: bool
 ) -> None:
     """Half old, half new is no picture: whoever wants it adopted is told to try again, and nothing is stored."""
-    modified = time.time_ns() - age
+    modified = time.time_ns() - A_DAY
     path = laid(sqlite_store, noise(size), modified)
     held = disk.hold("pread", after=2)
     adopting = asyncio.create_task(sqlite_store.adopt(NAME))
