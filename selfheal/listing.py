@@ -76,8 +76,19 @@ class Listing:
         files = self._folders.pop(folder, None)
         if files is None:
             files = self._read(folder)
+            self._held += len(files)
+            self._make_room(folder)
         self._folders[folder] = files  # the last to be forgotten
         return files
+
+    def _make_room(self, folder: str) -> None:
+        """Forget those that were not asked for lately; those above this one last: they alone are asked for again."""
+        while folder:
+            folder = _folder_of(folder)
+            if folder in self._folders:
+                self._folders[folder] = self._folders.pop(folder)
+        while self._folders and (self._held > LISTED_AT_MOST or len(self._folders) >= FOLDERS_AT_MOST):
+            self._held -= len(self._folders.pop(next(iter(self._folders))))
 
     def _read(self, folder: str) -> frozenset[str] | _Large:
         root = self._disk.root()
@@ -96,15 +107,7 @@ class Listing:
         if is_large:
             return _Large(directory)
         directory.close()
-        self._held += len(files)
-        while self._folders and (self._held > LISTED_AT_MOST or len(self._folders) >= FOLDERS_AT_MOST):
-            self._forget(next(iter(self._folders)))
         return files
-
-    def _forget(self, folder: str) -> None:
-        files = self._folders.pop(folder)
-        if isinstance(files, frozenset):
-            self._held -= len(files)
 
 
 class _Large:
@@ -112,6 +115,9 @@ class _Large:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
+
+    def __len__(self) -> int:
+        return 0  # of those in memory
 
     def __contains__(self, last: str) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import sys
@@ -242,6 +243,20 @@ async def test_equal_bytes_at_the_same_time(images: ImageStorage, database_url: 
         assert await images.find(name) == record
         assert await whole(images, record) == data
     assert await stored(database_url) == (1, -(-size // CHUNK), size)
+
+
+async def test_bytes_of_known_and_of_unknown_digests_at_the_same_time(images: ImageStorage) -> None:
+    """Chunks that are moved meet those that another stores where they belong: both get there, whoever is faster."""
+    for turn in range(8):
+        data = turn.to_bytes(4, "big") + noise(3 * LARGE)
+
+        async def save_known(data: bytes = data, turn: int = turn) -> Record:
+            await anyio.sleep(turn * 0.025)
+            return await images.store_image(f"{turn}/known.png", data, known=digests_of(data))
+
+        saving = images.store_image(f"{turn}/unknown.png", pieces(data, (CHUNK,)))
+        for record in await asyncio.gather(saving, save_known()):
+            assert await whole(images, record) == data
 
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["new", "damaged"])
