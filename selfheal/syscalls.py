@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Self
 
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH, _RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO or device never blocks
 _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
@@ -181,9 +181,9 @@ def end_with_parent() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process use memory that was freed again; glibc gives that of each chunk back and fetches it anew, page
-    by page (mallopt(3)). For a process of our own: each of its threads may keep 16 MiB until it ends.
+    """Let this process use memory that was freed again: glibc fetches that of each chunk anew, page by page, and has a
+    heap for every thread (mallopt(3)). For a process of our own: it may keep 16 MiB that nobody uses until it ends.
     """
     if hasattr(_libc, "mallopt"):
-        _libc.mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(32 * 2**20))  # as large as it can be
-        _libc.mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(16 * 2**20))
+        for what, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 16 * 2**20)):
+            _libc.mallopt(ctypes.c_int(what), ctypes.c_int(value))

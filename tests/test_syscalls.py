@@ -450,7 +450,7 @@ def test_without_syncfs_everything_is_synced(monkeypatch: pytest.MonkeyPatch, ro
 
 
 CHURN = """
-import resource, sys
+import resource, sys, threading
 from selfheal import syscalls
 if sys.argv[1] == "kept":
     syscalls.keep_freed_memory()
@@ -460,19 +460,33 @@ def use():
 use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+fetched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+at_once = threading.Semaphore()
+def use_alone():
+    with at_once:
+        use()
+threads = [threading.Thread(target=use_alone) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+pages = int(open("/proc/self/statm").read().split()[1])
+print(fetched, pages * resource.getpagesize() >> 20)
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
 def test_freed_memory_is_used_again() -> None:
-    """A process that frees chunks and makes as many does not fetch the same memory from the system each time."""
+    """Who frees chunks and makes as many does not fetch memory anew each time, nor keeps some for each thread."""
 
-    def pages(how: str) -> int:
+    def measure(how: str) -> tuple[int, int]:
         run = subprocess.run([sys.executable, "-c", CHURN, how], capture_output=True, check=True, text=True)
-        return int(run.stdout)
+        pages, megabytes = map(int, run.stdout.split())
+        return pages, megabytes
 
-    assert pages("kept") < 2000 < pages("given back")
+    (kept, megabytes), (given_back, before) = measure("kept"), measure("given back")
+    assert kept < 2000 < given_back
+    assert megabytes < before + 20
 
 
 def test_a_c_library_without_mallopt_keeps_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
