@@ -1,6 +1,6 @@
 """The disk half: open, stage, publish, remove. Nothing below the root is opened through a link.
 
-All of it may wait for a disk, except `open_cached`; call it in a thread.
+All of it may wait for a disk, except `open_cached` and `read_again`; call it in a thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Self
 
 from . import staging, syscalls
 from .errors import DiskUnwritable, NotAFile
-from .files import OpenFile
+from .files import Identity, OpenFile, identity_of, read_cached
 from .names import OWN_PREFIX
 from .staging import Staged
 from .syscalls import Directory
@@ -116,6 +116,27 @@ class UploadsDirectory:
             if not _is_absent(error, name):
                 raise
             return None
+
+    def read_again(self, path: bytes, identity: Identity, start: int, stop: int) -> bytes | None:
+        """The bytes from `start` up to `stop` (a piece at most) of a file that was opened before, its `path` encoded.
+
+        None if it is not what it was, or if a disk might have to be waited for.
+        """
+        root = self._root
+        if root is None or time.monotonic() - self._looked > LOOK_EVERY:
+            return None
+        fd = syscalls.open_known(root.fd, path)
+        if fd < 0:
+            return None
+        try:
+            if identity_of(os.fstat(fd)) != identity:
+                return None
+            data = read_cached(fd, start, stop - start) if start < stop else b""
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return data if len(data) == stop - start else None
 
     def open(self, name: str) -> OpenFile | None:
         """Open a name's file; None if there is none.

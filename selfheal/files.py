@@ -72,6 +72,22 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
+def read_cached(fd: int, start: int, size: int) -> bytes:
+    """Up to `size` bytes (a piece at most) from `start`, if they are in memory; else raises `BlockingIOError`."""
+    if _NOWAIT is None:
+        raise BlockingIOError
+    view = _SCRATCH.view[:size]
+    try:
+        got = os.preadv(fd, (view,), start, _NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            raise BlockingIOError from None
+        raise
+    if got == 0:
+        raise BlockingIOError
+    return (view if got == size else view[:got]).tobytes()
+
+
 class OpenFile:
     """A regular file, opened and measured once: what is sent is what was measured, whatever happens to its name.
 
@@ -92,21 +108,6 @@ class OpenFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def read_cached(self, start: int, size: int) -> bytes:
-        """Up to `size` bytes (a piece at most) from `start`, if they are in memory; else raises `BlockingIOError`."""
-        if _NOWAIT is None:
-            raise BlockingIOError
-        view = _SCRATCH.view[:size]
-        try:
-            got = os.preadv(self.fd, (view,), start, _NOWAIT)
-        except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                raise BlockingIOError from None
-            raise
-        if got == 0:
-            raise BlockingIOError
-        return (view if got == size else view[:got]).tobytes()
 
     def read_waiting(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`; raises `OSError` (EIO) if the disk cannot give them."""
@@ -158,7 +159,7 @@ class OpenFile:
     async def read(self, start: int, size: int) -> bytes:
         """Up to `size` bytes from `start`, from memory if they are there, else in a thread."""
         try:
-            return self.read_cached(start, size)
+            return read_cached(self.fd, start, size)
         except BlockingIOError:
             return await self.threads.run(self.read_waiting, start, size)
 

@@ -12,6 +12,7 @@ from . import names
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotAFile, SchemaError
 from .events import Kind, logger
 from .files import OpenFile
+from .hits import Hits
 from .responses import RETRY_AFTER, Headers, Responder, error_messages, never_stored
 from .settings import DEFAULT_PREFIX, Settings, check_prefix
 from .store import UploadStore
@@ -50,6 +51,7 @@ class SelfHealMiddleware:
         self._visited_from = 0.0
         self._adopt = adopt
         self._responder = Responder(cache_control)
+        self._hits = Hits(self.store.disk, self._responder)
         self._answer = self._serve if serve else self._hand_on
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +70,18 @@ class SelfHealMiddleware:
         if self._below not in path and _OURS not in path:  # cheaper than where it stands, which the rest looks at
             await self.app(scope, receive, send)
             return
-        root = scope.get("root_path")
+        answer = self._hits.answer(scope)
+        if answer is None:
+            await self._find_name(scope, receive, send)
+            return
+        known, start, body = answer
+        await send(start)
+        await send(body)
+        self.store.events.emit(_HIT, known.name, known.size)
+        self.store.noticed(known.name, known.identity, adopt=self._adopt)
+
+    async def _find_name(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, root = scope["path"], scope.get("root_path")
         if root and path.startswith(f"{root}/"):
             path = path[len(root) :]
         if not path.startswith(self._below) or scope["method"] not in ("GET", "HEAD"):
@@ -88,30 +101,6 @@ class SelfHealMiddleware:
     # -- the two ways to answer -----------------------------------------------------------------------------------
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
-        found = self._at_once(scope, name)
-        if found is None:
-            await self._serve_waiting(scope, receive, send, name)
-            return
-        file, (start, body) = found
-        await send(start)
-        await send(body)
-        self.store.events.emit(_HIT, name, file.size)
-        self.store.noticed(name, file.identity, adopt=self._adopt)
-
-    def _at_once(self, scope: Scope, name: str) -> tuple[OpenFile, tuple[Message, Message]] | None:
-        """How nearly every hit is answered, from a file that is closed again; None if that takes longer, or fails."""
-        try:
-            file = self.store.disk.open_cached(name)
-            if file is None:
-                return None
-            try:
-                return file, self._responder.at_once(scope, name, file)
-            finally:
-                file.close()
-        except (NotAFile, OSError):
-            return None
-
-    async def _serve_waiting(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
         try:
             file = await self._open(name)
         except (NotAFile, OSError) as error:
@@ -132,13 +121,15 @@ class SelfHealMiddleware:
 
     async def _hit(self, scope: Scope, receive: Receive, send: Send, name: str, file: OpenFile) -> None:
         try:
-            plan, first = await self._responder.read_first(scope, name, file)
+            plan, first = await self._responder.read_first(scope, self._hits.learn(scope, name, file), file)
         except OSError as error:
             if not _is_broken(error):
                 raise
             await self._set_aside(name)
             await self._miss(scope, receive, send, name)
             return
+        if len(first) == plan.stop - plan.start:
+            file.close()  # a slow client of a small file holds nothing open
         try:
             await self._responder.send_file(scope, receive, send, file, plan, first)
         except OSError as error:

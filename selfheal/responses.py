@@ -23,7 +23,6 @@ Headers = list[tuple[bytes, bytes]]
 
 SANDBOX = b"sandbox; default-src 'none'; style-src 'unsafe-inline'"
 RETRY_AFTER = b"2"
-HEADS_AT_MOST = 4096
 FIRST_DATE = -62135596800
 LAST_DATE = 253402300799
 """9999-12-31T23:59:59Z, the last second that an HTTP date can say, in seconds since the epoch (CVE-2017-20005)."""
@@ -87,22 +86,14 @@ class Responder:
 
     def __init__(self, cache_control: str | None = None) -> None:
         self._cache_control = None if cache_control is None else cache_control.encode("latin-1")
-        self._heads: dict[tuple[str, int, int], Head] = {}
 
-    def at_once(self, scope: Scope, name: str, file: OpenFile) -> tuple[Message, Message]:
-        """The answer from an open file, if it is one piece and in memory; else raises `BlockingIOError`."""
-        plan = self._plan(scope, name, file)
-        size = plan.stop - plan.start
-        if size > PIECE:
-            raise BlockingIOError
-        body = file.read_cached(plan.start, size) if size else b""
-        if len(body) < size:
-            raise BlockingIOError
-        return _start(plan), {"type": "http.response.body", "body": body}
+    def head_of(self, name: str, body: Body) -> Head:
+        """What is said of a body under this name."""
+        return make_head(name, body.modified_ns, body.size, self._cache_control)
 
-    async def read_first(self, scope: Scope, name: str, file: OpenFile) -> tuple[Plan, bytes]:
+    async def read_first(self, scope: Scope, head: Head, file: OpenFile) -> tuple[Plan, bytes]:
         """What to answer from an open file, and its first piece; raises `OSError` if that cannot be read."""
-        plan = self._plan(scope, name, file)
+        plan = plan_of(scope["headers"], head, file.size, is_head=scope["method"] == "HEAD")
         size = plan.stop - plan.start
         if size > PIECE and can_pathsend(scope, plan, file.size):
             return plan, b""
@@ -114,23 +105,16 @@ class Responder:
     ) -> None:
         """Answer from an open file, as planned."""
         if not first and plan.start < plan.stop and can_pathsend(scope, plan, file.size):
-            await send(_start(plan))
+            await send(start_of(plan))
             await send({"type": "http.response.pathsend", "path": file.path})
         else:
             await _send_pieces(scope, receive, send, plan, file, first)
 
     async def send_body(self, scope: Scope, receive: Receive, send: Send, name: str, body: Body) -> None:
         """Answer from any body."""
-        await _send_pieces(scope, receive, send, self._plan(scope, name, body), body)
-
-    def _plan(self, scope: Scope, name: str, body: Body) -> Plan:
-        key = (name, body.modified_ns, body.size)
-        head = self._heads.get(key)
-        if head is None:
-            if len(self._heads) >= HEADS_AT_MOST:
-                self._heads.clear()
-            head = self._heads[key] = make_head(name, body.modified_ns, body.size, self._cache_control)
-        return plan_of(scope["headers"], head, body.size, is_head=scope["method"] == "HEAD")
+        head = self.head_of(name, body)
+        plan = plan_of(scope["headers"], head, body.size, is_head=scope["method"] == "HEAD")
+        await _send_pieces(scope, receive, send, plan, body)
 
 
 def make_head(name: str, modified_ns: int, size: int, cache_control: bytes | None = None) -> Head:
@@ -216,14 +200,14 @@ def can_pathsend(scope: Scope, plan: Plan, size: int) -> bool:
     return plan.stop - plan.start == size and "http.response.pathsend" in (scope.get("extensions") or ())
 
 
-def _start(plan: Plan) -> Message:
-    # the list is a copy: those around us may add to it, and the plan is that of every hit
+def start_of(plan: Plan) -> Message:
+    """The first message of a planned answer; its headers are a copy: those around us may add to them."""
     return {"type": "http.response.start", "status": plan.status, "headers": plan.headers.copy()}
 
 
 async def _send_pieces(scope: Scope, receive: Receive, send: Send, plan: Plan, body: Body, first: bytes = b"") -> None:
     with CROWD:
-        await send(_start(plan))
+        await send(start_of(plan))
         start, stop = plan.start + len(first), plan.stop
         if first or start == stop:
             await send({"type": "http.response.body", "body": first, "more_body": start < stop})

@@ -116,6 +116,11 @@ def open_cached(root: int, name: str) -> int:
         raise
 
 
+def open_known(root: int, path: bytes) -> int:
+    """As `open_cached`, for a path that was opened before; a negative number if it cannot be, for whatever reason."""
+    return _syscall_at_once(_NUMBER, root, path, _HOW_CACHED, _HOW_SIZE) if HAS_OPENAT2 else -1
+
+
 def open_file(root: int, name: str) -> int:
     """Open a file beneath `root` for reading, following no link anywhere; raises `OSError`. May wait for a disk."""
     return _open_beneath(root, name, _HOW_FILE, _FILE)

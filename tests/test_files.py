@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from test_staging import assert_no_more_than, descriptors, fails
 from selfheal import files
 from selfheal.digests import Digests
 from selfheal.errors import Unsettled
-from selfheal.files import PIECE, OpenFile, identity_of
+from selfheal.files import PIECE, OpenFile, identity_of, read_cached
 from selfheal.sources import CHUNK
 from selfheal.threads import Threads
 
@@ -123,7 +124,7 @@ async def test_what_is_in_memory_is_read_without_a_thread(
     memory: list[threading.Thread], file: OpenFile, start: int, size: int, wanted: bytes
 ) -> None:
     """From `start`, as many bytes as are asked for or there are, in the asker's own thread."""
-    assert file.read_cached(start, size) == wanted
+    assert read_cached(file.fd, start, size) == wanted
     assert await file.read(start, size) == wanted
     assert set(memory) == {threading.current_thread()}
 
@@ -136,7 +137,7 @@ async def test_what_is_not_in_memory_is_waited_for_in_a_thread(
 ) -> None:
     """The same bytes, and the event loop goes on meanwhile."""
     with pytest.raises(BlockingIOError):
-        file.read_cached(start, size)
+        read_cached(file.fd, start, size)
     assert waits == []
     assert await file.read(start, size) == wanted
     assert len(waits) == 1
@@ -146,7 +147,7 @@ async def test_what_is_not_in_memory_is_waited_for_in_a_thread(
 def test_the_end_is_not_told_from_memory(memory: list[threading.Thread], file: OpenFile) -> None:
     """Nothing in memory is no proof of an end: only the disk knows whether the file is over."""
     with pytest.raises(BlockingIOError):
-        file.read_cached(file.size, 1)
+        read_cached(file.fd, file.size, 1)
 
 
 @pytest.mark.parametrize("size", [PIECE, PIECE + 1, 3 * PIECE])
@@ -156,14 +157,14 @@ async def test_no_more_than_a_piece_comes_from_memory(
     """Whoever asks for more gets the first piece of it, and asks again."""
     path.write_bytes(LONG)
     with opened(path, threads) as file:
-        assert file.read_cached(7, size) == LONG[7 : 7 + PIECE]
+        assert read_cached(file.fd, 7, size) == LONG[7 : 7 + PIECE]
         assert await file.read(7, size) == LONG[7 : 7 + PIECE]
 
 
 def test_what_was_read_stays(memory: list[threading.Thread], file: OpenFile) -> None:
     """It is `bytes`, which every server sends, and no later reading changes it."""
-    first = file.read_cached(0, 100)
-    assert file.read_cached(100, 100) == PICTURE[100:200]
+    first = read_cached(file.fd, 0, 100)
+    assert read_cached(file.fd, 100, 100) == PICTURE[100:200]
     assert type(first) is bytes
     assert first == PICTURE[:100]
 
@@ -178,7 +179,7 @@ def test_threads_that_read_at_once_do_not_mix(path: Path, threads: Threads, monk
         return count
 
     def read(start: int) -> None:
-        got[start] = file.read_cached(start, 1000)
+        got[start] = read_cached(file.fd, start, 1000)
 
     monkeypatch.setattr(os, "preadv", together)
     with opened(path, threads) as file:
@@ -194,14 +195,14 @@ def test_a_file_system_that_cannot_tell_is_waited_for(file: OpenFile, monkeypatc
     """Where nobody can say whether bytes are in memory (EOPNOTSUPP), they are taken for not in memory."""
     monkeypatch.setattr(os, "preadv", fails(errno.EOPNOTSUPP))
     with pytest.raises(BlockingIOError):
-        file.read_cached(0, 10)
+        read_cached(file.fd, 0, 10)
 
 
 async def test_a_platform_that_cannot_tell_is_waited_for(file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a file system, so for a platform without the question."""
     monkeypatch.setattr(files, "_NOWAIT", None)
     with pytest.raises(BlockingIOError):
-        file.read_cached(0, 10)
+        read_cached(file.fd, 0, 10)
     assert await file.read(0, 10) == PICTURE[:10]
 
 
@@ -330,7 +331,7 @@ def test_closing_twice_is_harmless(path: Path, threads: Threads) -> None:
 def test_what_was_closed_reads_nothing(file: OpenFile) -> None:
     """Not the file that has its number meanwhile, either."""
     file.close()
-    for read in (file.read_cached, file.read_waiting):
+    for read in (partial(read_cached, file.fd), file.read_waiting):
         with pytest.raises(OSError) as caught:
             read(0, 10)
         assert caught.value.errno == errno.EBADF

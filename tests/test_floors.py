@@ -14,7 +14,7 @@ FLOORS = [
     {"staging", "tables", "files", "records", "direct", "statements", "transactions"},
     {"disk", "engine", "queries"},
     {"blobs", "catalogue", "responses", "listing"},
-    {"db"},
+    {"db", "hits"},
     {"bodies", "landing", "gathering", "outcomes"},
     {"restoration", "following"},
     {"reconcile"},

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfheal import SelfHealMiddleware, SettingsError, UploadStore, syscalls
 from selfheal.digests import chunk_digest
+from selfheal.events import Kind
 from selfheal.sources import CHUNK
 
 PREFIX = "/static/uploads"
@@ -1124,6 +1125,42 @@ async def test_lifespan_twice(fresh_store: UploadStore, mode: bool) -> None:
         await server.say("shutdown")
         await server.task
         assert is_closed(fresh_store)
+
+
+# -- asked again ------------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_answered_before(sqlite_store: UploadStore) -> None:
+    """The second answer is the first, counted and compared with its record as that was; and no other question's."""
+    path = await put(sqlite_store, "cats/tom.png")
+    app, target = SelfHealMiddleware(Wrapped(), sqlite_store), f"{PREFIX}/cats/tom.png"
+    answers = [await ask(app, target) for _ in range(3)]
+    assert {answer.body for answer in answers} == {PICTURE}
+    assert len({tuple(answer.headers.items()) for answer in answers}) == 1
+    assert sqlite_store.events.counters[Kind.HIT] == 3
+    assert (await ask(app, target, headers=[("If-None-Match", answers[0].headers["etag"])])).status == 304
+    assert (await ask(app, target, method="HEAD")).headers == answers[0].headers
+    assert (await ask(app, target, headers=[("Range", "bytes=1-9")])).body == PICTURE[1:10]
+    for more in ({"raw_path": target.replace("s/t", "s%2ft").encode()}, {"method": "POST"}):
+        assert (await ask_scope(app, scope_of(target) | more)).body == b"wrapped"
+    path.unlink()
+    assert (await ask(app, target)).body == PICTURE
+    assert path.read_bytes() == PICTURE
+    await sqlite_store.delete("cats/tom.png")
+    assert (await ask(app, target)).body == b"wrapped"
+
+
+async def test_what_was_answered_before_is_compared_once_it_changed(sqlite_store: UploadStore) -> None:
+    """A copy that somebody lays over it, as old and as large, is found behind its first hit, as at the very first."""
+    path = await put(sqlite_store, "tom.png")
+    app, target = SelfHealMiddleware(Wrapped(), sqlite_store), f"{PREFIX}/tom.png"
+    for _ in range(3):
+        assert (await ask(app, target)).body == PICTURE
+    await sqlite_store.tasks.settle(10)
+    lay(path, PICTURE[1:])
+    assert (await ask(app, target)).body == PICTURE[1:]
+    await sqlite_store.tasks.settle(10)
+    assert (await ask(app, target)).body == PICTURE
 
 
 # -- a crowd ----------------------------------------------------------------------------------------------------------

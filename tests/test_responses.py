@@ -21,7 +21,6 @@ from starlette.types import Message, Receive, Scope, Send
 from selfheal.disk import UploadsDirectory
 from selfheal.files import PIECE as FILE_PIECE
 from selfheal.responses import (
-    HEADS_AT_MOST,
     SANDBOX,
     Head,
     Plan,
@@ -532,7 +531,7 @@ async def test_an_open_file_is_sent(
         responder, file = Responder(), disk.open(f"{size}.png")
         assert file is not None
         with file:
-            planned, first = await responder.read_first(scope, "a.png", file)
+            planned, first = await responder.read_first(scope, responder.head_of("a.png", file), file)
             firsts.append(first)
             await responder.send_file(scope, receive, send, file, planned, first)
 
@@ -547,50 +546,12 @@ async def test_an_open_file_is_sent(
         assert answer.headers["etag"] == make_head("", disk.path_of(f"{size}.png").stat().st_mtime_ns, size).etag
 
 
-@pytest.mark.parametrize(
-    ("method", "headers", "start", "stop"),
-    [
-        ("GET", [], 0, FILE_PIECE),
-        ("GET", [("Range", "bytes=10-89")], 10, 90),
-        ("GET", [("Range", f"bytes={FILE_PIECE}-")], 0, 0),
-        ("GET", [("If-None-Match", "*")], 0, 0),
-        ("HEAD", [], 0, 0),
-    ],
-)
-async def test_what_is_in_memory_is_answered_at_once(
-    disk: UploadsDirectory,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    headers: list[tuple[str, str]],
-    start: int,
-    stop: int,
-) -> None:
-    """In two messages, the same that are sent after waiting; nothing is if more than a piece is asked for."""
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset, _: real(fd, buffers, offset))
-    scope, name = scope_of("/", method=method, headers=headers), f"{FILE_PIECE}.png"
-    responder, file = Responder(), disk.open(name)
-    assert file is not None
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await responder.send_file(scope, receive, send, file, *await responder.read_first(scope, name, file))
-
-    with file:
-        head, body = responder.at_once(scope, name, file)
-        assert (await ask_scope(app, scope)).messages == [head, {**body, "more_body": False}]
-    assert body["body"] == disk.path_of(name).read_bytes()[start:stop]
-    longer = disk.open(f"{FILE_PIECE + 1}.png")
-    assert longer is not None
-    with longer, pytest.raises(BlockingIOError):
-        responder.at_once(scope_of("/"), "a.png", longer)
-
-
 @pytest.mark.parametrize("headers", [[], [("Range", "bytes=10-89")], [("If-None-Match", "*")]])
 async def test_headers_that_are_added_stay_with_their_answer(
-    disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, headers: list[tuple[str, str]]
+    disk: UploadsDirectory, headers: list[tuple[str, str]]
 ) -> None:
     """A middleware around us may add to the list of an answer's headers; the next answer knows nothing of it."""
-    responder = Responder()
+    responder, head = Responder(), make_head("a.png", MODIFIED_NS, 100)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         async def adding(message: Message) -> None:
@@ -601,17 +562,11 @@ async def test_headers_that_are_added_stay_with_their_answer(
         file = disk.open("100.png")
         assert file is not None
         with file:
-            if scope["path"] == "/at-once":
-                for message in responder.at_once(scope, "a.png", file):
-                    await adding(message)
-            else:
-                planned, first = await responder.read_first(scope, "a.png", file)
-                await responder.send_file(scope, receive, adding, file, planned, first)
+            planned, first = await responder.read_first(scope, head, file)
+            await responder.send_file(scope, receive, adding, file, planned, first)
 
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset, _: real(fd, buffers, offset))
-    for path in ("/at-once", "/at-once", "/", "/"):
-        answer = await ask_scope(app, scope_of(path, headers=headers))
+    for _ in range(2):
+        answer = await ask_scope(app, scope_of("/", headers=headers))
         start = next(said for said in answer.messages if "headers" in said)
         assert [key for key, _ in start["headers"]].count(b"x-added") == 1
 
@@ -628,9 +583,7 @@ async def test_a_file_of_which_a_part_is_in_memory(
         responder, file = Responder(), disk.open(f"{size}.png")
         assert file is not None
         with file:
-            with pytest.raises(BlockingIOError):
-                responder.at_once(scope, "a.png", file)
-            planned, first = await responder.read_first(scope, "a.png", file)
+            planned, first = await responder.read_first(scope, responder.head_of("a.png", file), file)
             assert len(first) == 60
             await responder.send_file(scope, receive, send, file, planned, first)
 
@@ -654,7 +607,7 @@ async def test_client_of_an_open_file_that_hangs_up_in_silence(disk: UploadsDire
         responder, file = Responder(), disk.open("long.png")
         assert file is not None
         with file:
-            planned, first = await responder.read_first(scope, "long.png", file)
+            planned, first = await responder.read_first(scope, responder.head_of("long.png", file), file)
             await responder.send_file(scope, receive, counting, file, planned, first)
 
     await ask_and_leave(app, scope_of("/"), after=3 * FILE_PIECE)
@@ -728,19 +681,3 @@ async def test_what_may_be_stored_is_left_alone(status: int) -> None:
     await never_stored(send)({"type": "http.response.start", "status": 404})
     assert sent[0] == start
     assert sent[1]["headers"] == [(b"cache-control", b"no-store")]
-
-
-async def test_no_file_is_taken_for_another() -> None:
-    """What is remembered of many files, and forgotten to bound the memory, is never said of another one."""
-    responder = Responder()
-    for index in range(6_000):
-        body = Bytes(b"x" * (index % 7), MODIFIED_NS + index)
-        answer = Answer()
-
-        async def send(message: Message, answer: Answer = answer) -> None:
-            answer.take(message)
-
-        await responder.send_body(scope_of("/"), None, send, f"{index % 5000}.png", body)  # type: ignore[arg-type]
-        assert len(responder._heads) <= HEADS_AT_MOST
-        head = make_head("a.png", MODIFIED_NS + index, index % 7)
-        assert (answer.headers["etag"], answer.headers["content-length"]) == (head.etag, str(index % 7))
