@@ -18,7 +18,7 @@ from typing import Self
 
 from . import staging, syscalls
 from .errors import DiskUnwritable, NotAFile
-from .files import Identity, OpenFile, identity_of, read_cached
+from .files import Identity, OpenFile, close, identity_of, read_cached
 from .names import OWN_PREFIX
 from .staging import Staged
 from .syscalls import Directory
@@ -129,14 +129,13 @@ class UploadsDirectory:
         if fd < 0:
             return None
         try:
-            if identity_of(os.fstat(fd)) != identity:
-                return None
-            data = read_cached(fd, start, stop - start) if start < stop else b""
+            is_same = identity_of(os.fstat(fd)) == identity
+            data = read_cached(fd, start, stop - start) if is_same and start < stop else b""
         except OSError:
             return None
         finally:
-            os.close(fd)
-        return data if len(data) == stop - start else None
+            close(fd)
+        return data if is_same and len(data) == stop - start else None
 
     def open(self, name: str) -> OpenFile | None:
         """Open a name's file; None if there is none.
@@ -269,9 +268,13 @@ class UploadsDirectory:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _measure(self, fd: int, name: str) -> OpenFile:
-        measured = os.fstat(fd)
+        try:
+            measured = os.fstat(fd)
+        except OSError:
+            close(fd)
+            raise
         if not stat.S_ISREG(measured.st_mode):
-            os.close(fd)
+            close(fd)
             raise NotAFile(name)
         return OpenFile(fd, self._prefix + name, measured, self.threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
@@ -27,7 +28,8 @@ CHUNKS_TOGETHER = 8
 """Chunks that are read, or hashed, in one go of a thread (2 MiB)."""
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
-
+_CANNOT_TELL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL)
+"""What a file system, an old kernel, or a sandbox says to `RWF_NOWAIT`."""
 
 Identity = tuple[int, int, int, int]
 
@@ -35,6 +37,10 @@ Identity = tuple[int, int, int, int]
 def identity_of(measured: os.stat_result) -> Identity:
     """(mtime in ns, size in bytes, inode, ctime in ns): who lays an old file back can keep all but the last."""
     return measured.st_mtime_ns, measured.st_size, measured.st_ino, measured.st_ctime_ns
+
+
+class ReadFailed(OSError):
+    """The disk could not give a piece of a file: no error of whoever is sent it."""
 
 
 class Crowd:
@@ -72,6 +78,12 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
+def close(fd: int) -> None:
+    """Close what was only read: an error of it (FUSE has some) says nothing of what was read."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def read_cached(fd: int, start: int, size: int) -> bytes:
     """Up to `size` bytes (a piece at most) from `start`, if they are in memory; else raises `BlockingIOError`."""
     if _NOWAIT is None:
@@ -80,7 +92,7 @@ def read_cached(fd: int, start: int, size: int) -> bytes:
     try:
         got = os.preadv(fd, (view,), start, _NOWAIT)
     except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
+        if error.errno in _CANNOT_TELL:
             raise BlockingIOError from None
         raise
     if got == 0:
@@ -164,9 +176,12 @@ class OpenFile:
             return await self.threads.run(self.read_waiting, start, size)
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        """The bytes from `start` up to, without, `stop`; raises `Unsettled` if the file was cut short meanwhile."""
+        """The bytes from `start` up to, without, `stop`; raises `Unsettled` if the file was cut short, `ReadFailed`."""
         while start < stop:
-            piece = await self.read(start, min(CROWD.piece, stop - start))
+            try:
+                piece = await self.read(start, min(CROWD.piece, stop - start))
+            except OSError as error:
+                raise ReadFailed(error.errno, error.strerror, self.path) from error
             if not piece:
                 raise self._cut_short()
             start += len(piece)
@@ -179,4 +194,4 @@ class OpenFile:
         """Close the descriptor; closing twice is harmless."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)

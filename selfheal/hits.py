@@ -17,7 +17,10 @@ from .files import PIECE, Identity, OpenFile
 from .responses import Head, Responder, plan_of, start_of
 
 KNOWN_AT_MOST = 8192
-"""Files that are remembered: up to 2 KB each."""
+LONGEST = 1024
+"""Characters of all that a server says of a path, together, up to which it is remembered: it may be a client's choice,
+and 2 KB for each is enough.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,10 @@ class Hits:
         known = self._known.pop(path, None)
         is_same = known is not None and (known.name, known.identity) == (name, file.identity)
         head = known.head if known is not None and is_same else self._responder.head_of(name, file)
-        if len(self._known) >= KNOWN_AT_MOST:
-            self._known.popitem(last=False)
-        self._known[path] = Known(name, os.fsencode(name), file.identity, file.size, head, raw_path, root_path)
+        if len(path) + len(raw_path or b"") + len(root_path or "") <= LONGEST:
+            if len(self._known) >= KNOWN_AT_MOST:
+                self._known.popitem(last=False)
+            self._known[path] = Known(name, os.fsencode(name), file.identity, file.size, head, raw_path, root_path)
         return head
 
     def answer(self, scope: Scope) -> tuple[Known, Message, Message] | None:

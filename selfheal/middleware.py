@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import names
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotAFile, SchemaError
 from .events import Kind, logger
-from .files import OpenFile
+from .files import OpenFile, ReadFailed
 from .hits import Hits
 from .responses import RETRY_AFTER, Headers, Responder, error_messages, never_stored
 from .settings import DEFAULT_PREFIX, Settings, check_prefix
@@ -21,7 +21,7 @@ VISITED_EVERY = 0.1
 """Seconds, at least, between two times that the store is told of a visitor: telling it costs more than handing on."""
 _HIT = Kind.HIT  # to look a member up in its class takes as long as to count it
 _OURS = f"/{names.OWN_PREFIX}"
-_BROKEN = frozenset(getattr(errno, name, None) for name in ("EIO", "ESTALE", "EUCLEAN"))
+_BROKEN = frozenset(getattr(errno, name, errno.EIO) for name in ("EIO", "ESTALE", "EUCLEAN"))
 
 
 class SelfHealMiddleware:
@@ -132,7 +132,7 @@ class SelfHealMiddleware:
             file.close()  # a slow client of a small file holds nothing open
         try:
             await self._responder.send_file(scope, receive, send, file, plan, first)
-        except OSError as error:
+        except ReadFailed as error:
             if _is_broken(error):
                 await self._set_aside(name)
             raise

@@ -210,6 +210,19 @@ def test_what_is_in_memory_is_opened_without_waiting(uploads: Uploads, disk: Upl
             assert (cached.identity, cached.path) == (waited.identity, waited.path)
 
 
+def test_a_file_that_cannot_be_measured(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may have lost it since it was opened: that is told, and leaves nothing open."""
+    put(disk, "tom.png")
+    disk.root()
+    before = descriptors()
+    monkeypatch.setattr(os, "fstat", fails(errno.ESTALE))
+    with pytest.raises(OSError) as caught:
+        disk.open("tom.png")
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ESTALE
+    assert_no_more_than(before)
+
+
 def test_the_root_is_looked_at_every_second(
     disk: UploadsDirectory, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

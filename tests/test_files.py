@@ -18,7 +18,7 @@ from test_staging import assert_no_more_than, descriptors, fails
 from selfheal import files
 from selfheal.digests import Digests
 from selfheal.errors import Unsettled
-from selfheal.files import PIECE, OpenFile, identity_of, read_cached
+from selfheal.files import PIECE, OpenFile, ReadFailed, identity_of, read_cached
 from selfheal.sources import CHUNK
 from selfheal.threads import Threads
 
@@ -191,11 +191,40 @@ def test_threads_that_read_at_once_do_not_mix(path: Path, threads: Threads, monk
     assert got == {start: PICTURE[start : start + 1000] for start in (0, 3001)}
 
 
-def test_a_file_system_that_cannot_tell_is_waited_for(file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody can say whether bytes are in memory (EOPNOTSUPP), they are taken for not in memory."""
-    monkeypatch.setattr(os, "preadv", fails(errno.EOPNOTSUPP))
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EINVAL])
+async def test_a_file_system_that_cannot_tell_is_waited_for(
+    file: OpenFile, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Where nobody can say whether bytes are in memory, they are taken for not in memory: so say file systems, old
+    kernels and sandboxes.
+    """
+    monkeypatch.setattr(os, "preadv", fails(code))
     with pytest.raises(BlockingIOError):
         read_cached(file.fd, 0, 10)
+    assert await file.read(0, 10) == PICTURE[:10]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+async def test_a_piece_that_the_disk_does_not_give(file: OpenFile, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """It is told as such: whoever sends the pieces has errors of his own, which may have the same number."""
+    monkeypatch.setattr(os, "preadv", fails(code))
+    with pytest.raises(ReadFailed) as caught:
+        await anext(file.pieces(0, 10))
+    assert (caught.value.errno, caught.value.filename) == (code, file.path)
+
+
+def test_an_error_of_closing_is_none(path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems tell of one; whatever was read is right."""
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.EIO, "Input/output error")
+
+    file = opened(path, threads)
+    monkeypatch.setattr(os, "close", close)
+    file.close()
+    monkeypatch.undo()
 
 
 async def test_a_platform_that_cannot_tell_is_waited_for(file: OpenFile, monkeypatch: pytest.MonkeyPatch) -> None:

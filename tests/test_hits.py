@@ -234,6 +234,22 @@ def test_what_is_not_in_memory_is_not_answered(
     assert hits.answer(scope_of(PATH)) is None
 
 
+def test_an_error_of_closing_is_none(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems tell of one; what was read before is right."""
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        fails()
+
+    learn(hits, disk)
+    monkeypatch.setattr(os, "close", close)
+    found = hits.answer(scope_of(PATH))
+    monkeypatch.undo()
+    assert found is not None
+    assert found[2]["body"] == PICTURE
+
+
 def test_a_kernel_that_cannot_tell(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without openat2 nothing is opened in the event loop."""
     monkeypatch.undo()
@@ -257,6 +273,23 @@ def test_the_root_is_looked_at_every_second(
     assert hits.answer(scope_of(PATH)) is not None
     disk.close()
     assert hits.answer(scope_of(PATH)) is None
+
+
+@pytest.mark.parametrize("more", ["path", "raw_path", "root_path"])
+def test_what_is_remembered_of_a_path_is_bounded(hits: Hits, disk: UploadsDirectory, more: str) -> None:
+    """Below a mount whose path has a parameter, a client can ask for one file at as many long paths as it likes."""
+    sizes = []
+    for length in (1024 - 2 * len(PATH), 1024 - 2 * len(PATH) + 1):
+        scope = scope_of(PATH)
+        padding = "/" + "x" * (length - 1)
+        if more != "root_path":
+            scope[more] += padding if more == "path" else padding.encode()
+        else:
+            scope["root_path"] = padding
+        learn(hits, disk, scope=scope)
+        sizes.append(len(hits._known))
+        hits._known.clear()
+    assert sizes == [1, 0]
 
 
 @pytest.mark.parametrize("headers", [[], [("Range", "bytes=10-89")], [("If-None-Match", "*")]])

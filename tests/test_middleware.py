@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import random
@@ -11,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,7 +29,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selfheal import SelfHealMiddleware, SettingsError, UploadStore, syscalls
+from selfheal import SelfHealMiddleware, SettingsError, UploadStore, middleware, syscalls
 from selfheal.digests import chunk_digest
 from selfheal.events import Kind
 from selfheal.sources import CHUNK
@@ -1161,6 +1163,38 @@ async def test_what_was_answered_before_is_compared_once_it_changed(sqlite_store
     assert (await ask(app, target)).body == PICTURE[1:]
     await sqlite_store.tasks.settle(10)
     assert (await ask(app, target)).body == PICTURE
+
+
+@pytest.mark.parametrize("data", [PICTURE, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, None])
+async def test_an_error_of_sending_is_none_of_the_disk(
+    sqlite_store: UploadStore, data: bytes, code: int | None
+) -> None:
+    """Whoever is around us may fail with any error, and a server says without a number that its client is gone."""
+    path = await put(sqlite_store, "tom.png", data)
+    app, error = SelfHealMiddleware(Wrapped(), sqlite_store), OSError() if code is None else OSError(code, "no")
+
+    async def send(_: Message) -> None:
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            await app(scope_of(f"{PREFIX}/tom.png"), asyncio.Event().wait, send)  # type: ignore[arg-type]
+        assert caught.value is error
+        assert path.read_bytes() == data
+    assert sqlite_store.events.counters[Kind.QUARANTINED] == 0
+
+
+def test_a_platform_with_fewer_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a platform has no number for is none of an error that has no number either."""
+    monkeypatch.delattr(errno, "EUCLEAN")
+    spec = spec_from_file_location("selfheal.middleware_there", middleware.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    there = module_from_spec(spec)
+    spec.loader.exec_module(there)
+    assert not there._is_broken(OSError())
+    assert there._is_broken(OSError(errno.EIO, "no"))
 
 
 # -- a crowd ----------------------------------------------------------------------------------------------------------
