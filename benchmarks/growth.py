@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +25,33 @@ from .measure import BENCH, OURS, Contest, Measures, Run, Unavailable, experimen
 
 JOBS = ("migrate", "restore", "verify")
 BOTH = ("SQLite", "PostgreSQL")
+EACH = "µs a name"
 Samples = dict[str, list[Measures]]
 
 
 @experiment("Time of each run, by number of files (1 KiB each)", plot="curves")
 def time(run: Run) -> Iterator[Contest]:
-    """The whole process, from its start to its end."""
-    for label, samples in by_count(run).items():
-        yield Contest(label, "seconds", samples, subject=list(samples)[-1]).seen_as(label, "seconds", {})
+    """The whole process, from its start to its end, shared by its names."""
+    for label, by_number in by_count(run).items():
+        seconds = {count: [turn["seconds"] for turn in turns] for count, turns in by_number.items()}
+        *_, middle, largest = seconds
+        samples = {
+            count: [{EACH: each / number_of(count) * 1e6, "seconds": each} for each in turns]
+            for count, turns in seconds.items()
+        }
+        yield Contest(label, EACH, samples, {middle: "≤ 1"}, largest, [f"{label}: {', '.join(added(seconds))}"])
+
+
+def added(seconds: dict[str, list[float]]) -> Iterator[str]:
+    """What each name takes that is added: the start of the process has no part in it."""
+    for few, many in itertools.pairwise(seconds):
+        more = statistics.median(seconds[many]) - statistics.median(seconds[few])
+        yield f"{more / (number_of(many) - number_of(few)) * 1e6:.0f} µs for each name from {few} to {many}"
+
+
+def number_of(label: str) -> int:
+    """The number that a label is."""
+    return int(label.replace(",", ""))
 
 
 @experiment("Memory of each run, by number of files (1 KiB each)", plot="curves")

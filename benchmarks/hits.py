@@ -27,6 +27,7 @@ CONTESTANTS: dict[str, Serving] = {
     ),
     "nginx": lambda directory, _: nginx(directory),
     "from memory": lambda directory, _: uvicorn("memory", directory=directory),
+    "from disk": lambda directory, _: uvicorn("from_disk", directory=directory),
     "selfheal on granian": lambda directory, database: granian("ours", directory=directory, database=database),
     "StaticFiles on granian": lambda directory, _: granian("staticfiles", directory=directory),
 }
@@ -96,7 +97,7 @@ def on_uvicorn(run: Run) -> Iterator[Contest]:
             "100 KiB": {"StaticFiles": "≥ 7", "nginx": "≥ 0.4", **ahead},
             "5 MiB": {"StaticFiles": "≥ 3", "nginx": "≥ 0.8", **ahead},
         },
-        "selfheal", "StaticFiles", "ServeStatic", "aiohttp", "nginx", "from memory",
+        "selfheal", "StaticFiles", "ServeStatic", "aiohttp", "nginx", "from memory", "from disk",
     )  # fmt: skip
 
 

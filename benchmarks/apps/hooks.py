@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from selfheal.blobs import Blobs
@@ -29,33 +29,33 @@ def install(hooks: str) -> None:
 
 def make_slow(seconds: float) -> None:
     """A disk that takes so long for every open and read below `slow/`, of which nothing is in memory."""
+    opened, opened_cached, read_again = UploadsDirectory.open, UploadsDirectory.open_cached, UploadsDirectory.read_again
+    read, read_waiting = OpenFile.read, OpenFile.read_waiting
 
-    def never_cached(real: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:
-        def refuse(self: Any, *arguments: Any) -> Any:
-            if "slow/" in name_of(self, *arguments):
-                raise BlockingIOError
-            return real(self, *arguments)
+    def never_cached(disk: UploadsDirectory, name: str) -> OpenFile | None:
+        if "slow/" in name:
+            raise BlockingIOError
+        return opened_cached(disk, name)
 
-        return refuse
+    def never_again(disk: UploadsDirectory, path: bytes, *arguments: Any) -> bytes | None:
+        return None if b"slow/" in path else read_again(disk, path, *arguments)
 
-    def waiting(real: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:
-        def wait(self: Any, *arguments: Any) -> Any:
-            if "slow/" in name_of(self, *arguments):
-                time.sleep(seconds)
-            return real(self, *arguments)
+    async def never_at_once(file: OpenFile, *arguments: Any) -> bytes:
+        return await (
+            file.threads.run(file.read_waiting, *arguments) if "slow/" in file.path else read(file, *arguments)
+        )
 
-        return wait
+    def open_slowly(disk: UploadsDirectory, name: str) -> OpenFile | None:
+        time.sleep(seconds if "slow/" in name else 0)
+        return opened(disk, name)
 
-    def own_path(file: OpenFile, *_: Any) -> str:
-        return file.path
+    def read_slowly(file: OpenFile, *arguments: Any) -> bytes:
+        time.sleep(seconds if "slow/" in file.path else 0)
+        return read_waiting(file, *arguments)
 
-    def given_name(_disk: UploadsDirectory, name: str) -> str:
-        return name
-
-    UploadsDirectory.open_cached = never_cached(UploadsDirectory.open_cached, given_name)
-    UploadsDirectory.open = waiting(UploadsDirectory.open, given_name)
-    OpenFile.read_cached = never_cached(OpenFile.read_cached, own_path)
-    OpenFile.read_waiting = waiting(OpenFile.read_waiting, own_path)
+    UploadsDirectory.open, UploadsDirectory.open_cached = open_slowly, never_cached
+    UploadsDirectory.read_again = never_again
+    OpenFile.read, OpenFile.read_waiting = never_at_once, read_slowly
 
 
 def count_blob_reads() -> None:
