@@ -211,6 +211,7 @@ async def test_a_piece_that_the_disk_does_not_give(file: OpenFile, monkeypatch: 
     with pytest.raises(ReadFailed) as caught:
         await anext(file.pieces(0, 10))
     assert (caught.value.errno, caught.value.filename) == (code, file.path)
+    assert caught.value.strerror
 
 
 def test_an_error_of_closing_is_none(path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,6 +234,22 @@ def test_what_is_not_in_memory_is_not_answered(
     assert hits.answer(scope_of(PATH)) is None
 
 
+def test_a_file_with_the_first_number_is_answered(hits: Hits, disk: UploadsDirectory) -> None:
+    """A process without standard input hands out 0 as a descriptor."""
+    learn(hits, disk)
+    kept = os.dup(0)
+    os.close(0)
+    try:
+        found = hits.answer(scope_of(PATH))
+        with pytest.raises(OSError):
+            os.fstat(0)  # closed again
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+    assert found is not None
+    assert found[2]["body"] == PICTURE
+
+
 def test_an_error_of_closing_is_none(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some file systems tell of one; what was read before is right."""
     real = os.close
