@@ -8,7 +8,6 @@ device names (CVE-2025-66221), streams, doubly encoded separators, control chara
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from urllib.parse import quote
 
 from .errors import InvalidName
@@ -58,12 +57,7 @@ def from_path(path: str, prefix: str, raw_path: bytes | None = None) -> str | No
     trailing slash; a sibling such as `/static/uploads_private` is not below it (CVE-2023-29159).
     """
     if len(path) > len(prefix) + 1 + MAX_NAME_BYTES or len(raw_path or b"") > MAX_RAW_BYTES:
-        return None  # before the cache: servers bound a path late or never, and the cache must stay small
-    return _from_path(path, prefix, raw_path)
-
-
-@lru_cache(maxsize=8192)
-def _from_path(path: str, prefix: str, raw_path: bytes | None) -> str | None:
+        return None  # before a closer look: servers bound a path late or never
     if not path.startswith(prefix + "/"):
         return None
     if raw_path is not None and b"%" in raw_path and b"%2f" in raw_path.lower():
