@@ -138,7 +138,7 @@ class Blobs:
         async with aclosing(ahead(self._batches(taken, data))) as batches:
             async for rows, is_last in batches:
                 if not is_last:
-                    await write(partial(self.put_chunks, rows=rows))
+                    await write(partial(self._put_some, rows=rows, known=known))
         return taken.received(rows)
 
     async def _batches(self, taken: _Taken, data: Source) -> AsyncGenerator[tuple[list[dict[str, Any]], bool], None]:
@@ -164,8 +164,27 @@ class Blobs:
             moved += MOVED_AT_ONCE
         return replace(received, moved=moved)
 
+    async def _put_some(self, connection: AsyncConnection, rows: list[dict[str, Any]], known: Digests | None) -> None:
+        """Write chunks of a large upload, where they belong if its digest is known."""
+        if known is not None:
+            await self._lock(connection, known.whole)
+        await self.put_chunks(connection, rows)
+
+    async def lock(self, connection: AsyncConnection, received: Received) -> None:
+        """Let nobody else write chunks of a large upload's bytes for as long as the transaction lasts.
+
+        Locks of rows are not enough: an UPDATE takes them in no order, and there is none for a row yet to come.
+        """
+        if len(received.rows) < received.chunks:
+            await self._lock(connection, received.sha256)
+
+    async def _lock(self, connection: AsyncConnection, sha256: str) -> None:
+        if not self._engine.has_one_writer:
+            key = int(sha256[:16], 16) - (1 << 63)
+            await connection.execute(select(func.pg_advisory_xact_lock(key)))
+
     async def finish(self, connection: AsyncConnection, received: Received) -> None:
-        """Make a received blob whole. Its row comes first: who stores, or purges, the same bytes waits there."""
+        """Make a received, locked blob whole. Its row comes first: who stores the same, or purges, waits there."""
         blob = {"sha256": received.sha256, "size": received.size, "chunks": received.chunks}
         await self.put_blobs(connection, [blob])
         await self.put_chunks(connection, received.rows)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.engine import URL
@@ -17,11 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .blobs import READ_AT_ONCE, WRITE_AT_ONCE, Blobs, Received, Write
+from .blobs import READ_AT_ONCE, Blobs, Write
 from .catalogue import Catalogue
 from .content_types import content_type as type_of
 from .digests import Digests, add_all
-from .engine import Engine, Work, check_version, unavailable, url_of
+from .engine import Engine, check_version, unavailable, url_of
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks, ahead
 from .queries import ByName, Queries
@@ -42,8 +41,6 @@ from .records import (
 from .sources import Source
 from .tables import SCHEMA_VERSION, define_tables
 from .threads import Threads
-
-T = TypeVar("T")
 
 GRACE = timedelta(hours=24)
 """How long bytes without a record are left alone: longer than any upload."""
@@ -236,12 +233,13 @@ class ImageStorage:
         }
 
         async def work(connection: AsyncConnection) -> Record:
-            # everybody locks in this order (record, history, blob, chunks), so that nobody waits in a circle
+            # everybody locks in this order (and then history, blob, chunks), so that nobody waits in a circle
+            await self._blobs.lock(connection, received)
             record = await self._catalogue.put(connection, values, only_new=only_new)
             await self._blobs.finish(connection, received)
             return record
 
-        record: Record = await (self._finish(received, work) if connection is None else write(work))
+        record: Record = await write(work)
         return record
 
     async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
@@ -279,7 +277,12 @@ class ImageStorage:
         received = await self._blobs.receive(self._engine.write, data)
         if received.sha256 != record.sha256:
             raise CorruptBlob(record.name, "the bytes that came are not the ones that were recorded")
-        await self._finish(received, lambda connection: self._blobs.finish(connection, received))
+
+        async def work(connection: AsyncConnection) -> None:
+            await self._blobs.lock(connection, received)
+            await self._blobs.finish(connection, received)
+
+        await self._engine.write(work)
 
     async def bury(self, name: str) -> Record | None:
         """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record."""
@@ -318,15 +321,6 @@ class ImageStorage:
         return await self._engine.write(work)
 
     # -- inside ---------------------------------------------------------------------------------------------------
-
-    async def _finish(self, received: Received, work: Work[T]) -> T:
-        """Make a blob whole; again whenever another who stores the same bytes has come between chunks that are moved,
-        which he can as often as he has transactions.
-        """
-        for _ in range(received.chunks // WRITE_AT_ONCE):
-            with contextlib.suppress(IntegrityError):
-                return await self._engine.write(work)
-        return await self._engine.write(work)
 
     async def _rows_in(self, query: Mapping[bool, Select[Any]], key_range: KeyRange) -> Sequence[Sequence[Any]]:
         is_last = key_range.stop is None

@@ -32,6 +32,9 @@ _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
 _NO_SUCH = ("no such table", "no such column", "has no column named")
 _POOL_AT_MOST = 10
 _NO_SUCH_STATES = ("42P01", "42703")
+_BROKEN_OFF_STATES = ("40P01", "40001")
+"""A deadlock, or what could not be put in an order: PostgreSQL says of both that the transaction may be run anew."""
+_BROKEN_OFF_AT_MOST = 3
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
@@ -88,7 +91,10 @@ class Engine:
         return await self._read(work)
 
     async def write(self, work: Work[T]) -> T:
-        """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled."""
+        """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled.
+
+        It is run anew, up to three times, where the server breaks it off for a deadlock.
+        """
         return await self._tasks.finish(self._write(work))
 
     async def write_schema(self, work: Work[T]) -> T:
@@ -130,6 +136,16 @@ class Engine:
             return await work(connection)
 
     async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
+        """Anew where the server broke it off: of those that wait for each other it lets one begin again."""
+        for _ in range(_BROKEN_OFF_AT_MOST):
+            try:
+                return await self._write_once(work, has_tables=has_tables)
+            except DatabaseUnavailable as error:
+                if _state_of(error.__cause__) not in _BROKEN_OFF_STATES:
+                    raise
+        return await self._write_once(work, has_tables=has_tables)
+
+    async def _write_once(self, work: Work[T], *, has_tables: bool) -> T:
         async with (
             self._turns.one() if self._is_shared else contextlib.nullcontext(),
             self._connection(has_tables=has_tables) as connection,
@@ -277,11 +293,15 @@ def _database_errors() -> tuple[type[Exception], ...]:
     return (SQLAlchemyError, OSError, sqlite3.Error, *of_asyncpg)
 
 
+def _state_of(error: BaseException | None) -> str | None:
+    """The SQLSTATE that PostgreSQL gave with an error."""
+    return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
+
+
 def unavailable(error: BaseException) -> DatabaseUnavailable:
     """What a failure of the database means to us; the message says what to do, and holds no password."""
     cause = getattr(error, "orig", None) or error
     said = str(cause).partition("\n")[0] or type(cause).__name__
-    state = getattr(cause, "sqlstate", None)
-    if state in _NO_SUCH_STATES or any(words in said for words in _NO_SUCH):
+    if _state_of(error) in _NO_SUCH_STATES or any(words in said for words in _NO_SUCH):
         return SchemaError("the catalogue's tables are missing or old; run `selfheal migrate` to make them")
     return DatabaseUnavailable(f"the database gave no answer: {said}")

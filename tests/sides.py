@@ -16,9 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from sqlalchemy import event, text
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import Pool
+from sqlalchemy.pool import NullPool, Pool
 
 from selfheal import UploadStore
 from selfheal.direct import Direct
@@ -268,7 +270,22 @@ async def locked(store: UploadStore) -> AsyncIterator[None]:
 
 async def execute(store: UploadStore, statement: str, **parameters: Any) -> None:
     """Change the database behind the store's back."""
-    engine = create_async_engine(store.database.url)
-    async with engine.begin() as connection:
-        await connection.execute(text(statement), parameters)
-    await engine.dispose()
+    await sql(store.database.url, statement, **parameters)
+
+
+async def sql(url: str | URL, statement: str, **values: Any) -> list[tuple[Any, ...]]:
+    """What somebody else does in the database of a URL, behind our back; the rows it gets."""
+    engine = create_async_engine(url, poolclass=NullPool)
+    try:
+        async with engine.begin() as connection:
+            result = await connection.execute(text(statement), values)
+            return [tuple(row) for row in result] if result.returns_rows else []
+    finally:
+        await engine.dispose()
+
+
+async def somebody_waits(url: str) -> None:
+    """Wait until a transaction waits for a lock in this PostgreSQL database."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    while not await sql(url, waiting):
+        await anyio.sleep(0.01)

@@ -21,8 +21,7 @@ from uuid import uuid4
 import anyio
 import pytest
 from conftest import PostgresServer
-from sides import resize
-from sqlalchemy import text
+from sides import resize, somebody_waits, sql
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 from starlette.datastructures import UploadFile
@@ -75,17 +74,6 @@ def postgres_url(postgres: PostgresServer, a_database: str) -> Iterator[str]:
 def images(store: UploadStore) -> ImageStorage:
     """The database half, its tables made."""
     return store.database
-
-
-async def execute(url: str, statement: str, **values: Any) -> list[tuple[Any, ...]]:
-    """What somebody else does in the database, behind our back; the rows it gets."""
-    engine = create_async_engine(url, poolclass=NullPool)
-    try:
-        async with engine.begin() as connection:
-            result = await connection.execute(text(statement), values)
-            return [tuple(row) for row in result] if result.returns_rows else []
-    finally:
-        await engine.dispose()
 
 
 def bytes_written() -> int:
@@ -207,8 +195,8 @@ async def test_a_source_that_breaks_off(images: ImageStorage, size: int) -> None
 
 async def stored(url: str) -> tuple[int, int, int]:
     """Rows of blobs, rows of chunks, and bytes in those chunks."""
-    (blobs,) = await execute(url, "SELECT count(*) FROM image_blob")
-    (chunks,) = await execute(url, "SELECT count(*), coalesce(sum(length(data)), 0) FROM image_chunk")
+    (blobs,) = await sql(url, "SELECT count(*) FROM image_blob")
+    (chunks,) = await sql(url, "SELECT count(*), coalesce(sum(length(data)), 0) FROM image_chunk")
     return int(blobs[0]), int(chunks[0]), int(chunks[1])
 
 
@@ -257,6 +245,40 @@ async def test_bytes_of_known_and_of_unknown_digests_at_the_same_time(images: Im
         saving = images.store_image(f"{turn}/unknown.png", pieces(data, (CHUNK,)))
         for record in await asyncio.gather(saving, save_known()):
             assert await whole(images, record) == data
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.png"], ids=["same name", "other name"])
+async def test_the_same_large_bytes_in_a_transaction_of_the_callers(postgres_url: str, name: str) -> None:
+    """Who stores what is half stored in another's transaction waits for the end of that, and neither for each other."""
+    data = noise(3 * LARGE)
+    images = ImageStorage(postgres_url)
+    await images.create_tables()
+    engine = create_async_engine(postgres_url, poolclass=NullPool)
+    is_half_stored = asyncio.Event()
+
+    async def until_another_waits() -> AsyncIterator[bytes]:
+        async for piece in pieces(data, (CHUNK,)):
+            yield piece
+            if piece == data[60 * CHUNK : 61 * CHUNK]:
+                is_half_stored.set()
+                await somebody_waits(postgres_url)
+
+    async def once_it_is_half_stored() -> AsyncIterator[bytes]:
+        await is_half_stored.wait()
+        async for piece in pieces(data, (CHUNK,)):
+            yield piece
+
+    async def save_in_a_transaction() -> Record:
+        async with engine.begin() as connection:
+            source = until_another_waits()
+            return await images.store_image(name, source, known=digests_of(data), connection=connection)
+
+    saving = images.store_image("a.png", once_it_is_half_stored())
+    for record in await asyncio.gather(save_in_a_transaction(), saving):
+        assert await whole(images, record) == data
+    assert await stored(postgres_url) == (1, -(-len(data) // CHUNK), len(data))
+    await engine.dispose()
+    await images.close()
 
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["new", "damaged"])
@@ -470,7 +492,7 @@ Damage = Callable[[str, Record], Awaitable[None]]
 async def chunk_of(url: str, record: Record, position: int) -> tuple[bytes, bytes]:
     """The data and the digest of a chunk as they stand."""
     query = "SELECT data, digest FROM image_chunk WHERE sha256 = :key AND position = :position"
-    ((data, digest),) = await execute(url, query, key=record.sha256, position=position)
+    ((data, digest),) = await sql(url, query, key=record.sha256, position=position)
     return data, digest
 
 
@@ -478,7 +500,7 @@ async def rewrite(url: str, record: Record, position: int, **columns: bytes) -> 
     """Write columns of a chunk anew."""
     changes = ", ".join(f"{column} = :{column}" for column in columns)
     statement = f"UPDATE image_chunk SET {changes} WHERE sha256 = :key AND position = :position"
-    await execute(url, statement, key=record.sha256, position=position, **columns)
+    await sql(url, statement, key=record.sha256, position=position, **columns)
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -511,7 +533,7 @@ def a_missing_chunk(position: int) -> Damage:
 
     async def damage(url: str, record: Record) -> None:
         statement = "DELETE FROM image_chunk WHERE sha256 = :key AND position = :position"
-        await execute(url, statement, key=record.sha256, position=position)
+        await sql(url, statement, key=record.sha256, position=position)
 
     return damage
 
@@ -522,7 +544,7 @@ def swapped_chunks(one: int, other: int) -> Damage:
     async def damage(url: str, record: Record) -> None:
         for here, there in ((one, 1000), (other, one), (1000, other)):
             statement = "UPDATE image_chunk SET position = :there WHERE sha256 = :key AND position = :here"
-            await execute(url, statement, key=record.sha256, here=here, there=there)
+            await sql(url, statement, key=record.sha256, here=here, there=there)
 
     return damage
 
@@ -555,7 +577,7 @@ def an_extra_chunk(data: bytes) -> Damage:
 
     async def damage(url: str, record: Record) -> None:
         position = -(-record.size // CHUNK)
-        await execute(
+        await sql(
             url,
             "INSERT INTO image_chunk (sha256, position, digest, data) VALUES (:key, :position, :digest, :data)",
             key=record.sha256,
@@ -572,7 +594,7 @@ def a_recorded_size(change: Callable[[int], int]) -> Damage:
 
     async def damage(url: str, record: Record) -> None:
         statement = "UPDATE image_storage SET size = :size WHERE name = :name"
-        await execute(url, statement, name=record.name, size=change(record.size))
+        await sql(url, statement, name=record.name, size=change(record.size))
 
     return damage
 
@@ -677,7 +699,7 @@ async def test_mending(images: ImageStorage, database_url: str, way: str) -> Non
         assert await images.find("a.png") == record
         if await stored(database_url) != (1, CHUNKS, len(PICTURE)) or await whole(images, record) != PICTURE:
             still_damaged.append(what)
-            await execute(database_url, "DELETE FROM image_chunk")
+            await sql(database_url, "DELETE FROM image_chunk")
             await images.mend(record, PICTURE)
     assert still_damaged == []
 
@@ -697,8 +719,8 @@ async def test_mending_with_other_bytes(images: ImageStorage, database_url: str,
 async def test_mending_what_a_purge_took(images: ImageStorage, database_url: str) -> None:
     """Bytes that are gone altogether are mended as well as damaged ones."""
     record = await images.store_image("a.png", PICTURE)
-    await execute(database_url, "DELETE FROM image_chunk")
-    await execute(database_url, "DELETE FROM image_blob")
+    await sql(database_url, "DELETE FROM image_chunk")
+    await sql(database_url, "DELETE FROM image_blob")
     await images.mend(record, PICTURE)
     assert await whole(images, record) == PICTURE
     assert await stored(database_url) == (1, CHUNKS, len(PICTURE))

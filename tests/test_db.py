@@ -20,6 +20,7 @@ from uuid import uuid4
 import anyio
 import pytest
 from conftest import PostgresServer
+from sides import sql
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -65,20 +66,9 @@ def images(store: UploadStore) -> ImageStorage:
     return store.database
 
 
-async def execute(url: str, statement: str, **values: Any) -> list[tuple[Any, ...]]:
-    """What somebody else does in the database, behind our back; the rows it gets."""
-    engine = create_async_engine(url, poolclass=NullPool)
-    try:
-        async with engine.begin() as connection:
-            result = await connection.execute(text(statement), values)
-            return [tuple(row) for row in result] if result.returns_rows else []
-    finally:
-        await engine.dispose()
-
-
 async def contents(url: str) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every table."""
-    return {table: sorted(await execute(url, f"SELECT * FROM {table}"), key=repr) for table in ALL_TABLES}
+    return {table: sorted(await sql(url, f"SELECT * FROM {table}"), key=repr) for table in ALL_TABLES}
 
 
 async def whole(images: ImageStorage, record: Record) -> bytes:
@@ -344,8 +334,8 @@ async def test_undo_when_the_bytes_are_gone(images: ImageStorage, database_url: 
     """A version whose bytes somebody dropped cannot come back; the name stays what it is."""
     first = await images.store_image("a.png", b"one")
     second = await images.store_image("a.png", b"two")
-    await execute(database_url, "DELETE FROM image_chunk WHERE sha256 = :key", key=first.sha256)
-    await execute(database_url, "DELETE FROM image_blob WHERE sha256 = :key", key=first.sha256)
+    await sql(database_url, "DELETE FROM image_chunk WHERE sha256 = :key", key=first.sha256)
+    await sql(database_url, "DELETE FROM image_blob WHERE sha256 = :key", key=first.sha256)
     with pytest.raises(NotStored):
         await images.undo("a.png")
     assert await images.find("a.png") == second
@@ -363,12 +353,12 @@ async def age(url: str, days: int, where: str = "1 = 1") -> None:
     """Make everything in the database older by days: history, blobs, chunks."""
     ago = AGO[url.partition("+")[0]]
     for table, column in (("image_history", "replaced_at"), ("image_blob", "stored_at"), ("image_chunk", "stored_at")):
-        await execute(url, f"UPDATE {table} SET {column} = {ago} WHERE {where}", days=str(days))
+        await sql(url, f"UPDATE {table} SET {column} = {ago} WHERE {where}", days=str(days))
 
 
 async def stored_bytes(url: str) -> list[bytes]:
     """The data of all chunks."""
-    return sorted(bytes(row[0]) for row in await execute(url, "SELECT data FROM image_chunk"))
+    return sorted(bytes(row[0]) for row in await sql(url, "SELECT data FROM image_chunk"))
 
 
 async def test_purging_history(images: ImageStorage, database_url: str) -> None:
@@ -409,7 +399,7 @@ async def test_a_purge_never_drops_what_is_wanted(images: ImageStorage, database
     await images.store_image("deleted.png", b"deleted")
     await images.bury("deleted.png")
     await age(database_url, 400, "sha256 IN (SELECT sha256 FROM image_blob) AND 1 = 1")
-    await execute(database_url, "UPDATE image_history SET replaced_at = CURRENT_TIMESTAMP WHERE name <> 'other.png'")
+    await sql(database_url, "UPDATE image_history SET replaced_at = CURRENT_TIMESTAMP WHERE name <> 'other.png'")
     purged = await images.purge(MONTH, grace=timedelta(0))
     assert (purged.versions, purged.blobs, purged.size) == (1, 0, 0)
     assert await stored_bytes(database_url) == [b"after", b"before", b"deleted", b"living", b"shared"]
@@ -484,7 +474,7 @@ async def test_chunks_of_aborted_uploads(images: ImageStorage, database_url: str
 async def test_grace_for_bytes_without_a_record(images: ImageStorage, database_url: str) -> None:
     """Bytes that nothing refers to are left alone for as long as the grace says."""
     await images.store_image("a.png", b"one")
-    await execute(database_url, "DELETE FROM image_storage")
+    await sql(database_url, "DELETE FROM image_storage")
     await age(database_url, 3)
     assert (await images.purge(MONTH, grace=timedelta(days=4))).blobs == 0
     assert await stored_bytes(database_url) == [b"one"]
@@ -670,7 +660,7 @@ async def test_pages_of_text_that_is_no_utf8(sqlite_url: str) -> None:
         for name in ("a", "b", "c", "d", "e", "é"):
             await images.store_image(name, b"x")
         for name, value in {"b": "CAST(x'61ff' AS TEXT)", "c": "CAST(x'61fe' AS TEXT)", "d": "x'61ff'"}.items():
-            await execute(sqlite_url, f"UPDATE image_storage SET name = {value} WHERE name = '{name}'")
+            await sql(sqlite_url, f"UPDATE image_storage SET name = {value} WHERE name = '{name}'")
         records = [record.name async for page in images.pages(size=1) for record in page]
         names = [name async for key_range in images.key_ranges(1) for name, _ in await images.names_in(key_range)]
     assert records == names == ["a", "a\udcfe", "a\udcff", "e", "é", "a\ufffd"]
@@ -691,8 +681,8 @@ async def test_pages_without_bytes(images: ImageStorage, database_url: str) -> N
     """Listing and counting read no bytes: they go on when there are none."""
     for name in "abc":
         await images.store_image(name, b"x")
-    await execute(database_url, "DROP TABLE image_chunk")
-    await execute(database_url, "DROP TABLE image_blob")
+    await sql(database_url, "DROP TABLE image_chunk")
+    await sql(database_url, "DROP TABLE image_blob")
     assert [[record.name for record in page] async for page in images.pages(size=2)] == [["a", "b"], ["c"]]
     assert await images.count() == 3
 
@@ -752,7 +742,7 @@ async def test_in_a_transaction_that_commits(
     images: ImageStorage, database_url: str, caller: Caller, data: bytes
 ) -> None:
     """What was stored inside the caller's transaction is there with its commit, together with the app's own rows."""
-    await execute(database_url, APP_TABLE)
+    await sql(database_url, APP_TABLE)
     await images.store_image("old.png", b"old")
     returned: list[Record] = []
 
@@ -762,7 +752,7 @@ async def test_in_a_transaction_that_commits(
             returned.append(await images.store_image(name, data, connection=connection))
 
     await caller(database_url, work)
-    assert await execute(database_url, "SELECT name FROM app_cat") == [("tom",)]
+    assert await sql(database_url, "SELECT name FROM app_cat") == [("tom",)]
     assert [await images.find(name) for name in ("new.png", "old.png")] == returned
     assert [record.generation for record in returned] == [1, 2]
     assert [await saved(images, name) for name in ("new.png", "old.png")] == [data, data]
@@ -775,7 +765,7 @@ async def test_in_a_transaction_that_is_rolled_back(
     images: ImageStorage, database_url: str, caller: Caller, data: bytes
 ) -> None:
     """Of what was stored inside the caller's transaction nothing at all is left if that is rolled back."""
-    await execute(database_url, APP_TABLE)
+    await sql(database_url, APP_TABLE)
     await images.store_image("old.png", b"old")
     before = await contents(database_url)
 
@@ -788,7 +778,7 @@ async def test_in_a_transaction_that_is_rolled_back(
     with pytest.raises(EOFError):
         await caller(database_url, work)
     assert await contents(database_url) == before
-    assert await execute(database_url, "SELECT name FROM app_cat") == []
+    assert await sql(database_url, "SELECT name FROM app_cat") == []
     assert await saved(images, "old.png") == b"old"
     assert await images.find("new.png") is None
 

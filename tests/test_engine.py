@@ -24,6 +24,7 @@ import anyio
 import pytest
 from conftest import PostgresServer, free_port, start_postgres
 from proxy import Mode, Proxy
+from sides import somebody_waits, sql
 from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -87,17 +88,6 @@ WRITING: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {
 }
 ASKING = READING | WRITING
 CREATING: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {"create_tables": lambda images: images.create_tables()}
-
-
-async def execute(url: str, statement: str) -> list[tuple[Any, ...]]:
-    """What somebody else does in the database, behind our back; the rows it gets."""
-    engine = create_async_engine(url, poolclass=NullPool)
-    try:
-        async with engine.begin() as connection:
-            result = await connection.execute(text(statement))
-            return [tuple(row) for row in result] if result.returns_rows else []
-    finally:
-        await engine.dispose()
 
 
 @asynccontextmanager
@@ -196,7 +186,7 @@ async def test_damaged_pages(tmp_path: Path) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path}/a.db"
     async with prepared(url):
         pass
-    await execute(url, "PRAGMA journal_mode=DELETE")
+    await sql(url, "PRAGMA journal_mode=DELETE")
     whole = (tmp_path / "a.db").read_bytes()
     (tmp_path / "a.db").write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
     async with opened(url) as images:
@@ -265,12 +255,30 @@ async def test_a_locked_table(postgres_url: str) -> None:
         assert (await images.store_image("a.png", b"two")).generation == 2
 
 
+async def test_a_write_that_is_broken_off_for_a_deadlock(postgres_url: str) -> None:
+    """Two wait for each other, and the server breaks ours off: it is done once the other's transaction has ended."""
+    await sql(postgres_url, f"ALTER DATABASE {postgres_url.rpartition('/')[2]} SET deadlock_timeout = '2s'")
+    async with prepared(postgres_url, timeout=8) as images:
+        two = await images.store_image("two.png", b"two")
+        engine = create_async_engine(postgres_url, poolclass=NullPool)
+        async with engine.connect() as holder:
+            await holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))  # ours is the one that finds out
+            await holder.execute(text(f"SELECT 1 FROM image_blob WHERE sha256 = '{two.sha256}' FOR UPDATE"))
+            storing = asyncio.create_task(images.store_image("a.png", b"two"))
+            await somebody_waits(postgres_url)
+            await holder.execute(text("SELECT 1 FROM image_storage WHERE name = 'a.png' FOR UPDATE"))
+            await holder.rollback()
+        await engine.dispose()
+        assert (await storing).generation == 2
+        assert await bytes_of(images, "a.png") == b"two"
+
+
 async def test_a_database_that_takes_no_writes(postgres_url: str) -> None:
     """Where nothing can be written, saving fails as unknown, and reading goes on."""
     async with prepared(postgres_url):
         pass
     name = postgres_url.rpartition("/")[2]
-    await execute(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await sql(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     async with opened(postgres_url) as images:
         with pytest.raises(DatabaseUnavailable):
             await images.store_image("a.png", b"two")
@@ -332,18 +340,18 @@ async def test_missing_tables_and_columns(database_url: str) -> None:
     for statement, needing in MISSING.items():
         async with prepared(database_url):
             pass
-        await execute(database_url, statement)
+        await sql(database_url, statement)
         async with opened(database_url) as images:
             await check_unknown(images, {what: ASKING[what] for what in needing}, SchemaError)
         for table in ("storage", "blob", "chunk", "history", "schema"):
-            await execute(database_url, f"DROP TABLE IF EXISTS image_{table}")
+            await sql(database_url, f"DROP TABLE IF EXISTS image_{table}")
 
 
 async def test_no_mark_of_the_schema(database_url: str) -> None:
     """Without the table that says of which version the others are, nothing is trusted."""
     async with prepared(database_url):
         pass
-    await execute(database_url, "DROP TABLE image_schema")
+    await sql(database_url, "DROP TABLE image_schema")
     async with opened(database_url) as images:
         await check_unknown(images, ASKING, SchemaError)
 
@@ -355,11 +363,11 @@ async def test_tables_of_another_version(database_url: str, change: int, says: s
     """Tables of another version are not touched, and the message says what to do."""
     async with prepared(database_url):
         pass
-    await execute(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION + change}")
+    await sql(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION + change}")
     async with opened(database_url) as images:
         caught = await check_unknown(images, ASKING, SchemaError)
         assert all(says in str(error) for error in caught)
-        await execute(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION}")
+        await sql(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION}")
         assert await bytes_of(images, "a.png") == b"one"
 
 
@@ -514,7 +522,7 @@ async def test_cancelled_questions(database_url: str, way: str) -> None:
 
 async def test_the_apps_own_engine_over_postgres(postgres_url: str) -> None:
     """An app's own engine is used, its settings with it, and is as open after `close` as before."""
-    await execute(postgres_url, "CREATE SCHEMA apart")
+    await sql(postgres_url, "CREATE SCHEMA apart")
     arguments = {"server_settings": {"search_path": "apart"}}
     engine = create_async_engine(postgres_url, pool_size=1, max_overflow=0, connect_args=arguments)
 
@@ -527,7 +535,7 @@ async def test_the_apps_own_engine_over_postgres(postgres_url: str) -> None:
         assert await bytes_of(images, "a.png") == b"one"
     assert await server_process() == before
     await engine.dispose()
-    assert await execute(postgres_url, "SELECT name FROM apart.image_storage") == [("a.png",)]
+    assert await sql(postgres_url, "SELECT name FROM apart.image_storage") == [("a.png",)]
 
 
 async def test_the_apps_own_engine_over_sqlite() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import PostgresServer, needs
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, inspect, text
+from sides import sql
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, inspect
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -35,17 +36,6 @@ KEYS = {
     "image_history": ["name", "generation"],
     "image_schema": ["version"],
 }
-
-
-async def execute(url: str, statement: str, **values: Any) -> list[tuple[Any, ...]]:
-    """What somebody else does in the database, behind our back; the rows it gets."""
-    engine = create_async_engine(url, poolclass=NullPool)
-    try:
-        async with engine.begin() as connection:
-            result = await connection.execute(text(statement), values)
-            return [tuple(row) for row in result] if result.returns_rows else []
-    finally:
-        await engine.dispose()
 
 
 async def make_all(url: str, metadata: MetaData) -> None:
@@ -110,7 +100,7 @@ async def test_tables_and_keys(store: UploadStore, database_url: str) -> None:
 
 async def test_a_record_alone(store: UploadStore, database_url: str) -> None:
     """A record that somebody else wrote, with the documented columns alone, is a record."""
-    await execute(
+    await sql(
         database_url,
         "INSERT INTO image_storage (name, sha256, size, content_type, modified_ns) VALUES ('a.png', 'x', 1, 'b/c', 2)",
     )
@@ -128,13 +118,13 @@ async def test_making_tables_again(store: UploadStore, database_url: str) -> Non
     async with opened(database_url) as other:
         await other.create_tables()
         assert await other.find("a.png") == record
-    assert await execute(database_url, "SELECT version FROM image_schema") == [(SCHEMA_VERSION,)]
+    assert await sql(database_url, "SELECT version FROM image_schema") == [(SCHEMA_VERSION,)]
 
 
 @pytest.mark.parametrize("missing", sorted(COLUMNS))
 async def test_making_what_is_missing(store: UploadStore, database_url: str, missing: str) -> None:
     """If a process was killed while it made the tables, the next one makes the rest."""
-    await execute(database_url, f"DROP TABLE {missing}")
+    await sql(database_url, f"DROP TABLE {missing}")
     async with opened(database_url) as images:
         await images.create_tables()
         await check_working(images)
@@ -151,12 +141,12 @@ async def test_making_tables_at_the_same_time(database_url: str) -> None:
 
 async def test_a_newer_schema_is_left_alone(store: UploadStore, database_url: str) -> None:
     """Making the tables never marks the database of a newer selfheal as ours."""
-    await execute(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION + 1}")
+    await sql(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION + 1}")
     for images in (store.database, ImageStorage(database_url)):
         with pytest.raises(SchemaError, match="newer"):
             await images.create_tables()
         await images.close()
-    assert await execute(database_url, "SELECT version FROM image_schema") == [(SCHEMA_VERSION + 1,)]
+    assert await sql(database_url, "SELECT version FROM image_schema") == [(SCHEMA_VERSION + 1,)]
     async with opened(database_url) as images:
         with pytest.raises(SchemaError, match="newer"):
             await images.find("a.png")
@@ -179,7 +169,7 @@ async def test_names_where_the_database_sorts_as_people_do(postgres: PostgresSer
     url = a_database(postgres, "sorted_by_people", "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C.UTF-8'")
     names = ["B.png", "_a.png", "a b.png", "a-b.png", "a.png", "ab.png", "b.png", "z.png", "Ä.png", "é.png", "日.png"]
     query = "SELECT n FROM (VALUES ('_a.png'), ('B.png'), ('a.png')) AS v(n) ORDER BY n"
-    assert await execute(url, query) == [("_a.png",), ("a.png",), ("B.png",)]
+    assert await sql(url, query) == [("_a.png",), ("a.png",), ("B.png",)]
     async with opened(url) as images:
         await images.create_tables()
         for name in reversed(names):
@@ -193,10 +183,10 @@ async def test_binary_collation(database_url: str, store: UploadStore) -> None:
     """The columns of names carry a binary collation of their own."""
     if database_url.startswith("sqlite"):
         query = "SELECT sql FROM sqlite_master WHERE name IN ('image_storage', 'image_history')"
-        for (statement,) in await execute(database_url, query):
+        for (statement,) in await sql(database_url, query):
             assert "NOCASE" not in statement.upper()
         return
-    rows = await execute(
+    rows = await sql(
         database_url,
         "SELECT c.relname, l.collname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
         "JOIN pg_collation l ON l.oid = a.attcollation "
@@ -207,7 +197,7 @@ async def test_binary_collation(database_url: str, store: UploadStore) -> None:
 
 async def storage_of_data(url: str, schema: str) -> str:
     """How PostgreSQL stores the bytes of chunks: e(xternal), m(ain), p(lain) or (e)x(tended, compressed)."""
-    rows = await execute(
+    rows = await sql(
         url,
         "SELECT CAST(a.attstorage AS text) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
         "JOIN pg_namespace n ON n.oid = c.relnamespace "
@@ -301,7 +291,7 @@ async def test_made_in_the_apps_metadata(database_url: str) -> None:
 
 async def test_a_schema_of_the_apps(postgres_url: str) -> None:
     """Where the app's MetaData names a schema the tables live there, and nowhere else."""
-    await execute(postgres_url, "CREATE SCHEMA pictures")
+    await sql(postgres_url, "CREATE SCHEMA pictures")
     async with opened(postgres_url, MetaData(schema="pictures")) as images:
         await images.create_tables()
         await check_working(images)
@@ -314,7 +304,7 @@ async def test_two_catalogues_in_one_database(postgres_url: str) -> None:
     """Catalogues in two schemas know nothing of each other."""
     storages = []
     for schema in ("cats", "dogs"):
-        await execute(postgres_url, f"CREATE SCHEMA {schema}")
+        await sql(postgres_url, f"CREATE SCHEMA {schema}")
         storages.append(ImageStorage(postgres_url, metadata=MetaData(schema=schema)))
         await storages[-1].create_tables()
     await storages[0].store_image("a.png", b"cat")
