@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from contextlib import aclosing, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
-from uuid import uuid4
 
 from sqlalchemy import ColumnElement, Insert, Select, Table, and_, delete, exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .digests import Digests, chunk_digest
 from .engine import Engine
-from .errors import CorruptBlob, Unsettled
+from .errors import CorruptBlob
 from .flight import Places, ahead
+from .intake import Received, Row, Taken, in_handfuls
 from .sources import CHUNK, Source
 from .sources import chunks as chunks_of
 from .statements import execute_many
@@ -29,8 +29,6 @@ _Rows = Sequence[Sequence[Any]]
 _SHA256_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 READ_AT_ONCE = 8
 """Chunks in one query (2 MiB): what one reader holds in memory."""
-HASH_AT_ONCE = 8
-"""Chunks that are hashed (2 MiB) while others are read, and others written."""
 WRITE_AT_ONCE = 24
 """Chunks in one transaction (6 MiB) of a large upload: others get their turn in between."""
 LARGE_FROM = 16
@@ -46,29 +44,6 @@ class Write(Protocol):
 
     async def __call__(self, work: Callable[[AsyncConnection], Awaitable[Any]], /) -> Any:
         """Run `work` and return what it returns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """Bytes that came: the last chunks are still `rows` in memory, those before them stand under `key`.
-
-    The first `moved` of them stand where they belong.
-    """
-
-    key: str
-    sha256: str
-    size: int
-    chunks: int
-    rows: list[dict[str, Any]]
-    moved: int
-
-
-def chunk_rows(key: str, position: int, chunks: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Rows for consecutive chunks, the first of them at `position`."""
-    return [
-        {"sha256": key, "position": index, "digest": chunk_digest(index, data), "data": data}
-        for index, data in enumerate(chunks, position)
-    ]
 
 
 class Blobs:
@@ -99,9 +74,18 @@ class Blobs:
                     raise CorruptBlob(name, why)
                 yield [data for _, _, data in rows]
 
-    async def read_whole(self, name: str, sha256: str, size: int) -> AsyncGenerator[list[bytes], None]:
-        """As `read`, for who believes none of it before the whole digest is checked: hashing once is enough then."""
-        async with aclosing(self._read_rows(name, sha256, size, 0, READ_AT_ONCE)) as handfuls:
+    async def read_whole(
+        self, name: str, sha256: str, size: int, first: bytes | None = None
+    ) -> AsyncGenerator[list[bytes], None]:
+        """As `read`, for who believes none of it before the whole digest is checked: hashing once is enough then.
+
+        `first` is the first chunk, if it has been read already.
+        """
+        start = 0
+        if isinstance(first, bytes) and len(first) == CHUNK < size:
+            yield [first]
+            start = 1
+        async with aclosing(self._read_rows(name, sha256, size, start, READ_AT_ONCE)) as handfuls:
             async for rows in handfuls:
                 yield [data for _, _, data in rows]
 
@@ -120,31 +104,32 @@ class Blobs:
                 raise CorruptBlob(name, why)
             yield rows
 
-    async def receive(self, write: Write, data: Source, known: Digests | None = None) -> Received:
-        """Take bytes in, writing all but the last chunks in transactions of `write`.
+    async def receive(
+        self, write: Write, data: Source, known: Digests | None = None, *, is_within: bool = False
+    ) -> Received:
+        """Take bytes in, writing all but the last chunks in transactions of `write`, or `is_within` the caller's.
 
         If their digests are `known`, each chunk is compared (`Unsettled` if it differs) and goes where it belongs. If
         not, they stand under a key of their own until the digest is known.
         """
-        if known is None:
-            return await self._move(write, await self._receive(write, data, known))
-        if len(known.chunks) <= LARGE_FROM:
-            return await self._receive(write, data, known)
-        async with self._places.one():
-            return await self._receive(write, data, known)
+        # a caller's transaction holds locks, for which who has a place may be waiting: it must not wait for one
+        needs_place = known is not None and len(known.chunks) > LARGE_FROM and not is_within
+        async with self._places.one() if needs_place else nullcontext():
+            received = await self._receive(write, data, known)
+        return await self._move(write, received)
 
     async def _receive(self, write: Write, data: Source, known: Digests | None) -> Received:
-        taken, rows = _Taken(known), list[dict[str, Any]]()
+        taken, rows = Taken(known), list[Row]()
         async with aclosing(ahead(self._batches(taken, data))) as batches:
             async for rows, is_last in batches:
                 if not is_last:
                     await write(partial(self._put_some, rows=rows, known=known))
         return taken.received(rows)
 
-    async def _batches(self, taken: _Taken, data: Source) -> AsyncGenerator[tuple[list[dict[str, Any]], bool], None]:
+    async def _batches(self, taken: Taken, data: Source) -> AsyncGenerator[tuple[list[Row], bool], None]:
         """The rows of one transaction after the other, and whether they are the last ones."""
-        held: list[dict[str, Any]] = []
-        async with aclosing(ahead(_in_handfuls(chunks_of(data, self._threads)))) as handfuls:
+        held: list[Row] = []
+        async with aclosing(ahead(in_handfuls(chunks_of(data, self._threads)))) as handfuls:
             async for chunks in handfuls:
                 if len(held) >= WRITE_AT_ONCE:
                     yield held, False
@@ -157,14 +142,14 @@ class Blobs:
 
         A transaction locks everybody out of SQLite, so there it takes several; elsewhere `finish` does it in one.
         """
-        moved, written = received.moved, received.chunks - len(received.rows)
-        while self._engine.has_one_writer and moved + MOVED_AT_ONCE <= written:
+        moved = received.moved
+        while self._engine.has_one_writer and moved + MOVED_AT_ONCE <= received.written:
             some = self._chunks.c.position.between(moved, moved + MOVED_AT_ONCE - 1)
             await write(partial(self._replace, received, some))
             moved += MOVED_AT_ONCE
         return replace(received, moved=moved)
 
-    async def _put_some(self, connection: AsyncConnection, rows: list[dict[str, Any]], known: Digests | None) -> None:
+    async def _put_some(self, connection: AsyncConnection, rows: list[Row], known: Digests | None) -> None:
         """Write chunks of a large upload, where they belong if its digest is known."""
         if known is not None:
             await self._lock(connection, known.whole)
@@ -175,7 +160,7 @@ class Blobs:
 
         Locks of rows are not enough: an UPDATE takes them in no order, and there is none for a row yet to come.
         """
-        if len(received.rows) < received.chunks:
+        if received.written:
             await self._lock(connection, received.sha256)
 
     async def _lock(self, connection: AsyncConnection, sha256: str) -> None:
@@ -198,11 +183,11 @@ class Blobs:
             moved = update(self._chunks).where(sha256 == received.key, some).values(sha256=received.sha256)
             await connection.execute(moved)
 
-    async def put_chunks(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
+    async def put_chunks(self, connection: AsyncConnection, rows: list[Row]) -> None:
         """Write chunks. Those that are there are written again: that mends them, and tells a purge they are wanted."""
         await execute_many(connection, self._put_chunks, rows)
 
-    async def put_blobs(self, connection: AsyncConnection, rows: list[dict[str, Any]]) -> None:
+    async def put_blobs(self, connection: AsyncConnection, rows: list[Row]) -> None:
         """Say that the chunks of these blobs are all there."""
         await execute_many(connection, self._put_blobs, rows)
 
@@ -236,53 +221,6 @@ def _insert_of(dialect: str) -> Callable[[Table], Any]:
     module = import_module(f"sqlalchemy.dialects.{dialect}")
     insert: Callable[[Table], Any] = module.insert
     return insert
-
-
-class _Taken:
-    """What was taken in so far."""
-
-    def __init__(self, known: Digests | None) -> None:
-        self._known = known
-        # as long as a digest: SQLite then writes only the page where it stands when it becomes one, not the chunk
-        self._key = known.whole if known is not None else f"upload-{uuid4().hex:->57}"
-        self._whole = hashlib.sha256()
-        self._size = self._chunks = 0
-
-    def rows(self, chunks: Sequence[bytes]) -> list[dict[str, Any]]:
-        """The next chunks as rows."""
-        rows = chunk_rows(self._key, self._chunks, chunks)
-        if self._known is None:
-            for chunk in chunks:
-                self._whole.update(chunk)
-        elif [row["digest"] for row in rows] != self._known.chunks[self._chunks : self._chunks + len(rows)]:
-            raise Unsettled("the bytes changed while they were read; try again once they hold still")
-        self._size += sum(map(len, chunks))
-        self._chunks += len(rows)
-        return rows
-
-    def received(self, last: list[dict[str, Any]]) -> Received:
-        """All of it; the `last` rows are not written yet."""
-        if self._known is not None and self._chunks != len(self._known.chunks):
-            raise Unsettled("the bytes became fewer while they were read; try again once they hold still")
-        digest = self._whole.hexdigest() if self._known is None else self._known.whole
-        if len(last) == self._chunks:  # nothing was written under another key
-            last = [row | {"sha256": digest} for row in last]
-            return Received(digest, digest, self._size, self._chunks, last, self._chunks)
-        moved = self._chunks if self._key == digest else 0
-        return Received(self._key, digest, self._size, self._chunks, last, moved)
-
-
-async def _in_handfuls(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[list[bytes], None]:
-    """As many chunks as are hashed in one go."""
-    held: list[bytes] = []
-    async with aclosing(source):
-        async for chunk in source:
-            held.append(chunk)
-            if len(held) == HASH_AT_ONCE:
-                yield held
-                held = []
-    if held:
-        yield held
 
 
 def _misfit(rows: _Rows, wanted: range, size: int) -> str | None:

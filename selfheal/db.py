@@ -23,6 +23,7 @@ from .digests import Digests, add_all
 from .engine import Engine, check_version, unavailable, url_of
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
 from .flight import Tasks, ahead
+from .intake import rows_of_files
 from .queries import ByName, Queries
 from .records import (
     RECORD_COLUMNS,
@@ -148,9 +149,12 @@ class ImageStorage:
         """As `read`, a few chunks at a time: for those who take them to a thread."""
         return self._blobs.read(version.name, version.sha256, version.size, first, READ_AT_ONCE)
 
-    def read_whole(self, record: Record) -> AsyncGenerator[list[bytes], None]:
-        """As `read_handfuls`, for who believes none of it before the whole digest is checked."""
-        return self._blobs.read_whole(record.name, record.sha256, record.size)
+    def read_whole(self, record: Record, first: bytes | None = None) -> AsyncGenerator[list[bytes], None]:
+        """As `read_handfuls`, for who believes none of it before the whole digest is checked.
+
+        `first` is the first chunk, if it was fetched with the record.
+        """
+        return self._blobs.read_whole(record.name, record.sha256, record.size, first)
 
     async def digest(self, version: Record | Version) -> str:
         """The SHA-256 of a record's stored bytes, to be compared with the recorded one; raises `CorruptBlob`."""
@@ -223,7 +227,7 @@ class ImageStorage:
         """
         names.check(name)
         write: Write = self._engine.write if connection is None else _within(connection)
-        received = await self._blobs.receive(write, data, known)
+        received = await self._blobs.receive(write, data, known, is_within=connection is not None)
         values = {
             "name": name,
             "sha256": received.sha256,
@@ -246,11 +250,7 @@ class ImageStorage:
         """Store files whose names are new, in one transaction; returns the names that have these bytes now."""
         if not files:
             return set()
-        rows = _rows_of_many(files)
-        blobs = {
-            file.digests.whole: {"sha256": file.digests.whole, "size": file.size, "chunks": len(file.chunks)}
-            for file in files
-        }
+        blobs, chunks = rows_of_files(files)
         values = [
             {
                 "name": names.check(file.name),
@@ -264,8 +264,8 @@ class ImageStorage:
 
         async def work(connection: AsyncConnection) -> None:
             await self._catalogue.put_new(connection, values)
-            await self._blobs.put_blobs(connection, [blobs[digest] for digest in sorted(blobs)])
-            await self._blobs.put_chunks(connection, rows)
+            await self._blobs.put_blobs(connection, blobs)
+            await self._blobs.put_chunks(connection, chunks)
 
         await self._engine.write(work)
         wanted = self._queries.as_list(file.name for file in files)
@@ -361,16 +361,3 @@ def _within(connection: AsyncConnection | AsyncSession) -> Write:
 def _to_found(row: Sequence[Any]) -> Found:
     first, digest, chunks = row[RECORD_COLUMNS:]
     return Found(to_record(row), first, digest, chunks is not None)
-
-
-def _rows_of_many(files: Sequence[SmallFile]) -> list[dict[str, Any]]:
-    """Equal bytes once, and in the order of digests: two processes then never wait for each other in a circle."""
-    by_digest = {file.digests.whole: file for file in files}
-    return [row for digest in sorted(by_digest) for row in _rows_of(by_digest[digest])]
-
-
-def _rows_of(file: SmallFile) -> list[dict[str, Any]]:
-    return [
-        {"sha256": file.digests.whole, "position": position, "digest": digest, "data": data}
-        for position, (digest, data) in enumerate(zip(file.digests.chunks, file.chunks, strict=True))
-    ]

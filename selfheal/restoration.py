@@ -204,7 +204,7 @@ class Restorer:
                 await self._look_again(record, published=isinstance(there, Landed))
             elif there is None:
                 with await self._threads.run(self._stage, record) as staged:
-                    await self._fill(staged, record, answer)
+                    await self._fill(staged, found, answer)
             self._settle(name, record.size, there or OnDisk(), answer)
         except CorruptBlob as error:
             await self._raise_if_still(record, error)
@@ -234,11 +234,12 @@ class Restorer:
             answer.set_result(there)
         self._events.emit(Kind.ABSENT if there is None else Kind.RESTORED, name, size)
 
-    async def _fill(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
+    async def _fill(self, staged: Staged, found: Found, answer: asyncio.Future[Answer]) -> None:
+        record = found.record
         if record.size > WHOLE_FIRST:
             await self._fill_while_answering(staged, record, answer)
             return
-        async for _ in self._write_all(staged, self._database.read_whole(record)):
+        async for _ in self._write_all(staged, self._database.read_whole(record, found.first)):
             pass
         await self._look_again(record, published=await self._threads.run(self._seal_and_publish, staged, record))
 

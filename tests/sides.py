@@ -284,8 +284,8 @@ async def sql(url: str | URL, statement: str, **values: Any) -> list[tuple[Any, 
         await engine.dispose()
 
 
-async def somebody_waits(url: str) -> None:
-    """Wait until a transaction waits for a lock in this PostgreSQL database."""
+async def somebody_waits(url: str, count: int = 1) -> None:
+    """Wait until so many transactions wait for a lock in this PostgreSQL database."""
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    while not await sql(url, waiting):
+    while len(await sql(url, waiting)) < count:
         await anyio.sleep(0.01)

@@ -27,7 +27,7 @@ from sqlalchemy.pool import NullPool
 from starlette.datastructures import UploadFile
 
 from selfheal import CorruptBlob, DatabaseUnavailable, ImageStorage, Record, UploadStore
-from selfheal.blobs import READ_AT_ONCE, WRITE_AT_ONCE
+from selfheal.blobs import LARGE_UPLOADS_AT_ONCE, READ_AT_ONCE, WRITE_AT_ONCE
 from selfheal.digests import Digests, chunk_digest
 from selfheal.errors import Unsettled
 from selfheal.sources import CHUNK, Source
@@ -281,6 +281,25 @@ async def test_the_same_large_bytes_in_a_transaction_of_the_callers(postgres_url
     await images.close()
 
 
+async def test_two_large_files_in_a_transaction_of_the_callers(postgres_url: str) -> None:
+    """Others wait for what it holds, as many as may; it waits for none of them."""
+    one, two = noise(LARGE, 1), noise(LARGE, 2)
+    images = ImageStorage(postgres_url)
+    await images.create_tables()
+    engine = create_async_engine(postgres_url, poolclass=NullPool)
+    async with engine.begin() as connection:
+        await images.store_image("one.png", one, known=digests_of(one), connection=connection)
+        names = [f"{number}.png" for number in range(LARGE_UPLOADS_AT_ONCE)]
+        saving = [asyncio.create_task(images.store_image(name, one, known=digests_of(one))) for name in names]
+        await somebody_waits(postgres_url, len(names))
+        await images.store_image("two.png", two, known=digests_of(two), connection=connection)
+    for record in await asyncio.gather(*saving):
+        assert await whole(images, record) == one
+    assert await stored(postgres_url) == (2, 2 * -(-LARGE // CHUNK), 2 * LARGE)
+    await engine.dispose()
+    await images.close()
+
+
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["new", "damaged"])
 async def test_chunks_that_are_moved_in_several_transactions(
     images: ImageStorage, database_url: str, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
@@ -303,6 +322,21 @@ async def test_chunks_that_are_moved_in_several_transactions(
         group.start_soon(images.store_image, "small.png", b"small")
     assert await stored(database_url) == (2, -(-len(data) // CHUNK) + 1, len(data) + 5)
     assert [await whole(images, record) for record in records] == [data] * 3
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 2 * LARGE])
+async def test_what_is_read_whole_goes_on_after_a_first_chunk_that_is_there(images: ImageStorage, size: int) -> None:
+    """A first chunk that was fetched with the record is not read again; what cannot be one is."""
+    data = noise(size)
+    record = await images.store_image("a.png", data)
+    first = (await images.fetch(["a.png"]))["a.png"].first
+    odd: list[Any] = [None, b"", data[:CHUNK].hex(), data[: CHUNK - 1]]
+    for given in (first, *odd):
+        read = [chunk async for chunks in images.read_whole(record, given) for chunk in chunks]
+        assert b"".join(read) == data
+    if size > CHUNK:
+        read = [chunk async for chunks in images.read_whole(record, first) for chunk in chunks]
+        assert read[0] is first
 
 
 @pytest.mark.parametrize("moved_at_once", [1, 3, 7])

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
     {"settings", "names", "sources", "policy", "workers", "absent"},
     {"staging", "tables", "files", "records", "direct", "statements", "transactions"},
-    {"disk", "engine", "queries"},
+    {"disk", "engine", "queries", "intake"},
     {"blobs", "catalogue", "responses", "listing"},
     {"db", "hits"},
     {"bodies", "landing", "gathering", "outcomes"},
