@@ -12,10 +12,11 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from sqlalchemy import ColumnElement, Insert, Select, Table, and_, delete, exists, func, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .digests import Digests, chunk_digest
-from .engine import Engine
+from .engine import Engine, unavailable
 from .errors import CorruptBlob
 from .flight import Places, ahead
 from .intake import Received, Row, Taken, in_handfuls
@@ -110,20 +111,20 @@ class Blobs:
         """Take bytes in, writing all but the last chunks in transactions of `write`, or `is_within` the caller's.
 
         If their digests are `known`, each chunk is compared (`Unsettled` if it differs) and goes where it belongs. If
-        not, they stand under a key of their own until the digest is known.
+        not, they stand under a key of their own until the digest is known; those of a caller's transaction do, too:
+        it takes no lock before that of a record, and waits for no place, for its locks are what others may wait for.
         """
-        # a caller's transaction holds locks, for which who has a place may be waiting: it must not wait for one
         needs_place = known is not None and len(known.chunks) > LARGE_FROM and not is_within
         async with self._places.one() if needs_place else nullcontext():
-            received = await self._receive(write, data, known)
+            received = await self._receive(write, data, Taken(known, in_place=not is_within))
         return await self._move(write, received)
 
-    async def _receive(self, write: Write, data: Source, known: Digests | None) -> Received:
-        taken, rows = Taken(known), list[Row]()
+    async def _receive(self, write: Write, data: Source, taken: Taken) -> Received:
+        rows: list[Row] = []
         async with aclosing(ahead(self._batches(taken, data))) as batches:
             async for rows, is_last in batches:
                 if not is_last:
-                    await write(partial(self._put_some, rows=rows, known=known))
+                    await write(partial(self._put_some, rows=rows, is_in_place=taken.is_in_place))
         return taken.received(rows)
 
     async def _batches(self, taken: Taken, data: Source) -> AsyncGenerator[tuple[list[Row], bool], None]:
@@ -149,27 +150,24 @@ class Blobs:
             moved += MOVED_AT_ONCE
         return replace(received, moved=moved)
 
-    async def _put_some(self, connection: AsyncConnection, rows: list[Row], known: Digests | None) -> None:
-        """Write chunks of a large upload, where they belong if its digest is known."""
-        if known is not None:
-            await self._lock(connection, known.whole)
+    async def _put_some(self, connection: AsyncConnection, rows: list[Row], *, is_in_place: bool) -> None:
+        if is_in_place:
+            await self._lock(connection, rows[0]["sha256"])
         await self.put_chunks(connection, rows)
 
-    async def lock(self, connection: AsyncConnection, received: Received) -> None:
-        """Let nobody else write chunks of a large upload's bytes for as long as the transaction lasts.
+    async def _lock(self, connection: AsyncConnection, sha256: str) -> None:
+        """Let nobody else write chunks of these bytes, in several transactions, for as long as this one lasts.
 
         Locks of rows are not enough: an UPDATE takes them in no order, and there is none for a row yet to come.
         """
-        if received.written:
-            await self._lock(connection, received.sha256)
-
-    async def _lock(self, connection: AsyncConnection, sha256: str) -> None:
         if not self._engine.has_one_writer:
             key = int(sha256[:16], 16) - (1 << 63)
             await connection.execute(select(func.pg_advisory_xact_lock(key)))
 
     async def finish(self, connection: AsyncConnection, received: Received) -> None:
-        """Make a received, locked blob whole. Its row comes first: who stores the same, or purges, waits there."""
+        """Make a received blob whole. Its row comes first: who stores, or purges, the same bytes waits there."""
+        if received.written:
+            await self._lock(connection, received.sha256)
         blob = {"sha256": received.sha256, "size": received.size, "chunks": received.chunks}
         await self.put_blobs(connection, [blob])
         await self.put_chunks(connection, received.rows)
@@ -181,7 +179,10 @@ class Blobs:
         await connection.execute(delete(self._chunks).where(sha256 == received.sha256, some))
         if received.key != received.sha256:
             moved = update(self._chunks).where(sha256 == received.key, some).values(sha256=received.sha256)
-            await connection.execute(moved)
+            try:
+                await connection.execute(moved)
+            except IntegrityError as error:  # others' chunks, which a stricter level than READ COMMITTED does not see
+                raise unavailable(error) from error
 
     async def put_chunks(self, connection: AsyncConnection, rows: list[Row]) -> None:
         """Write chunks. Those that are there are written again: that mends them, and tells a purge they are wanted."""

@@ -42,6 +42,7 @@ from .records import (
 from .sources import Source
 from .tables import SCHEMA_VERSION, define_tables
 from .threads import Threads
+from .transactions import check_is_one
 
 GRACE = timedelta(hours=24)
 """How long bytes without a record are left alone: longer than any upload."""
@@ -237,8 +238,7 @@ class ImageStorage:
         }
 
         async def work(connection: AsyncConnection) -> Record:
-            # everybody locks in this order (and then history, blob, chunks), so that nobody waits in a circle
-            await self._blobs.lock(connection, received)
+            # everybody locks in this order (record, history, blob, chunks), so that nobody waits in a circle
             record = await self._catalogue.put(connection, values, only_new=only_new)
             await self._blobs.finish(connection, received)
             return record
@@ -277,12 +277,7 @@ class ImageStorage:
         received = await self._blobs.receive(self._engine.write, data)
         if received.sha256 != record.sha256:
             raise CorruptBlob(record.name, "the bytes that came are not the ones that were recorded")
-
-        async def work(connection: AsyncConnection) -> None:
-            await self._blobs.lock(connection, received)
-            await self._blobs.finish(connection, received)
-
-        await self._engine.write(work)
+        await self._engine.write(lambda connection: self._blobs.finish(connection, received))
 
     async def bury(self, name: str) -> Record | None:
         """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record."""
@@ -348,6 +343,7 @@ def _within(connection: AsyncConnection | AsyncSession) -> Write:
 
     async def write(work: Callable[[AsyncConnection], Awaitable[Any]], /) -> Any:
         inner = await connection.connection() if isinstance(connection, AsyncSession) else connection
+        await check_is_one(inner)
         try:
             return await work(inner)
         except IntegrityError:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
@@ -32,9 +33,8 @@ _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
 _NO_SUCH = ("no such table", "no such column", "has no column named")
 _POOL_AT_MOST = 10
 _NO_SUCH_STATES = ("42P01", "42703")
-_BROKEN_OFF_STATES = ("40P01", "40001")
-"""A deadlock, or what could not be put in an order: PostgreSQL says of both that the transaction may be run anew."""
-_BROKEN_OFF_AT_MOST = 3
+_BROKEN_OFF_STATES = ("40P01", "40001", "55P03", "23505")
+"""A deadlock, no order of transactions, a lock that was not to be had in time, others' rows that could not be seen."""
 
 
 def wal_is_safe(version: tuple[int, ...]) -> bool:
@@ -93,7 +93,7 @@ class Engine:
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled.
 
-        It is run anew, up to three times, where the server breaks it off for a deadlock.
+        It is run anew, within the timeout, where the server breaks it off because others have what it waits for.
         """
         return await self._tasks.finish(self._write(work))
 
@@ -136,20 +136,19 @@ class Engine:
             return await work(connection)
 
     async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
-        """Anew where the server broke it off: of those that wait for each other it lets one begin again."""
-        for _ in range(_BROKEN_OFF_AT_MOST):
+        give_up = time.monotonic() + self.timeout
+        while True:
             try:
                 return await self._write_once(work, has_tables=has_tables)
             except DatabaseUnavailable as error:
-                if _state_of(error.__cause__) not in _BROKEN_OFF_STATES:
+                if _state_of(error.__cause__) not in _BROKEN_OFF_STATES or time.monotonic() > give_up:
                     raise
-        return await self._write_once(work, has_tables=has_tables)
 
     async def _write_once(self, work: Work[T], *, has_tables: bool) -> T:
         async with (
             self._turns.one() if self._is_shared else contextlib.nullcontext(),
             self._connection(has_tables=has_tables) as connection,
-            transaction(connection, is_given=self._given is not None),
+            transaction(connection),
         ):
             return await work(connection)
 

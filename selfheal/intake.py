@@ -40,14 +40,22 @@ class Received:
 
 
 class Taken:
-    """What was taken in so far. If its digests are `known`, the bytes must be those."""
+    """What was taken in so far. If its digests are `known`, the bytes must be those.
 
-    def __init__(self, known: Digests | None) -> None:
+    Chunks stand where they belong if they are known and to be so `in_place`, or else under a key of their own.
+    """
+
+    def __init__(self, known: Digests | None, *, in_place: bool) -> None:
         self._known = known
         # as long as a digest: SQLite then writes only the page where it stands when it becomes one, not the chunk
-        self._key = known.whole if known is not None else f"upload-{uuid4().hex:->57}"
+        self._key = known.whole if known is not None and in_place else f"upload-{uuid4().hex:->57}"
         self._whole = hashlib.sha256()
         self._size = self._chunks = 0
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether chunks stand where they belong."""
+        return self._known is not None and self._key == self._known.whole
 
     def rows(self, chunks: Sequence[bytes]) -> list[Row]:
         """The next chunks as rows; raises `Unsettled` if they are not what is known of them."""

@@ -15,6 +15,11 @@ from .errors import DatabaseUnavailable
 
 LOCK_PATIENCE = 10.0
 """Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
+LOCK_TURN = 400
+"""Milliseconds that PostgreSQL lets a transaction of ours wait for a lock; then it begins anew.
+
+Of two that wait for each other PostgreSQL breaks one off after a second: that must not be the app's own.
+"""
 
 
 def is_shared(engine: AsyncEngine) -> bool:
@@ -22,9 +27,23 @@ def is_shared(engine: AsyncEngine) -> bool:
     return isinstance(engine.pool, StaticPool)
 
 
+async def check_is_one(connection: AsyncConnection) -> None:
+    """Raise `DatabaseUnavailable` if a connection commits each statement: a record could stand there without bytes."""
+    if not connection.in_transaction():
+        await connection.begin()  # as its first statement would; an app's hook may begin SQLite's own there
+    pooled: Any = await connection.get_raw_connection()
+    if connection.dialect.name == "sqlite":
+        driver = pooled.driver_connection
+        commits_each = driver.isolation_level is None and not driver.in_transaction
+    else:
+        commits_each = getattr(pooled.dbapi_connection, "autocommit", False)
+    if commits_each:
+        raise DatabaseUnavailable("the connection that was given commits each statement; give one in a transaction")
+
+
 @contextlib.asynccontextmanager
-async def transaction(connection: AsyncConnection, *, is_given: bool) -> AsyncIterator[None]:
-    """A transaction that is committed at its end, or rolled back; `is_given`: the engine is the app's own.
+async def transaction(connection: AsyncConnection) -> AsyncIterator[None]:
+    """A transaction that is committed at its end, or rolled back.
 
     Raises `DatabaseUnavailable` where that cannot be promised.
     """
@@ -34,8 +53,9 @@ async def transaction(connection: AsyncConnection, *, is_given: bool) -> AsyncIt
         async with _in_sqlite(connection):
             yield
         return
-    if is_given:  # it may commit each statement, or refuse what has waited for another
-        await connection.execution_options(isolation_level="READ COMMITTED")
+    # what the app or its database asks for may commit each statement, or refuse what has waited for another
+    await connection.execution_options(isolation_level="READ COMMITTED")
+    await connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_TURN}")
     yield
     await connection.commit()
 

@@ -21,13 +21,12 @@ from uuid import uuid4
 import anyio
 import pytest
 from conftest import PostgresServer
-from sides import resize, somebody_waits, sql
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
-from sqlalchemy.pool import NullPool
+from sides import resize, sql
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.datastructures import UploadFile
 
 from selfheal import CorruptBlob, DatabaseUnavailable, ImageStorage, Record, UploadStore
-from selfheal.blobs import LARGE_UPLOADS_AT_ONCE, READ_AT_ONCE, WRITE_AT_ONCE
+from selfheal.blobs import READ_AT_ONCE, WRITE_AT_ONCE
 from selfheal.digests import Digests, chunk_digest
 from selfheal.errors import Unsettled
 from selfheal.sources import CHUNK, Source
@@ -245,59 +244,6 @@ async def test_bytes_of_known_and_of_unknown_digests_at_the_same_time(images: Im
         saving = images.store_image(f"{turn}/unknown.png", pieces(data, (CHUNK,)))
         for record in await asyncio.gather(saving, save_known()):
             assert await whole(images, record) == data
-
-
-@pytest.mark.parametrize("name", ["a.png", "b.png"], ids=["same name", "other name"])
-async def test_the_same_large_bytes_in_a_transaction_of_the_callers(postgres_url: str, name: str) -> None:
-    """Who stores what is half stored in another's transaction waits for the end of that, and neither for each other."""
-    data = noise(3 * LARGE)
-    images = ImageStorage(postgres_url)
-    await images.create_tables()
-    engine = create_async_engine(postgres_url, poolclass=NullPool)
-    is_half_stored = asyncio.Event()
-
-    async def until_another_waits() -> AsyncIterator[bytes]:
-        async for piece in pieces(data, (CHUNK,)):
-            yield piece
-            if piece == data[60 * CHUNK : 61 * CHUNK]:
-                is_half_stored.set()
-                await somebody_waits(postgres_url)
-
-    async def once_it_is_half_stored() -> AsyncIterator[bytes]:
-        await is_half_stored.wait()
-        async for piece in pieces(data, (CHUNK,)):
-            yield piece
-
-    async def save_in_a_transaction() -> Record:
-        async with engine.begin() as connection:
-            source = until_another_waits()
-            return await images.store_image(name, source, known=digests_of(data), connection=connection)
-
-    saving = images.store_image("a.png", once_it_is_half_stored())
-    for record in await asyncio.gather(save_in_a_transaction(), saving):
-        assert await whole(images, record) == data
-    assert await stored(postgres_url) == (1, -(-len(data) // CHUNK), len(data))
-    await engine.dispose()
-    await images.close()
-
-
-async def test_two_large_files_in_a_transaction_of_the_callers(postgres_url: str) -> None:
-    """Others wait for what it holds, as many as may; it waits for none of them."""
-    one, two = noise(LARGE, 1), noise(LARGE, 2)
-    images = ImageStorage(postgres_url)
-    await images.create_tables()
-    engine = create_async_engine(postgres_url, poolclass=NullPool)
-    async with engine.begin() as connection:
-        await images.store_image("one.png", one, known=digests_of(one), connection=connection)
-        names = [f"{number}.png" for number in range(LARGE_UPLOADS_AT_ONCE)]
-        saving = [asyncio.create_task(images.store_image(name, one, known=digests_of(one))) for name in names]
-        await somebody_waits(postgres_url, len(names))
-        await images.store_image("two.png", two, known=digests_of(two), connection=connection)
-    for record in await asyncio.gather(*saving):
-        assert await whole(images, record) == one
-    assert await stored(postgres_url) == (2, 2 * -(-LARGE // CHUNK), 2 * LARGE)
-    await engine.dispose()
-    await images.close()
 
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["new", "damaged"])

@@ -24,7 +24,7 @@ import anyio
 import pytest
 from conftest import PostgresServer, free_port, start_postgres
 from proxy import Mode, Proxy
-from sides import somebody_waits, sql
+from sides import sql
 from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -253,24 +253,6 @@ async def test_a_locked_table(postgres_url: str) -> None:
         await engine.dispose()
         assert await bytes_of(images, "a.png") == b"one"
         assert (await images.store_image("a.png", b"two")).generation == 2
-
-
-async def test_a_write_that_is_broken_off_for_a_deadlock(postgres_url: str) -> None:
-    """Two wait for each other, and the server breaks ours off: it is done once the other's transaction has ended."""
-    await sql(postgres_url, f"ALTER DATABASE {postgres_url.rpartition('/')[2]} SET deadlock_timeout = '2s'")
-    async with prepared(postgres_url, timeout=8) as images:
-        two = await images.store_image("two.png", b"two")
-        engine = create_async_engine(postgres_url, poolclass=NullPool)
-        async with engine.connect() as holder:
-            await holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))  # ours is the one that finds out
-            await holder.execute(text(f"SELECT 1 FROM image_blob WHERE sha256 = '{two.sha256}' FOR UPDATE"))
-            storing = asyncio.create_task(images.store_image("a.png", b"two"))
-            await somebody_waits(postgres_url)
-            await holder.execute(text("SELECT 1 FROM image_storage WHERE name = 'a.png' FOR UPDATE"))
-            await holder.rollback()
-        await engine.dispose()
-        assert (await storing).generation == 2
-        assert await bytes_of(images, "a.png") == b"two"
 
 
 async def test_a_database_that_takes_no_writes(postgres_url: str) -> None:
@@ -595,6 +577,34 @@ async def test_the_apps_own_engine_that_begins_its_transactions_itself(
         assert {record.sha256 for record in await asyncio.gather(*both)} == {hashlib.sha256(b"x").hexdigest()}
         assert await images.count() == 21
         assert [version.generation for version in await images.history("a.png")] == [3, 2, 1]
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("make", [create_async_engine, beginning_by_hooks, beginning_by_driver, beginning_by_asking])
+@pytest.mark.parametrize("size", [10, 7_000_000])
+async def test_a_transaction_of_the_callers_is_whole(
+    sqlite_url: str, make: Callable[[str], AsyncEngine], size: int
+) -> None:
+    """What is stored in it is there once it is committed, and gone if it is rolled back, however it was begun."""
+    engine, data = make(sqlite_url), b"x" * size
+    async with prepared(engine) as images:  # type: ignore[arg-type]
+        async with engine.connect() as connection:
+            await images.store_image("b.png", data, connection=connection)
+            await connection.rollback()
+            assert await bytes_of(images, "b.png") is None
+            await images.store_image("b.png", data, connection=connection)
+            await connection.commit()
+        assert await bytes_of(images, "b.png") == data
+    await engine.dispose()
+
+
+async def test_a_sqlite_connection_that_commits_each_statement_is_no_transaction(sqlite_url: str) -> None:
+    """A record could come to stand without its bytes: it is refused, and nothing is stored."""
+    engine = create_async_engine(sqlite_url, isolation_level="AUTOCOMMIT")
+    async with prepared(sqlite_url) as images, engine.connect() as connection:
+        with pytest.raises(DatabaseUnavailable, match="commits each statement"):
+            await images.store_image("b.png", b"two", connection=connection)
+        assert await images.find("b.png") is None
     await engine.dispose()
 
 
