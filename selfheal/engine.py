@@ -21,6 +21,7 @@ from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool
 from .direct import Direct
 from .errors import DatabaseUnavailable, MissingExtra, SchemaError
 from .flight import Places, Tasks, to_its_end
+from .readers import Readers
 from .settings import database_url, is_in_memory, sqlite_file
 from .statements import DeadConnection, Statements
 from .tables import SCHEMA_VERSION, Tables
@@ -63,6 +64,7 @@ class Engine:
         self._turns = Places(1)  # on a connection that all share: it has one transaction
         self._statements = Statements()
         self._direct: Direct | None = None
+        self._readers: Readers | None = None
         if self.dialect == "postgresql":
             with contextlib.suppress(ImportError):  # told when it is needed
                 import_module("asyncpg")  # now: it takes a tenth of a second, for which no event loop must stand still
@@ -106,6 +108,13 @@ class Engine:
 
         Times come as the driver gives them (see `to_utc`). A query that is always the same object is compiled once.
         """
+        readers = self._readers
+        if readers is not None and self._checked and self._is_ours() and readers.has_idle:
+            try:
+                return await readers.ask(lambda driver: self._statements.ask(driver, readers.dialect, query, values))
+            except _database_errors() as error:
+                if not _was_dead(error):
+                    raise unavailable(error) from error
         return await self.read(lambda connection: self._statements.fetch(connection, query, values))
 
     @property
@@ -124,7 +133,10 @@ class Engine:
         """Close what was opened here; the app's own engine is the app's to close."""
         engine, self._engine = self._engine, None
         direct, self._direct = self._direct, None
+        readers, self._readers = self._readers, None
         if engine is not None and engine is not self._given and self._is_ours():
+            if readers is not None:
+                readers.close()
             await engine.dispose()
             if direct is not None:
                 direct.close()
@@ -205,9 +217,10 @@ class Engine:
         else:
             if self._engine is not None:
                 self._leave(self._engine)
-                self._left.append(self._direct)
+                self._left += [self._direct, self._readers]
             self._engine = _make(self.url, self.timeout)
             self._direct = _make_direct(self.url)
+            self._readers = None if self.has_one_writer else Readers(self._engine)
         self._owner = (os.getpid(), asyncio.get_running_loop())
         self._checked = False
         return self._engine

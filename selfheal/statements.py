@@ -27,13 +27,20 @@ class Statements:
         self._compiled: dict[int, tuple[Select[Any], str, Sequence[str], dict[str, Any]]] = {}
 
     async def fetch(self, connection: AsyncConnection, query: Select[Any], values: dict[str, Any]) -> Any:
-        """Ask the driver itself, where it is one that we know: one hop to its thread, or one round trip, not five."""
-        kind, pooled = connection.dialect.driver, connection.sync_connection
-        if pooled is None or kind not in _KNOWN_DRIVERS:
+        """Ask the driver itself, where it is one that we know."""
+        pooled = connection.sync_connection
+        if pooled is None or connection.dialect.driver not in _KNOWN_DRIVERS:
             return (await connection.execute(query, values)).all()
-        driver: Any = pooled.connection.driver_connection
-        text, positional = self.bind(connection.dialect, query, values)
-        if kind == "aiosqlite":
+        try:
+            return await self.ask(pooled.connection.driver_connection, connection.dialect, query, values)
+        except DeadConnection:
+            await connection.invalidate()
+            raise
+
+    async def ask(self, driver: Any, dialect: Dialect, query: Select[Any], values: dict[str, Any]) -> Any:
+        """Ask a connection of aiosqlite's or asyncpg's: one hop to its thread, or one round trip, not five."""
+        text, positional = self.bind(dialect, query, values)
+        if dialect.driver == "aiosqlite":
             try:
                 return await driver.execute_fetchall(text, positional)
             except sqlite3.OperationalError as error:
@@ -48,7 +55,6 @@ class Statements:
             return await driver.fetch(text, *positional)
         except Exception as error:
             if driver.is_closed():
-                await connection.invalidate()
                 raise DeadConnection(str(error)) from error
             raise
 

@@ -31,7 +31,6 @@ from heartbeat import Heart
 from sides import statements
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import Pool
 from starlette.types import Receive, Scope, Send
 
 from selfheal import DatabaseUnavailable, Event, SelfHealMiddleware, UploadStore
@@ -173,13 +172,16 @@ class App:
         self.statements = seen
         self.held: list[int] = []
         self.connections: list[AsyncConnection] = []
-        self.in_use = 0
         self.heart = Heart()
-        event.listen(Pool, "checkout", lambda *_: self._use(1))
-        event.listen(Pool, "checkin", lambda *_: self._use(-1))
 
-    def _use(self, change: int) -> None:
-        self.in_use += change
+    @property
+    def in_use(self) -> int:
+        """Connections that the pool has handed out, but for those that are kept while nobody asks."""
+        engine = self.store.database._engine
+        if engine._engine is None:
+            return 0
+        pool: Any = engine._engine.pool
+        return int(pool.checkedout()) - (0 if engine._readers is None else engine._readers.kept)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -335,6 +337,7 @@ def fork_workers(faults: Faults, store: UploadStore, app: Callable[..., Any]) ->
     signal.signal(signal.SIGTERM, stop)
     for child in children:
         os.waitpid(child, 0)
+    os._exit(0)  # as what an app has made lives until the end of its process
 
 
 def note(event_: Event) -> None:

@@ -10,7 +10,7 @@ import random
 import sqlite3
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +24,7 @@ from sqlalchemy.pool import NullPool, Pool
 
 from selfheal import UploadStore
 from selfheal.direct import Direct
+from selfheal.readers import Readers
 from selfheal.settings import sqlite_file
 
 if TYPE_CHECKING:
@@ -147,15 +148,25 @@ def statements() -> Iterator[list[str]]:
 
     def watch(connection: Any, *_: Any) -> None:
         driver = connection.driver_connection
-        if id(driver) in watched:
-            return
-        watched.add(id(driver))
         if hasattr(driver, "add_query_logger"):
-            driver.add_query_logger(see)
-        else:
+            watch_server(driver)
+        elif id(driver) not in watched:
+            watched.add(id(driver))
             connection.run_async(lambda driver: driver.set_trace_callback(see))
 
-    connect = Direct._connection
+    def watch_server(driver: Any) -> None:
+        if id(driver) not in watched:
+            watched.add(id(driver))
+            driver.add_query_logger(see)
+
+    connect, ask = Direct._connection, Readers.ask
+
+    def ask_watched(readers: Readers, question: Callable[[Any], Awaitable[Any]]) -> Any:
+        def watched_question(driver: Any) -> Awaitable[Any]:
+            watch_server(driver)
+            return question(driver)
+
+        return ask(readers, watched_question)
 
     def connect_watched(direct: Direct) -> sqlite3.Connection:
         connection = connect(direct)
@@ -164,12 +175,14 @@ def statements() -> Iterator[list[str]]:
 
     event.listen(Pool, "checkout", watch)
     Direct._connection = connect_watched  # type: ignore[method-assign]
+    Readers.ask = ask_watched  # type: ignore[method-assign]
     try:
         yield seen
     finally:
         active = False
         event.remove(Pool, "checkout", watch)
         Direct._connection = connect  # type: ignore[method-assign]
+        Readers.ask = ask  # type: ignore[method-assign]
 
 
 # -- what can go wrong ----------------------------------------------------------------------------------------------

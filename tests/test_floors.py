@@ -10,8 +10,8 @@ import selfheal
 PACKAGE = Path(selfheal.__file__).parent
 FLOORS = [
     {"errors", "events", "flight", "threads", "syscalls", "content_types", "digests", "endings"},
-    {"settings", "names", "sources", "policy", "workers", "absent"},
-    {"staging", "tables", "files", "records", "direct", "statements", "transactions"},
+    {"settings", "names", "sources", "policy", "workers", "absent", "statements"},
+    {"staging", "tables", "files", "records", "direct", "readers", "transactions"},
     {"disk", "engine", "queries", "intake"},
     {"blobs", "catalogue", "responses", "listing"},
     {"db", "hits"},
