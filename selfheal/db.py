@@ -42,7 +42,7 @@ from .records import (
 from .sources import Source
 from .tables import SCHEMA_VERSION, define_tables
 from .threads import Threads
-from .transactions import check_is_one
+from .transactions import check_is_one, give_way
 
 GRACE = timedelta(hours=24)
 """How long bytes without a record are left alone: longer than any upload."""
@@ -227,8 +227,9 @@ class ImageStorage:
         Raises `InvalidName`.
         """
         names.check(name)
+        is_own = connection is None
         write: Write = self._engine.write if connection is None else _within(connection)
-        received = await self._blobs.receive(write, data, known, is_within=connection is not None)
+        received = await self._blobs.receive(write, data, known, is_within=not is_own)
         values = {
             "name": name,
             "sha256": received.sha256,
@@ -240,6 +241,8 @@ class ImageStorage:
         async def work(connection: AsyncConnection) -> Record:
             # everybody locks in this order (record, history, blob, chunks), so that nobody waits in a circle
             record = await self._catalogue.put(connection, values, only_new=only_new)
+            if is_own:
+                await give_way(connection)
             await self._blobs.finish(connection, received)
             return record
 
@@ -264,6 +267,7 @@ class ImageStorage:
 
         async def work(connection: AsyncConnection) -> None:
             await self._catalogue.put_new(connection, values)
+            await give_way(connection)
             await self._blobs.put_blobs(connection, blobs)
             await self._blobs.put_chunks(connection, chunks)
 
@@ -293,6 +297,7 @@ class ImageStorage:
             record = await self._catalogue.lock(connection, name)
             if record is None:
                 raise NotStored(f"{name!r} is not in the database; there is nothing to undo")
+            await give_way(connection)
             version = await self._catalogue.earlier(connection, record, generation)
             if version is None:
                 raise NotStored(f"{name!r} has no such earlier version; `selfheal history` lists what there is")
@@ -308,6 +313,7 @@ class ImageStorage:
         async def work(connection: AsyncConnection) -> Purged:
             now = to_utc((await connection.execute(select(func.now()))).scalar_one())
             versions = await self._catalogue.drop_history(connection, now - keep)
+            await give_way(connection)
             blobs, size = await self._blobs.sweep(connection, self._catalogue.digests(), now - grace)
             if dry_run:
                 await connection.rollback()
@@ -342,9 +348,9 @@ def _within(connection: AsyncConnection | AsyncSession) -> Write:
     """Run work inside the caller's transaction, which the caller commits."""
 
     async def write(work: Callable[[AsyncConnection], Awaitable[Any]], /) -> Any:
-        inner = await connection.connection() if isinstance(connection, AsyncSession) else connection
-        await check_is_one(inner)
         try:
+            inner = await connection.connection() if isinstance(connection, AsyncSession) else connection
+            await check_is_one(inner)
             return await work(inner)
         except IntegrityError:
             raise

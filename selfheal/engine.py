@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sqlite3
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from .readers import Readers
 from .settings import database_url, is_in_memory, sqlite_file
 from .statements import DeadConnection, Statements
 from .tables import SCHEMA_VERSION, Tables
-from .transactions import is_shared, transaction
+from .transactions import LOCK_TURN, is_shared, transaction
 
 T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
@@ -95,7 +95,8 @@ class Engine:
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled.
 
-        It is run anew, within the timeout, where the server breaks it off because others have what it waits for.
+        It is run anew where the server breaks it off because others have what it waits for, until it has waited for as
+        long as the timeout.
         """
         return await self._tasks.finish(self._write(work))
 
@@ -148,13 +149,13 @@ class Engine:
             return await work(connection)
 
     async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
-        give_up = time.monotonic() + self.timeout
-        while True:
+        for _ in range(math.ceil(self.timeout / LOCK_TURN)):
             try:
                 return await self._write_once(work, has_tables=has_tables)
             except DatabaseUnavailable as error:
-                if _state_of(error.__cause__) not in _BROKEN_OFF_STATES or time.monotonic() > give_up:
+                if _state_of(error.__cause__) not in _BROKEN_OFF_STATES:
                     raise
+        return await self._write_once(work, has_tables=has_tables)
 
     async def _write_once(self, work: Work[T], *, has_tables: bool) -> T:
         async with (
@@ -189,6 +190,8 @@ class Engine:
 
     async def _connect(self, engine: AsyncEngine) -> AsyncConnection:
         """A connection. Who breaks off what opens one leaves it behind half made, so the caller alone is broken off."""
+        if self._readers is not None:
+            self._readers.make_room()
         if not _opens_one(engine.pool):
             return await engine.connect()
         opening = self._tasks.start(_opened(engine))
@@ -220,7 +223,7 @@ class Engine:
                 self._left += [self._direct, self._readers]
             self._engine = _make(self.url, self.timeout)
             self._direct = _make_direct(self.url)
-            self._readers = None if self.has_one_writer else Readers(self._engine)
+            self._readers = None if self.has_one_writer else Readers(self._engine, _POOL_AT_MOST)
         self._owner = (os.getpid(), asyncio.get_running_loop())
         self._checked = False
         return self._engine

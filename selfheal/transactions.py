@@ -15,8 +15,8 @@ from .errors import DatabaseUnavailable
 
 LOCK_PATIENCE = 10.0
 """Seconds for which a writer goes on asking for SQLite's lock: its waiting is not fair."""
-LOCK_TURN = 400
-"""Milliseconds that PostgreSQL lets a transaction of ours wait for a lock; then it begins anew.
+LOCK_TURN = 0.9
+"""Seconds that a transaction of ours, which holds locks, waits for another one; then it begins anew.
 
 Of two that wait for each other PostgreSQL breaks one off after a second: that must not be the app's own.
 """
@@ -41,6 +41,15 @@ async def check_is_one(connection: AsyncConnection) -> None:
         raise DatabaseUnavailable("the connection that was given commits each statement; give one in a transaction")
 
 
+async def give_way(connection: AsyncConnection) -> None:
+    """From now on wait for no lock for longer than `LOCK_TURN`, for others may be waiting for those that are held.
+
+    Not before there are any: who begins anew goes to the end of the queue.
+    """
+    if connection.dialect.name == "postgresql":
+        await connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_TURN * 1000:.0f}")
+
+
 @contextlib.asynccontextmanager
 async def transaction(connection: AsyncConnection) -> AsyncIterator[None]:
     """A transaction that is committed at its end, or rolled back.
@@ -55,7 +64,6 @@ async def transaction(connection: AsyncConnection) -> AsyncIterator[None]:
         return
     # what the app or its database asks for may commit each statement, or refuse what has waited for another
     await connection.execution_options(isolation_level="READ COMMITTED")
-    await connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_TURN}")
     yield
     await connection.commit()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -32,7 +33,7 @@ async def engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
 @pytest.fixture
 async def readers(engine: AsyncEngine) -> AsyncIterator[Readers]:
     """Its readers."""
-    readers = Readers(engine)
+    readers = Readers(engine, 2 * POOL)
     yield readers
     readers.close()
 
@@ -146,13 +147,53 @@ async def test_a_question_that_is_cancelled(engine: AsyncEngine, readers: Reader
 async def test_one_that_was_kept_for_long(
     monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, readers: Readers
 ) -> None:
-    """It goes back into the pool, which opens it anew when it is too old."""
-    monkeypatch.setattr(module, "KEPT_FOR", 0.05)
+    """It goes back into the pool before it is asked: the pool opens anew what is too old."""
+    before = await readers.ask(process)
+    pool: Any = engine.pool
+    pool._recycle = 0.01
+    assert await readers.ask(process) == before
+    monkeypatch.setattr(module, "KEPT_FOR", 0.0)
+    await asyncio.sleep(0.02)
+    assert await readers.ask(process) != before
+    assert taken(engine) == 1
+
+
+async def test_somebody_waits_for_one_that_is_kept(engine: AsyncEngine, readers: Readers) -> None:
+    """Where the pool has no other left it is let go; none is kept that others wait for."""
+    await asyncio.gather(*(readers.ask(slowly) for _ in range(KEPT_AT_MOST)))
+    assert readers.kept == KEPT_AT_MOST
+    others = [await engine.connect() for _ in range(2 * POOL - KEPT_AT_MOST)]
+    readers.make_room()
+    assert readers.kept == 0
+    others.append(await engine.connect())
+    asking = asyncio.create_task(readers.ask(slowly))
+    await asyncio.sleep(0.02)
+    async with asyncio.timeout(3):
+        others.append(await engine.connect())
+    await asking
+    assert readers.kept == 0
+    for connection in others:
+        await connection.close()
+
+
+async def test_a_pool_that_has_enough_left_keeps_its_readers(engine: AsyncEngine, readers: Readers) -> None:
+    """They are not let go for as long as others can be had."""
+    await readers.ask(process)
+    readers.make_room()
+    assert readers.kept == 1
+
+
+async def test_readers_that_nobody_closed(
+    engine: AsyncEngine, postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pool gets back what was kept, and has nothing to complain of."""
+    readers = Readers(engine, 2 * POOL)
     await readers.ask(process)
     assert taken(engine) == 1
-    await asyncio.sleep(0.06)
-    await readers.ask(process)
+    del readers
+    gc.collect()
     assert taken(engine) == 0
+    assert caplog.records == []
 
 
 async def test_closing(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
