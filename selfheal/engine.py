@@ -190,16 +190,19 @@ class Engine:
 
     async def _connect(self, engine: AsyncEngine) -> AsyncConnection:
         """A connection. Who breaks off what opens one leaves it behind half made, so the caller alone is broken off."""
-        if self._readers is not None:
-            self._readers.make_room()
         if not _opens_one(engine.pool):
-            return await engine.connect()
-        opening = self._tasks.start(_opened(engine))
+            return await self._opened(engine)
+        opening = self._tasks.start(self._opened(engine))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
             self._tasks.start(_closed(opening))
             raise
+
+    async def _opened(self, engine: AsyncEngine) -> AsyncConnection:
+        if self._readers is not None:
+            self._readers.make_room()
+        return await engine.connect()
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
         rows = await self._statements.fetch(connection, select(self._tables.schema.c.version), {})
@@ -252,10 +255,6 @@ def url_of(database: str | URL | AsyncEngine) -> URL:
 def _opens_one(pool: Pool) -> bool:
     """Whether the next connection is a new one: none is idle, and there may be more (of another's pool: a guess)."""
     return not isinstance(pool, QueuePool) or not (pool.checkedin() or pool.checkedout() >= _POOL_AT_MOST)
-
-
-async def _opened(engine: AsyncEngine) -> AsyncConnection:
-    return await engine.connect()
 
 
 async def _closed(opening: asyncio.Task[AsyncConnection]) -> None:

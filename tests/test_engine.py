@@ -267,6 +267,21 @@ async def test_a_database_that_takes_no_writes(postgres_url: str) -> None:
         assert await bytes_of(images, "a.png") == b"one"
 
 
+async def test_no_connection_is_kept_from_who_needs_it(postgres_url: str) -> None:
+    """However many were reading before: as many as may be have one each, all at once."""
+    async with prepared(postgres_url) as images:
+        for _ in range(2):
+            await asyncio.gather(*(images.find("a.png") for _ in range(4)))
+        have_one = asyncio.Barrier(10)
+
+        async def hold(_: AsyncConnection) -> None:
+            await have_one.wait()
+
+        began = time.monotonic()
+        await asyncio.gather(*(images._engine.read(hold) for _ in range(10)))
+        assert time.monotonic() - began < TIMEOUT
+
+
 async def test_every_connection_is_taken(database_url: str) -> None:
     """Whoever finds no free connection within the timeout is told so; then there are connections again."""
     tasks = Tasks()
