@@ -303,7 +303,8 @@ def _was_dead(cause: BaseException | None) -> bool:
 def _database_errors() -> tuple[type[Exception], ...]:
     """What SQLAlchemy and the drivers raise; asyncpg is an extra, and only there if it was needed."""
     asyncpg = sys.modules.get("asyncpg")
-    of_asyncpg = () if asyncpg is None else (asyncpg.PostgresError, asyncpg.InterfaceError)
+    names = ("PostgresError", "InterfaceError", "InternalClientError")  # the last is not one of the others
+    of_asyncpg = () if asyncpg is None else tuple(getattr(asyncpg, name) for name in names)
     return (SQLAlchemyError, OSError, sqlite3.Error, *of_asyncpg)
 
 

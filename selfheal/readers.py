@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
@@ -48,7 +49,7 @@ class Readers:
         return bool(self._kept) or self._pool.checkedin() > 0
 
     async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
-        """Ask the driver of one that is idle. One that the server has closed, or is silent on, is thrown away.
+        """Ask the driver of one that is idle. It is thrown away after any error but one of the server's own words.
 
         Raises `DeadConnection` if that had happened to it before, and it cannot be opened anew.
         """
@@ -56,7 +57,8 @@ class Readers:
         try:
             answer = await question(reader.driver_connection)
         except BaseException as error:
-            self._give_back(reader, since, is_lost=isinstance(error, TimeoutError))
+            has_answered = getattr(error, "sqlstate", None) is not None or isinstance(error, asyncio.CancelledError)
+            self._give_back(reader, since, is_lost=not has_answered)
             raise
         self._give_back(reader, since)
         return answer

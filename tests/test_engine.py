@@ -21,6 +21,7 @@ from random import Random
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 from conftest import PostgresServer, free_port, start_postgres
 from proxy import Mode, Proxy
@@ -253,6 +254,18 @@ async def test_a_locked_table(postgres_url: str) -> None:
         await engine.dispose()
         assert await bytes_of(images, "a.png") == b"one"
         assert (await images.store_image("a.png", b"two")).generation == 2
+
+
+async def test_a_driver_that_is_confused(postgres_url: str) -> None:
+    """asyncpg has an error for that which is none of its others; it is as unknown as any."""
+
+    async def confuse(_: AsyncConnection) -> None:
+        raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+    async with prepared(postgres_url) as images:
+        with pytest.raises(DatabaseUnavailable, match="cannot switch"):
+            await images._engine.read(confuse)
+        assert await bytes_of(images, "a.png") == b"one"
 
 
 async def test_a_database_that_takes_no_writes(postgres_url: str) -> None:

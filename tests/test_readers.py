@@ -91,7 +91,7 @@ async def test_one_that_the_server_closes(postgres_url: str, engine: AsyncEngine
     """Who asks it is told, and it is not kept."""
     ended = await readers.ask(process)
     await sql(postgres_url, f"SELECT pg_terminate_backend({ended})")
-    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
         await readers.ask(process)
     assert taken(engine) == 0
     async with engine.connect():
@@ -130,6 +130,21 @@ async def test_a_question_that_is_wrong(engine: AsyncEngine, readers: Readers) -
     with pytest.raises(asyncpg.PostgresError):
         await readers.ask(lambda driver: driver.fetchval("SELECT nonsense"))
     assert await readers.ask(process) == before
+
+
+async def test_a_driver_that_is_confused(engine: AsyncEngine, readers: Readers) -> None:
+    """As asyncpg is now and then while the server goes away: it is not asked again."""
+    before = await readers.ask(process)
+
+    async def confuse(_: Any) -> None:
+        raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+    with pytest.raises(asyncpg.InternalClientError):
+        await readers.ask(confuse)
+    assert taken(engine) == 0
+    async with engine.connect():
+        pass
+    assert await readers.ask(process) != before
 
 
 async def test_a_question_that_is_cancelled(engine: AsyncEngine, readers: Readers) -> None:
