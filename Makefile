@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CAMPAIGN := tests/test_kills.py tests/test_leaks.py tests/test_model.py tests/test_damage.py tests/test_fuzz.py tests/test_uploads.py
+CAMPAIGN := tests/campaigns
 READY := $(VENV)/.ready
 
 .PHONY: demo test check campaign clean system bench mutants

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from selfheal.sources import CHUNK
+from selfheal.content.sources import CHUNK
 
 from .data import GIB, KIB, MIB, files, migrate, name_of, remove, scratch, selfheal, sqlite, warm
 from .databases import postgres

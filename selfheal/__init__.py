@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .content.policy import UploadPolicy
     from .db import ImageStorage
     from .errors import (
         CorruptBlob,
@@ -22,11 +23,10 @@ if TYPE_CHECKING:
     )
     from .events import Event, Kind
     from .middleware import SelfHealMiddleware
-    from .policy import UploadPolicy
-    from .records import Record
     from .settings import Settings
+    from .sql.models import Record
+    from .sql.schema import define_tables
     from .store import Saved, UploadStore
-    from .tables import define_tables
 
 __all__ = [
     "CorruptBlob",
@@ -54,7 +54,7 @@ __all__ = [
     "define_tables",
 ]
 
-_ROOMS = ("errors", "events", "records", "policy", "settings", "tables", "db", "store", "middleware")
+_ROOMS = ("errors", "events", "sql.models", "content.policy", "settings", "sql.schema", "db", "store", "middleware")
 """Where those names are, the lightest first."""
 
 

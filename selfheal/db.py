@@ -16,16 +16,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .blobs import READ_AT_ONCE, Blobs, Write
-from .catalogue import Catalogue
-from .content_types import content_type as type_of
-from .digests import Digests, add_all
-from .engine import Engine, check_version, unavailable, url_of
+from .aio.single_flight import Tasks, ahead
+from .aio.threads import Threads
+from .blobs.chunk_rows import rows_of_files
+from .blobs.database import READ_AT_ONCE, Blobs, Write
+from .content.content_types import content_type as type_of
+from .content.digests import Digests, add_all
+from .content.sources import Source
 from .errors import CorruptBlob, DatabaseUnavailable, NotStored
-from .flight import Tasks, ahead
-from .intake import rows_of_files
-from .queries import ByName, Queries
-from .records import (
+from .sql.catalogue import Catalogue
+from .sql.engine import Engine, check_version, unavailable, url_of
+from .sql.models import (
     RECORD_COLUMNS,
     Found,
     KeyRange,
@@ -39,10 +40,9 @@ from .records import (
     to_utc,
     to_version,
 )
-from .sources import Source
-from .tables import SCHEMA_VERSION, define_tables
-from .threads import Threads
-from .transactions import check_is_one, give_way
+from .sql.queries import ByName, Queries
+from .sql.schema import SCHEMA_VERSION, define_tables
+from .sql.transactions import check_is_one, give_way
 
 GRACE = timedelta(hours=24)
 """How long bytes without a record are left alone: longer than any upload."""

@@ -9,11 +9,11 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import names
+from .disk.open_file import OpenFile, ReadFailed
 from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotAFile, SchemaError
 from .events import Kind, logger
-from .files import OpenFile, ReadFailed
-from .hits import Hits
-from .responses import RETRY_AFTER, Headers, Responder, error_messages, never_stored
+from .http.hit_cache import Hits
+from .http.sending import RETRY_AFTER, Headers, Responder, error_messages, never_stored
 from .settings import DEFAULT_PREFIX, Settings, check_prefix
 from .store import UploadStore
 

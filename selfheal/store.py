@@ -15,23 +15,23 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .bodies import FromDatabase, Incoming, InMemory, Landed
+from .aio.single_flight import Tasks
+from .aio.threads import Threads
+from .content.digests import Digests, chunk_digest
+from .content.policy import UploadPolicy
+from .content.sources import Readable, Source
+from .content.sources import chunks as chunks_of
 from .db import ImageStorage
-from .digests import Digests, chunk_digest
-from .disk import UploadsDirectory
+from .disk.directory import UploadsDirectory
+from .disk.open_file import Identity, OpenFile
+from .disk.staged_file import Staged
 from .errors import DiskUnwritable, NotStored, SelfHealError
 from .events import Events, Kind, Listener, logger
-from .files import Identity, OpenFile
-from .flight import Tasks
-from .policy import UploadPolicy
-from .reconcile import Reconciler
-from .records import Record, earlier
-from .restoration import Restorer
+from .healing.bodies import FromDatabase, Incoming, InMemory, Landed
+from .healing.reconcile import Reconciler
+from .healing.restore import Restorer
 from .settings import Settings
-from .sources import Readable, Source
-from .sources import chunks as chunks_of
-from .staging import Staged
-from .threads import Threads
+from .sql.models import Record, earlier
 
 CLOSING_GRACE = 20.0
 """Seconds that work under way is given when the store closes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import multiprocessing
-import os
 import random
 import sys
 import time
@@ -13,25 +12,25 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import anyio
 import pytest
-from conftest import PostgresServer
-from sides import sql
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from selfheal import ImageStorage, InvalidName, NotStored, Record, UploadStore
-from selfheal.blobs import WRITE_AT_ONCE
+from selfheal.blobs.database import WRITE_AT_ONCE
+from selfheal.content.digests import Digests
+from selfheal.content.sources import CHUNK
 from selfheal.db import GRACE
-from selfheal.digests import Digests
 from selfheal.errors import Unsettled
-from selfheal.records import SmallFile
-from selfheal.sources import CHUNK
+from selfheal.sql.models import SmallFile
+from tests.conftest import PostgresServer
+from tests.support import environment
+from tests.support.sides import sql
 
 LARGE = WRITE_AT_ONCE * CHUNK + 12345
 """Bytes that are stored in more than one transaction."""
@@ -930,9 +929,8 @@ def crowd(work: str, url: str) -> None:
 async def in_processes(work: Callable[[str, int], Awaitable[None]], url: str) -> None:
     """Run `work(url, number)` in several processes at once; fail with what the first of them to fail says."""
     program = f"import sys, {__name__} as tests; tests.crowd({work.__name__!r}, sys.argv[1])"
-    places = os.pathsep.join([str(Path(__file__).parent), *(place for place in sys.path if place)])
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, url]
-    done = await anyio.run_process(command, check=False, env=os.environ | {"PYTHONPATH": places})
+    done = await anyio.run_process(command, check=False, env=environment())
     said = done.stderr.decode()
     assert done.returncode == 0, said
     assert "Warning" not in said, said

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from pathlib import Path
 
 import click
 import pytest
 
-from selfheal.outcomes import Outcome
+from selfheal.bulk.outcomes import Outcome
 from selfheal.scripts.cli import selfheal
 from selfheal.scripts.reporting import Report
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 README = (ROOT / "README.md").read_text()
 RUNS = ("migrate", "verify", "restore")

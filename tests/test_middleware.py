@@ -18,8 +18,6 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from asgi import Answer, Wrapped, ask, ask_and_leave, ask_scope, scope_of
-from conftest import eventually, make_socket
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -29,10 +27,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selfheal import SelfHealMiddleware, SettingsError, UploadStore, middleware, syscalls
-from selfheal.digests import chunk_digest
+from selfheal import SelfHealMiddleware, SettingsError, UploadStore, middleware
+from selfheal.content.digests import chunk_digest
+from selfheal.content.sources import CHUNK
+from selfheal.disk import syscalls
 from selfheal.events import Kind
-from selfheal.sources import CHUNK
+from tests.conftest import eventually, make_socket
+from tests.support.asgi import Answer, Wrapped, ask, ask_and_leave, ask_scope, scope_of
 
 PREFIX = "/static/uploads"
 SECONDS = 1_700_000_000

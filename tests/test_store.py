@@ -19,24 +19,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import eventually, free_port
 from PIL import Image
-from sides import (
-    BrokenDisk,
-    brought_back,
-    files_below,
-    held_open,
-    hit,
-    in_database,
-    in_quarantine,
-    locked,
-    looked_behind,
-    noise,
-    nothing_is_held_open,
-    on_both_sides,
-    on_disk,
-    pieces_of,
-)
 from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from starlette.datastructures import UploadFile
@@ -54,12 +37,29 @@ from selfheal import (
     UploadTooLarge,
     UploadTypeRefused,
 )
-from selfheal.digests import Digests, chunk_digest
-from selfheal.disk import MARKER
+from selfheal.content.digests import Digests, chunk_digest
+from selfheal.content.sources import CHUNK
+from selfheal.disk.directory import MARKER
+from selfheal.disk.staged_file import TEMPORARY
 from selfheal.events import Event
-from selfheal.records import SmallFile
-from selfheal.sources import CHUNK
-from selfheal.staging import TEMPORARY
+from selfheal.sql.models import SmallFile
+from tests.conftest import eventually, free_port
+from tests.support.sides import (
+    BrokenDisk,
+    brought_back,
+    files_below,
+    held_open,
+    hit,
+    in_database,
+    in_quarantine,
+    locked,
+    looked_behind,
+    noise,
+    nothing_is_held_open,
+    on_both_sides,
+    on_disk,
+    pieces_of,
+)
 
 NAME = "cats/tom.jpg"
 OLD, NEW = b"the old bytes", b"the new bytes, which are others"

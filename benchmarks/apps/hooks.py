@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from selfheal.blobs import Blobs
-from selfheal.disk import UploadsDirectory
-from selfheal.files import OpenFile
+from selfheal.blobs.database import Blobs
+from selfheal.disk.directory import UploadsDirectory
+from selfheal.disk.open_file import OpenFile
 
 COUNTS: Counter[str] = Counter()
 

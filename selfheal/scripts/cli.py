@@ -20,14 +20,14 @@ from typing import Any, cast
 import click
 
 from .. import bulk, names
+from ..bulk.outcomes import Result
+from ..bulk.process_pool import Workers
+from ..content.sources import CHUNK
+from ..disk.syscalls import keep_freed_memory
 from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, NotStored, SelfHealError, SettingsError
-from ..outcomes import Result
-from ..records import Record, Version
 from ..settings import Settings
-from ..sources import CHUNK
+from ..sql.models import Record, Version
 from ..store import UploadStore
-from ..syscalls import keep_freed_memory
-from ..workers import Workers
 from .common import (
     F,
     common,

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import click
 
+from ..aio.single_flight import to_its_end
+from ..bulk.process_pool import Processes, processors
 from ..errors import DatabaseUnavailable, SelfHealError, SettingsError
-from ..flight import to_its_end
 from ..settings import Settings, database_url, is_in_memory, sqlite_file
 from ..store import UploadStore
-from ..workers import Processes, processors
 from .reporting import show_failure
 
 F = TypeVar("F", bound=Callable[..., Any])

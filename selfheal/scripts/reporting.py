@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
+from ..bulk.outcomes import Outcome, Result
 from ..errors import MissingExtra
-from ..outcomes import Outcome, Result
-from ..records import Record, Version
+from ..sql.models import Record, Version
 
 
 @dataclass

@@ -1,0 +1,139 @@
+"""Random paths, headers and records: Hypothesis throws bytes at them quickly, atheris is guided by coverage."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from selfheal import SelfHealMiddleware, UploadStore, bulk
+from selfheal.bulk.outcomes import Outcome
+from tests.conftest import needs
+from tests.support import environment
+from tests.support.asgi import Wrapped, ask
+from tests.support.fuzzing import TARGETS, Headers, Paths, Records, Target
+from tests.support.sides import execute
+
+TIMES = {Paths: (2_000, 100_000), Headers: (4_000, 200_000), Records: (300, 20_000)}
+DRIVE = """
+import sys, atheris
+with atheris.instrument_imports(include=["selfheal"]):
+    from tests.support import fuzzing
+fuzzing.fuzz(sys.argv)
+"""
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """One target after the other."""
+    with closing(TARGETS[request.param]()) as target:
+        yield target
+
+
+@pytest.mark.timeout(7200)  # a failure is made small before it is told
+def test_whatever_comes(target: Target, times: Callable[[int, int], int], caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever bytes decide, every answer keeps to the contract, and no file is written that is not a record's own."""
+    caplog.set_level(logging.CRITICAL, "selfheal")
+    many = times(*TIMES[type(target)])
+
+    @given(st.binary(max_size=40) | st.binary(min_size=40, max_size=200))
+    @settings(max_examples=many, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def play(data: bytes) -> None:
+        target.play(data)
+
+    play()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_whatever_leads_further(
+    name: str,
+    tmp_path: Path,
+    times: Callable[[int, int], int],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The same holds of bytes that a fuzzer makes of those that reached new lines of selfheal."""
+    seconds = times(0, 900)
+    if not seconds:
+        pytest.skip("a campaign's work: pytest --campaign")
+    if importlib.util.find_spec("atheris") is None:
+        needs("atheris", "pip install atheris (Linux on x86-64)")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            DRIVE,
+            name,
+            f"-max_total_time={seconds}",
+            "-max_len=400",
+            "-len_control=0",
+            "-print_final_stats=1",
+        ],
+        env=environment(TMPDIR=str(tmp_path)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    record_property("executions", re.findall(r"number_of_executed_units: (\d+)", done.stderr)[-1])
+    record_property("edges", re.findall(r"cov: (\d+)", done.stderr)[-1])
+
+
+# -- records of foreign types -----------------------------------------------------------------------------------------
+
+
+async def outcomes(store: UploadStore) -> list[dict[str, Outcome]]:
+    """What `verify` and `restore` say of each name."""
+    return [{one.name: one.outcome async for one in run(store)} for run in (bulk.verify, bulk.restore)]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("size = 'many'", {"a.jpg": Outcome.CORRUPT_IN_DATABASE}),
+        ("size = 9.5", {"a.jpg": Outcome.CORRUPT_IN_DATABASE}),
+        ("sha256 = x'00ff'", {"a.jpg": Outcome.CORRUPT_IN_DATABASE}),
+        ("name = x'61ff'", {"a\ufffd": Outcome.INVALID_NAME}),
+        ("created_at = 'yesterday', changed_at = 5", {"a.jpg": Outcome.RESTORED}),
+        ("modified_ns = 'now'", {"a.jpg": Outcome.RESTORED}),
+        ("deleted_at = 'yesterday'", {}),
+        ("name = CAST(x'61ff' AS TEXT)", {"a\udcff": Outcome.INVALID_NAME}),
+        ("sha256 = CAST(x'61ff' AS TEXT)", {"a.jpg": Outcome.CORRUPT_IN_DATABASE}),
+        ("content_type = CAST(x'61ff' AS TEXT)", {"a.jpg": Outcome.RESTORED}),
+        ("name = ''", {"": Outcome.INVALID_NAME}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_record_of_another_type(sqlite_store: UploadStore, change: str, expected: dict[str, Outcome]) -> None:
+    """SQLite keeps values of any type: what cannot be a record is told by name, and all others are brought back."""
+    for name in ("a.jpg", "b.jpg"):
+        await sqlite_store.database.store_image(name, name.encode())
+    await execute(sqlite_store, f"UPDATE image_storage SET {change} WHERE name = 'a.jpg'")
+    verified, restored = await outcomes(sqlite_store)
+    assert restored == expected | {"b.jpg": Outcome.RESTORED}
+    missing = {name for name, outcome in verified.items() if outcome == Outcome.MISSING_ON_DISK}
+    assert missing == {name for name, outcome in restored.items() if outcome == Outcome.RESTORED}
+    assert verified.keys() == restored.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [f"data = {value}" for value in ("'some text'", "5", "1.5")]
+    + ["digest = 'some text'", "digest = 5", "position = 'first'"],
+)
+async def test_a_chunk_of_another_type(sqlite_store: UploadStore, change: str) -> None:
+    """A chunk that is no bytes is damage: a 500 or the right bytes, told by `verify`; it ends no run, nor a request."""
+    await sqlite_store.database.store_image("a.jpg", b"a picture")
+    await execute(sqlite_store, f"UPDATE image_chunk SET {change}")
+    assert (await outcomes(sqlite_store))[0] == {"a.jpg": Outcome.CORRUPT_IN_DATABASE}
+    sqlite_store.disk.remove("a.jpg")
+    answer = await ask(SelfHealMiddleware(Wrapped(), sqlite_store), "/static/uploads/a.jpg")
+    assert answer.status == 500 or (answer.status, answer.body) == (200, b"a picture")

@@ -1,0 +1,360 @@
+"""What strangers send through the form of real apps: too much, cut off, bombs, two formats in one, floods.
+
+What is refused is on neither side; what is taken is served so that it does no harm.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import shutil
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message
+
+from selfheal import InvalidName, SelfHealMiddleware, UploadStore
+from tests.examples.test_apps import APPS, MIB, Server, serving
+from tests.support.asgi import scope_of
+from tests.support.sides import files_below
+
+Times = Callable[[int, int], int]
+BOUNDARY = b"a-boundary"
+SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'"
+
+
+@pytest.fixture(scope="module")
+def galleries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Server, Path]]]:
+    """Both galleries, each with a home of its own."""
+    homes = {name: tmp_path_factory.mktemp(name) for name in APPS}
+    with serving("examples.starlette_app:app", homes[APPS[0]]) as first:
+        with serving("examples.fastapi_app:app", homes[APPS[1]]) as second:
+            yield {APPS[0]: (first, homes[APPS[0]]), APPS[1]: (second, homes[APPS[1]])}
+
+
+@pytest.fixture(params=APPS)
+def gallery(request: pytest.FixtureRequest, galleries: dict[str, tuple[Server, Path]]) -> Server:
+    """One gallery after the other."""
+    return galleries[request.param][0]
+
+
+@pytest.fixture
+def home(gallery: Server, galleries: dict[str, tuple[Server, Path]]) -> Path:
+    """The directory that holds everything of a gallery."""
+    return next(home for server, home in galleries.values() if server is gallery)
+
+
+def picture(kind: str, size: int = 64) -> bytes:
+    """A picture that does not compress away, as Pillow writes it."""
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (size, size), random.Random(kind).randbytes(size * size * 3)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+PICTURES = {
+    "jpg": picture("JPEG"),
+    "png": picture("PNG"),
+    "gif": picture("GIF"),
+    "webp": picture("WEBP"),
+    "bmp": picture("BMP"),
+    "ico": picture("ICO"),
+    "avif": picture("AVIF"),
+    "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0L9 9"/></svg>',
+}
+TYPES = {"jpg": "image/jpeg", "svg": "image/svg+xml", "ico": "image/x-icon"}
+
+
+def refused(answer: httpx.Response) -> dict[str, str]:
+    """The files that a page says were refused, and why."""
+    found = re.findall(r"<p role=alert><b>([^<]*)</b>: ([^<]*)", answer.text)
+    return {name: why.strip() for name, why in found}
+
+
+def part(headers: bytes, data: bytes) -> bytes:
+    """One part of a form, its header lines as they are."""
+    return b"--" + BOUNDARY + b"\r\n" + headers + b"\r\n\r\n" + data + b"\r\n"
+
+
+def form(*parts: bytes) -> tuple[bytes, dict[str, str]]:
+    """The body and headers of a form that no client library would send."""
+    body = b"".join(parts) + b"--" + BOUNDARY + b"--\r\n"
+    return body, {"content-type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}
+
+
+def file_part(filename: bytes, data: bytes, more: bytes = b"") -> bytes:
+    """A file, under a name of any bytes."""
+    return part(b'Content-Disposition: form-data; name="pictures"; filename=' + filename + more, data)
+
+
+# -- too much ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["no length", "a part that lies"])
+def test_bytes_are_counted(gallery: Server, way: str) -> None:
+    """Over 50 MiB is 413, though the body came without a length, or its part said that it has ten bytes."""
+    data = PICTURES["jpg"][:-2] + bytes(50 * MIB)
+    lie = b"\r\nContent-Length: 10" if way == "a part that lies" else b""
+    body, headers = form(file_part(b'"a.jpg"', data, lie))
+
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, len(body), MIB):
+            yield body[start : start + MIB]
+
+    before = files_below(gallery.directory)
+    answer = gallery.browser.post("/upload", content=pieces() if way == "no length" else body, headers=headers)
+    assert answer.status_code == 413
+    assert list(refused(answer)) == ["a.jpg"]
+    assert files_below(gallery.directory) == before
+
+
+async def test_a_client_that_goes_away(sqlite_store: UploadStore, tmp_path: Path) -> None:
+    """A form that breaks off before the length that was promised leaves nothing on either side."""
+
+    async def upload(request: Request) -> Response:
+        async with request.form() as fields:
+            await sqlite_store.save_uploaded_file(fields["pictures"])  # type: ignore[arg-type]
+        return Response(status_code=204)
+
+    body, headers = form(file_part(b'"a.png"', PICTURES["png"]))
+    come = [{"type": "http.request", "body": body[:-1], "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Message:
+        return come.pop(0)
+
+    async def send(message: Message) -> None:
+        """Nobody is there to hear it."""
+
+    app = SelfHealMiddleware(Starlette(routes=[Route("/", upload, methods=["POST"])]), sqlite_store)
+    scope = scope_of("/", method="POST", headers=[*headers.items(), ("content-length", str(len(body)))])
+    with pytest.raises(ClientDisconnect):
+        await app(scope, receive, send)
+    assert await sqlite_store.database.count() == 0
+    assert files_below(tmp_path) == ["catalogue.db"]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [part(b'Content-Disposition: form-data; name="x%d"' % number, b"1") for number in range(1100)],
+        [file_part(b'"%d.png"' % number, b"") for number in range(1100)],
+        [part(b'Content-Disposition: form-data; name="pictures"', bytes(2 * MIB))],
+        [part(b'Content-Disposition: form-data; name="' + b"x" * MIB + b'"', b"")],
+    ],
+    ids=["many fields", "many files", "a long field", "a long name"],
+)
+def test_a_flood_of_fields(gallery: Server, parts: list[bytes]) -> None:
+    """CVE-2024-47874, CVE-2023-30798: a form without end, in fields, files or bytes, is refused and costs no memory."""
+    assert gallery.browser.get("/").status_code == 200  # it has started
+    before, peak = files_below(gallery.directory), gallery.peak()
+    body, headers = form(*parts)
+    assert gallery.browser.post("/upload", content=body, headers=headers).status_code in (400, 422)
+    assert files_below(gallery.directory) == before
+    assert gallery.peak() - peak < 32 * MIB
+    assert gallery.browser.get("/").status_code == 200
+
+
+# -- cut off ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures_cut_off_anywhere(
+    gallery: Server, kind: str, times: Times, record_property: Callable[[str, object], None]
+) -> None:
+    """Wherever a picture of any kind is cut off, it is refused as not whole, and the whole one beside it is kept."""
+    whole = PICTURES[kind]
+    last = len(whole) if kind != "svg" else whole.rindex(b">")
+    points = range(1, last)
+    cuts = sorted({*random.Random(kind).sample(points, min(len(points), times(40, 1500))), 1, 8, 12, 32, last - 1})
+    before = gallery.shown()
+    for start in range(0, len(cuts), 100):
+        files = {f"{cut}.{kind}": whole[:cut] for cut in cuts[start : start + 100] if cut < last}
+        answer = gallery.add((f"whole.{kind}", whole), *files.items())
+        assert answer.status_code in (415, 422)
+        said = refused(answer)
+        assert said.keys() == files.keys()
+        for name, why in said.items():
+            is_headless = int(name.partition(".")[0]) < 100 and "are" in why
+            assert is_headless or why == "the upload is not whole: its end is missing", (name, why)
+        (added,) = gallery.shown() - before
+        assert gallery.browser.get(added).content == whole
+        before |= {added}
+    record_property(f"{kind} pictures cut off", len(cuts))
+
+
+# -- bombs ------------------------------------------------------------------------------------------------------------
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk with its length and its check."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@cache
+def png_bomb(side: int) -> bytes:
+    """A PNG of `side` by `side` black pixels, a thousandth of what it would be once it is decoded."""
+    deflate, row = zlib.compressobj(9), bytes(1 + side // 8)
+    rows = b"".join(deflate.compress(row) for _ in range(side)) + deflate.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    ends = png_chunk(b"IHDR", header), png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(ends)
+
+
+@cache
+def text_bomb() -> bytes:
+    """A PNG whose comment is a quarter of a gigabyte of nothing, deflated twice."""
+    deflate = zlib.compressobj(9)
+    text = b"".join(deflate.compress(bytes(MIB)) for _ in range(256)) + deflate.flush()
+    comment = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(text))
+    whole = PICTURES["png"]
+    return whole[:33] + comment + whole[33:]
+
+
+def svg_bomb() -> bytes:
+    """Entities of entities: a billion laughs, if anybody expanded them."""
+    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 10))
+    return f'<!DOCTYPE svg [<!ENTITY e0 "ha">{entities}]><svg xmlns="http://www.w3.org/2000/svg">&e9;</svg>'.encode()
+
+
+BOMBS = {"pixels.png": lambda: png_bomb(50_000), "text.png": text_bomb, "laughs.svg": svg_bomb}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_nothing_is_decoded(gallery: Server, name: str) -> None:
+    """A bomb is a small file: taken, lost, brought back and served, in no more time and memory than a small file."""
+    data = BOMBS[name]()
+    gallery.added("warm.png", PICTURES["png"])
+    peak, began = gallery.peak(), time.monotonic()
+    path = gallery.added(name, data)
+    gallery.file(path).unlink()
+    assert gallery.browser.get(path).content == data
+    assert time.monotonic() - began < 5
+    assert gallery.peak() - peak < 32 * MIB
+
+
+# -- two formats in one -----------------------------------------------------------------------------------------------
+
+
+def archive() -> bytes:
+    """A ZIP with a page in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("index.html", "<script>alert(1)</script>")
+    return buffer.getvalue()
+
+
+SCRIPT = b"<script>alert(1)</script>"
+GIF = PICTURES["gif"]
+POLYGLOTS = {
+    "script.gif": GIF[:6] + b"/*" + GIF[8:] + b"*/=1;alert(1)",
+    "archive.jpg": PICTURES["jpg"] + archive(),
+    "archive.png": PICTURES["png"] + archive(),
+    "page.png": PICTURES["png"][:33] + png_chunk(b"tEXt", b"Comment\0" + SCRIPT) + PICTURES["png"][33:],
+    "page.jpg": PICTURES["jpg"][:2] + b"\xff\xfe" + struct.pack(">H", len(SCRIPT) + 2) + SCRIPT + PICTURES["jpg"][2:],
+    "page.bmp": PICTURES["bmp"] + SCRIPT,
+    "page.webp": PICTURES["webp"] + SCRIPT,
+    "page.ico": PICTURES["ico"] + SCRIPT,
+    "script.svg": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)">' + SCRIPT + b"</svg>",
+    "page.svg": b"<!doctype html><svg></svg>" + SCRIPT,
+    "style.svg": b'<?xml-stylesheet href="https://evil.example/x.xsl"?><svg xmlns="http://www.w3.org/2000/svg"/>',
+    "pdf.png": b"%PDF-1.7\n<html>" + SCRIPT + b"</html>\n%%EOF",
+    "pdf.jpg": b"%PDF-1.7\n" + PICTURES["jpg"],
+    "page.pdf": b"%PDF-1.7\n" + SCRIPT,
+    "page.html": PICTURES["gif"],
+    "script.js": GIF[:6] + b"/*" + GIF[8:] + b"*/=1;alert(1)",
+    "page.gif": SCRIPT + GIF,
+    "picture.svg": PICTURES["png"],
+    "page.svgz": zlib.compress(SCRIPT),
+    "page.xhtml": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}
+REFUSED = {
+    "pdf.png",
+    "pdf.jpg",
+    "page.pdf",
+    "page.html",
+    "script.js",
+    "page.gif",
+    "picture.svg",
+    "page.svgz",
+    "page.xhtml",
+}
+
+
+@pytest.mark.parametrize("name", POLYGLOTS)
+def test_two_formats_in_one(gallery: Server, name: str) -> None:
+    """What is a picture and something else is served as a picture and nothing else, or refused (415) as none."""
+    data, kind = POLYGLOTS[name], name.rpartition(".")[2]
+    if name in REFUSED:
+        assert gallery.add((name, data)).status_code == 415
+        return
+    path = gallery.added(name, data)
+    for is_lost in (False, True):
+        if is_lost:
+            gallery.file(path).unlink()
+        answer = gallery.browser.get(path)
+        assert answer.content == data
+        assert answer.headers["content-type"] == TYPES.get(kind, f"image/{kind}")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers.get("content-security-policy") == (SANDBOX if kind == "svg" else None)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+NAMES = [
+    b'"../../evil.png"',
+    b'"..\\\\..\\\\evil.png"',
+    b'"/etc/cron.d/evil.png"',
+    b'"%2e%2e%2fevil.png"',
+    b'"&#46;&#46;&sol;evil.png"',
+    b'"..;/evil.png"',
+    b'"evil.png/."',
+    b'".."',
+    b'"evil.png/../../evil.png"',
+    b'"evil\\"; filename=\\"../evil.png"',
+    b"../../evil.png",
+    b"\"a.png\"; filename*=utf-8''..%2f..%2fevil.png",
+    b"\"\"; filename*=utf-8''%2e%2e%2fevil.png",
+    b'"evil.png\xff\xfe"',
+    b'"\xe2\x80\xae/../gnp.live.png"',
+    b'"evil.php;.png"',
+    b'"' + b"../" * 2000 + b'evil.png"',
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[2:30])
+def test_names_on_the_wire(gallery: Server, home: Path, name: bytes) -> None:
+    """CVE-2021-28658, CVE-2021-31542: however a form writes a file's name, no file of that name is anywhere after."""
+    shown, before = gallery.shown(), set(files_below(home))
+    body, headers = form(file_part(name, PICTURES["png"]))
+    answer = gallery.browser.post("/upload", content=body, headers=headers)
+    assert answer.status_code in (303, 400, 415, 422)
+    added = gallery.shown() - shown
+    assert len(added) == (answer.status_code == 303)
+    assert all(re.fullmatch(r"/static/uploads/[0-9a-f]{32}\.png", path) for path in added)
+    new = {f"uploads/{path.rpartition('/')[2]}" for path in added}
+    assert set(files_below(home)) - before - {"gallery.db-journal"} == new
+    assert [path for path in home.parent.rglob("*evil*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("folder", ["..", "../../out", "/tmp", "a/../..", "a//b", ".hidden", "a\\b", "CON", "a\0b"])
+async def test_a_folder_is_no_way_out(sqlite_store: UploadStore, directory: Path, folder: str) -> None:
+    """CVE-2021-45452: a folder that leads elsewhere is refused before a byte is stored, on either side."""
+    upload = UploadFile(io.BytesIO(PICTURES["png"]), filename="a.png")
+    with pytest.raises(InvalidName):
+        await sqlite_store.save_uploaded_file(upload, folder=folder)
+    assert await sqlite_store.database.count() == 0
+    assert files_below(directory.parents[2]) in ([], ["catalogue.db"])
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,323 @@
+"""The tables: what they hold, how names compare in them, and that they can live in the app's own MetaData."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, inspect
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateTable
+
+from selfheal import ImageStorage, SchemaError, UploadStore, define_tables
+from selfheal.sql.schema import SCHEMA_VERSION
+from tests.conftest import PostgresServer, needs
+from tests.support.sides import sql
+
+COLUMNS = {
+    "image_storage": {
+        "name", "sha256", "size", "content_type", "modified_ns", "created_at", "changed_at", "generation", "deleted_at",
+    },
+    "image_blob": {"sha256", "size", "chunks"},
+    "image_chunk": {"sha256", "position", "data"},
+    "image_history": {"name", "generation", "sha256", "size", "replaced_at"},
+    "image_schema": {"version"},
+}  # fmt: skip
+KEYS = {
+    "image_storage": ["name"],
+    "image_blob": ["sha256"],
+    "image_chunk": ["sha256", "position"],
+    "image_history": ["name", "generation"],
+    "image_schema": ["version"],
+}
+
+
+async def make_all(url: str, metadata: MetaData) -> None:
+    """Make the tables of a MetaData as the app would, without us."""
+    engine = create_async_engine(url, poolclass=NullPool)
+    async with engine.begin() as connection:
+        await connection.run_sync(metadata.create_all)
+    await engine.dispose()
+
+
+async def described(url: str, schema: str | None = None) -> dict[str, tuple[set[str], list[str]]]:
+    """The tables of a database: names of columns, and the primary key."""
+    engine = create_async_engine(url, poolclass=NullPool)
+
+    def look(connection: Any) -> dict[str, tuple[set[str], list[str]]]:
+        looking = inspect(connection)
+        return {
+            table: (
+                {column["name"] for column in looking.get_columns(table, schema=schema)},
+                list(looking.get_pk_constraint(table, schema=schema)["constrained_columns"]),
+            )
+            for table in looking.get_table_names(schema=schema)
+        }
+
+    async with engine.connect() as connection:
+        tables = await connection.run_sync(look)
+    await engine.dispose()
+    return tables
+
+
+@asynccontextmanager
+async def opened(url: str, metadata: MetaData | None = None) -> AsyncIterator[ImageStorage]:
+    """The database half over a URL, closed in the end."""
+    images = ImageStorage(url, metadata=metadata)
+    try:
+        yield images
+    finally:
+        await images.close()
+
+
+async def check_working(images: ImageStorage, name: str = "a.png") -> None:
+    """Everything that touches a table works, for a name that is new."""
+    await images.store_image(name, b"one")
+    await images.store_image(name, b"two")
+    await images.bury(name)
+    record = await images.undo(name)
+    assert b"".join([chunk async for chunk in images.read(record)]) == b"two"
+    assert [version.generation for version in await images.history(name)] == [2, 1]
+
+
+# -- what is there --------------------------------------------------------------------------------------------------
+
+
+async def test_tables_and_keys(store: UploadStore, database_url: str) -> None:
+    """The tables are the documented ones, with the documented columns and keys."""
+    tables = await described(database_url)
+    assert set(tables) == set(COLUMNS)
+    for table, (columns, key) in tables.items():
+        assert columns >= COLUMNS[table]
+        assert key == KEYS[table]
+
+
+async def test_a_record_alone(store: UploadStore, database_url: str) -> None:
+    """A record that somebody else wrote, with the documented columns alone, is a record."""
+    await sql(
+        database_url,
+        "INSERT INTO image_storage (name, sha256, size, content_type, modified_ns) VALUES ('a.png', 'x', 1, 'b/c', 2)",
+    )
+    record = await store.database.find("a.png")
+    assert record is not None
+    assert (record.sha256, record.size, record.content_type, record.modified_ns) == ("x", 1, "b/c", 2)
+    assert (record.generation, record.is_deleted) == (1, False)
+
+
+async def test_making_tables_again(store: UploadStore, database_url: str) -> None:
+    """Making the tables again changes nothing of what is in them."""
+    record = await store.database.store_image("a.png", b"one")
+    for _ in range(3):
+        await store.database.create_tables()
+    async with opened(database_url) as other:
+        await other.create_tables()
+        assert await other.find("a.png") == record
+    assert await sql(database_url, "SELECT version FROM image_schema") == [(SCHEMA_VERSION,)]
+
+
+@pytest.mark.parametrize("missing", sorted(COLUMNS))
+async def test_making_what_is_missing(store: UploadStore, database_url: str, missing: str) -> None:
+    """If a process was killed while it made the tables, the next one makes the rest."""
+    await sql(database_url, f"DROP TABLE {missing}")
+    async with opened(database_url) as images:
+        await images.create_tables()
+        await check_working(images)
+
+
+async def test_making_tables_at_the_same_time(database_url: str) -> None:
+    """Several storages of one process may make the tables at once."""
+    several = [ImageStorage(database_url) for _ in range(6)]
+    await asyncio.gather(*(images.create_tables() for images in several))
+    await check_working(several[0])
+    for images in several:
+        await images.close()
+
+
+async def test_a_newer_schema_is_left_alone(store: UploadStore, database_url: str) -> None:
+    """Making the tables never marks the database of a newer selfheal as ours."""
+    await sql(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION + 1}")
+    for images in (store.database, ImageStorage(database_url)):
+        with pytest.raises(SchemaError, match="newer"):
+            await images.create_tables()
+        await images.close()
+    assert await sql(database_url, "SELECT version FROM image_schema") == [(SCHEMA_VERSION + 1,)]
+    async with opened(database_url) as images:
+        with pytest.raises(SchemaError, match="newer"):
+            await images.find("a.png")
+
+
+# -- how names compare ----------------------------------------------------------------------------------------------
+
+
+def a_database(postgres: PostgresServer, name: str, options: str) -> str:
+    """A database of a server, made with these options; its URL."""
+    postgres.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    postgres.sql(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
+    return postgres.url(name)
+
+
+async def test_names_where_the_database_sorts_as_people_do(postgres: PostgresServer) -> None:
+    """Names compare by their bytes even in a database whose own order ignores case and punctuation."""
+    if float(postgres.programs.parent.name if postgres.programs.parent.name.isdigit() else 0) < 15:
+        needs("PostgreSQL 15 or later", "apt-get install postgresql")
+    url = a_database(postgres, "sorted_by_people", "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C.UTF-8'")
+    names = ["B.png", "_a.png", "a b.png", "a-b.png", "a.png", "ab.png", "b.png", "z.png", "Ä.png", "é.png", "日.png"]
+    query = "SELECT n FROM (VALUES ('_a.png'), ('B.png'), ('a.png')) AS v(n) ORDER BY n"
+    assert await sql(url, query) == [("_a.png",), ("a.png",), ("B.png",)]
+    async with opened(url) as images:
+        await images.create_tables()
+        for name in reversed(names):
+            await images.store_image(name, b"x")
+        got = [record.name for record in [r async for page in images.pages(size=2) for r in page]]
+    assert got == sorted(names, key=str.encode)
+    postgres.sql("DROP DATABASE sorted_by_people WITH (FORCE)")
+
+
+async def test_binary_collation(database_url: str, store: UploadStore) -> None:
+    """The columns of names carry a binary collation of their own."""
+    if database_url.startswith("sqlite"):
+        query = "SELECT sql FROM sqlite_master WHERE name IN ('image_storage', 'image_history')"
+        for (statement,) in await sql(database_url, query):
+            assert "NOCASE" not in statement.upper()
+        return
+    rows = await sql(
+        database_url,
+        "SELECT c.relname, l.collname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+        "JOIN pg_collation l ON l.oid = a.attcollation "
+        "WHERE a.attname = 'name' AND c.relname IN ('image_storage', 'image_history') AND c.relkind = 'r'",
+    )
+    assert sorted(rows) == [("image_history", "C"), ("image_storage", "C")]
+
+
+async def storage_of_data(url: str, schema: str) -> str:
+    """How PostgreSQL stores the bytes of chunks: e(xternal), m(ain), p(lain) or (e)x(tended, compressed)."""
+    rows = await sql(
+        url,
+        "SELECT CAST(a.attstorage AS text) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE a.attname = 'data' AND c.relname = 'image_chunk' AND n.nspname = :schema",
+        schema=schema,
+    )
+    return str(rows[0][0])
+
+
+async def test_bytes_are_not_compressed(postgres_url: str) -> None:
+    """PostgreSQL does not try to compress images."""
+    async with opened(postgres_url) as images:
+        await images.create_tables()
+    assert await storage_of_data(postgres_url, "public") == "e"
+
+
+# -- in the app's own MetaData --------------------------------------------------------------------------------------
+
+
+def the_apps_metadata(**options: Any) -> MetaData:
+    """An app's own tables, one of which refers to ours."""
+    metadata = MetaData(**options)
+    ours = define_tables(metadata)
+    Table(
+        "app_cat",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("picture", String(512), ForeignKey(ours.records.c.name)),
+    )
+    return metadata
+
+
+def test_the_apps_metadata_knows_our_tables() -> None:
+    """What looks at the app's MetaData, as Alembic does, sees our tables beside the app's own."""
+    metadata = the_apps_metadata()
+    assert set(metadata.tables) == {*COLUMNS, "app_cat"}
+    assert "app_cat" in {table.name for table in metadata.sorted_tables}
+
+
+@pytest.mark.parametrize("schema", [None, "pictures"])
+def test_defining_tables_twice(schema: str | None) -> None:
+    """Tables that a MetaData has already are used, not defined again, whatever schema it names."""
+    metadata = MetaData(schema=schema)
+    first = define_tables(metadata)
+    again = define_tables(metadata)
+    assert [a is b for a, b in zip(first.all(), again.all(), strict=True)] == [True] * 5
+    assert len(metadata.tables) == 5
+
+
+def test_two_metadatas_share_nothing() -> None:
+    """Tables in one MetaData are not those of another."""
+    assert define_tables(MetaData()).records is not define_tables(MetaData()).records
+
+
+@pytest.mark.parametrize("dialect", [sqlite.dialect(), postgresql.dialect()], ids=["sqlite", "postgres"])
+def test_a_naming_convention(dialect: Any) -> None:
+    """The tables can be made under an app's own convention for names of keys and indexes."""
+    conventions = {
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+    tables = define_tables(MetaData(naming_convention=conventions))
+    assert "pk_image_storage" in str(CreateTable(tables.records).compile(dialect=dialect))
+
+
+async def test_made_by_the_app(database_url: str) -> None:
+    """Tables that the app made with the rest of its own, as a migration does, are as good as ours."""
+    metadata = the_apps_metadata()
+    await make_all(database_url, metadata)
+    assert set(await described(database_url)) == {*COLUMNS, "app_cat"}
+    if database_url.startswith("postgresql"):
+        assert await storage_of_data(database_url, "public") == "e"
+    async with opened(database_url, metadata) as images:
+        await check_working(images)
+        await images.create_tables()
+        await check_working(images, "b.png")
+
+
+async def test_made_in_the_apps_metadata(database_url: str) -> None:
+    """`create_tables` makes our tables and leaves the app's own to the app."""
+    metadata = the_apps_metadata()
+    async with opened(database_url, metadata) as images:
+        await images.create_tables()
+        assert images.tables.records is metadata.tables["image_storage"]
+        assert set(await described(database_url)) == set(COLUMNS)
+        await check_working(images)
+
+
+async def test_a_schema_of_the_apps(postgres_url: str) -> None:
+    """Where the app's MetaData names a schema the tables live there, and nowhere else."""
+    await sql(postgres_url, "CREATE SCHEMA pictures")
+    async with opened(postgres_url, MetaData(schema="pictures")) as images:
+        await images.create_tables()
+        await check_working(images)
+    assert set(await described(postgres_url, "pictures")) == set(COLUMNS)
+    assert await described(postgres_url) == {}
+    assert await storage_of_data(postgres_url, "pictures") == "e"
+
+
+async def test_two_catalogues_in_one_database(postgres_url: str) -> None:
+    """Catalogues in two schemas know nothing of each other."""
+    storages = []
+    for schema in ("cats", "dogs"):
+        await sql(postgres_url, f"CREATE SCHEMA {schema}")
+        storages.append(ImageStorage(postgres_url, metadata=MetaData(schema=schema)))
+        await storages[-1].create_tables()
+    await storages[0].store_image("a.png", b"cat")
+    assert await storages[1].find("a.png") is None
+    for images in storages:
+        await images.close()
+
+
+async def test_a_path_with_signs(tmp_path: Path) -> None:
+    """The path of a SQLite file may hold spaces, accents, quotes and signs."""
+    directory = tmp_path / "ä b'c\"d;e"
+    directory.mkdir()
+    async with opened(f"sqlite+aiosqlite:///{directory}/the catalogue.db") as images:
+        await images.create_tables()
+        await check_working(images)
+    assert (directory / "the catalogue.db").stat().st_size > 0
