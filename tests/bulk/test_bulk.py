@@ -29,15 +29,14 @@ from selfheal import (
     SelfHealMiddleware,
     UploadStore,
     bulk,
-    bulk_restore,
-    landing,
-    listing,
-    syscalls,
 )
+from selfheal.bulk import restore as bulk_restore
 from selfheal.bulk.outcomes import Result
 from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
+from selfheal.disk import listing, syscalls
 from selfheal.disk.listing import Listing
+from selfheal.healing import batch_restore as landing
 from selfheal.names import to_path
 from tests.conftest import make_socket
 from tests.support.asgi import Wrapped, ask

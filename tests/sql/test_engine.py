@@ -35,11 +35,11 @@ from selfheal import (
     SchemaError,
     SelfHealError,
     define_tables,
-    transactions,
 )
 from selfheal.aio.single_flight import Tasks
 from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
+from selfheal.sql import transactions
 from selfheal.sql.engine import Engine, wal_is_safe
 from selfheal.sql.models import Record, SmallFile
 from selfheal.sql.schema import SCHEMA_VERSION
