@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,7 +31,6 @@ from selfheal import (
     UploadStore,
     bulk,
 )
-from selfheal.bulk import restore as bulk_restore
 from selfheal.bulk.outcomes import Result
 from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
@@ -41,6 +41,8 @@ from selfheal.names import to_path
 from tests.conftest import make_socket
 from tests.support.asgi import Wrapped, ask
 from tests.support.sides import resize
+
+bulk_restore = import_module("selfheal.bulk.restore")  # the package has a function of that name
 
 SQL = Callable[..., Awaitable[list[Any]]]
 TABLES = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
