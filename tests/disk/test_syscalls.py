@@ -1,4 +1,4 @@
-"""What the kernel is asked for: files beneath a directory without links, files without a name, a sync of all."""
+"""Calls of the kernel: open beneath a directory without links, files without a name, sync of a file system."""
 
 from __future__ import annotations
 
@@ -20,25 +20,16 @@ import pytest
 
 from selfheal.disk import syscalls
 from tests.conftest import needs
+from tests.support.special_files import dangling_link
 
 SECRET = b"not for visitors"
 PICTURE = b"a picture"
 Open = Callable[[int, str], int]
 
 
-@pytest.fixture(params=["openat2", "portable"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A kernel that opens beneath a directory in one call, and one that must be asked part by part."""
-    if request.param == "portable":
-        monkeypatch.setattr(syscalls, "HAS_OPENAT2", False)
-    elif not syscalls.HAS_OPENAT2:
-        needs("openat2", "the tests on Linux 5.6 or later, outside of sandboxes that forbid it")
-    return request.param
-
-
 @pytest.fixture(params=["open_file", "open_cached"])
 def opener(request: pytest.FixtureRequest) -> Open:
-    """Both ways to open a file."""
+    """Each of the two functions that open a file."""
     return getattr(syscalls, request.param)
 
 
@@ -56,22 +47,14 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def root(tree: Path) -> Iterator[int]:
-    """The descriptor of that root."""
+    """The descriptor of the root."""
     fd = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
     yield fd
     os.close(fd)
 
 
-@pytest.fixture(autouse=True)
-def descriptors() -> Iterator[None]:
-    """As many descriptors are open after a test as before it."""
-    before = len(os.listdir("/proc/self/fd"))
-    yield
-    assert len(os.listdir("/proc/self/fd")) <= before, "a descriptor was left open"
-
-
 def contents(fd: int) -> bytes:
-    """Read a descriptor to its end, and close it."""
+    """Read a descriptor to its end and close it."""
     with os.fdopen(fd, "rb") as file:
         return file.read()
 
@@ -81,12 +64,12 @@ def contents(fd: int) -> bytes:
 
 @pytest.mark.parametrize("name", ["tom.png", "cats/old/tom.png"])
 def test_a_file_beneath_the_root_is_opened(kernel: str, root: int, name: str) -> None:
-    """A file is found at every depth."""
+    """A file is opened at every depth."""
     assert contents(syscalls.open_file(root, name)) == PICTURE
 
 
-def test_what_is_in_memory_is_opened_without_waiting(root: int, tree: Path) -> None:
-    """A file that was just used is opened by `open_cached` too, wherever the kernel has openat2 with RESOLVE_CACHED."""
+def test_a_cached_file_is_opened_without_waiting(root: int, tree: Path) -> None:
+    """A file that was just used is opened by `open_cached`, if the kernel has RESOLVE_CACHED."""
     contents(syscalls.open_file(root, "cats/old/tom.png"))
     try:
         fd = syscalls.open_cached(root, "cats/old/tom.png")
@@ -96,7 +79,7 @@ def test_what_is_in_memory_is_opened_without_waiting(root: int, tree: Path) -> N
 
 
 def test_without_openat2_nothing_is_opened_without_waiting(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody can tell whether an open waits for a disk, it is taken to wait."""
+    """Without openat2 `open_cached` raises `BlockingIOError`."""
     monkeypatch.setattr(syscalls, "HAS_OPENAT2", False)
     with pytest.raises(BlockingIOError):
         syscalls.open_cached(root, "tom.png")
@@ -104,7 +87,7 @@ def test_without_openat2_nothing_is_opened_without_waiting(root: int, monkeypatc
 
 @pytest.mark.parametrize("name", ["", "cats", "cats/old"])
 def test_a_directory_beneath_the_root_is_opened(kernel: str, root: int, tree: Path, name: str) -> None:
-    """A directory is found at every depth; the empty name is the root itself, on a descriptor of its own."""
+    """A directory is opened at every depth; the empty name is the root, on a new descriptor."""
     fd = syscalls.open_directory(root, name)
     try:
         assert fd != root
@@ -114,7 +97,7 @@ def test_a_directory_beneath_the_root_is_opened(kernel: str, root: int, tree: Pa
 
 
 def test_descriptors_are_not_inherited(kernel: str, root: int) -> None:
-    """A program that the app starts gets none of our descriptors."""
+    """A child process inherits none of the descriptors."""
     opened = [
         syscalls.open_file(root, "tom.png"),
         syscalls.open_directory(root, ""),
@@ -138,22 +121,22 @@ def test_descriptors_are_not_inherited(kernel: str, root: int) -> None:
         ("x" * 256 + "/tom.png", errno.ENAMETOOLONG),
     ],
 )
-def test_an_absent_file_is_told_by_its_errno(kernel: str, root: int, name: str, code: int) -> None:
-    """Why there is no file is told alike by every kernel, and no descriptor stays open."""
+def test_an_absent_file_raises_its_errno(kernel: str, root: int, name: str, code: int) -> None:
+    """An absent file raises the same errno on every kernel."""
     with pytest.raises(OSError) as caught:
         syscalls.open_file(root, name)
     assert caught.value.errno == code
 
 
 def test_an_absent_file_is_never_opened_without_waiting(root: int) -> None:
-    """An absent name is either known to be absent, or has to be waited for."""
+    """`open_cached` of an absent name raises `FileNotFoundError` or `BlockingIOError`."""
     with pytest.raises((BlockingIOError, FileNotFoundError)):
         syscalls.open_cached(root, "missing.png")
 
 
 @pytest.mark.parametrize("name", ["tom.png", "missing", "cats/missing", "tom.png/cats"])
 def test_what_is_no_directory_is_not_opened_as_one(kernel: str, root: int, name: str) -> None:
-    """A file, or nothing, where a directory is asked for."""
+    """`open_directory` raises if the name is a file or absent."""
     with pytest.raises((NotADirectoryError, FileNotFoundError)):
         syscalls.open_directory(root, name)
 
@@ -162,38 +145,38 @@ def test_what_is_no_directory_is_not_opened_as_one(kernel: str, root: int, name:
 
 
 def link_the_last_part(tree: Path, target: Path) -> str:
-    """A link at the name itself."""
+    """Make a link at the name itself."""
     (tree / "a.png").symlink_to(target / "secret")
     return "a.png"
 
 
 def link_a_middle_part(tree: Path, target: Path) -> str:
-    """A link at a directory of the name."""
+    """Make a link at a directory in the middle of the name."""
     (tree / "cats" / "b").symlink_to(target)
     return "cats/b/secret"
 
 
 def link_the_first_part(tree: Path, target: Path) -> str:
-    """A link at the first directory of the name."""
+    """Make a link at the first directory of the name."""
     (tree / "b").symlink_to(target)
     return "b/secret"
 
 
 def link_twice(tree: Path, target: Path) -> str:
-    """A link that leads to a link."""
+    """Make a link to a link."""
     (tree / "c").symlink_to(target)
     (tree / "b").symlink_to("c")
     return "b/secret"
 
 
 def link_within_the_root(tree: Path, target: Path) -> str:
-    """A link that does not even leave the root."""
+    """Make a link whose target is inside the root."""
     (tree / "b").symlink_to("cats")
     return "b/old/tom.png"
 
 
 def link_through_proc(tree: Path, target: Path) -> str:
-    """A magic link of /proc."""
+    """Make a link to a magic link of /proc."""
     (tree / "b").symlink_to(f"/proc/self/root{target}")
     return "b/secret"
 
@@ -212,7 +195,7 @@ LINKS = [
 def test_no_link_is_followed_to_a_file(
     kernel: str, opener: Open, root: int, tree: Path, tmp_path: Path, link: Callable[[Path, Path], str]
 ) -> None:
-    """A link at any level of a name leads nowhere (CVE-2024-23334)."""
+    """A link at any part of a name is not followed (CVE-2024-23334)."""
     name = link(tree, tmp_path / "outside")
     assert (tree / name).read_bytes() in {SECRET, PICTURE}
     with pytest.raises(OSError):
@@ -223,7 +206,7 @@ def test_no_link_is_followed_to_a_file(
 def test_no_link_is_followed_to_a_directory(
     kernel: str, root: int, tree: Path, tmp_path: Path, link: Callable[[Path, Path], str]
 ) -> None:
-    """A link where a directory is asked for leads nowhere, at any level."""
+    """A link at any part of a directory's name is not followed."""
     name = link(tree, tmp_path / "outside").rpartition("/")[0]
     assert (tree / name).is_dir()
     with pytest.raises(OSError):
@@ -234,7 +217,7 @@ def test_no_link_is_followed_to_a_directory(
     "name", ["../outside/secret", "cats/../../outside/secret", "{outside}/secret", "..", "cats/../..", "/", "//tom.png"]
 )
 def test_nothing_outside_the_root_is_opened(kernel: str, opener: Open, root: int, tmp_path: Path, name: str) -> None:
-    """A name that climbs out of the root, or is absolute, leads nowhere, whoever forgot to check it."""
+    """A name with `..` or an absolute name raises, even if its grammar was not checked."""
     name = name.format(outside=tmp_path / "outside")
     with pytest.raises(OSError):
         os.close(opener(root, name))
@@ -244,19 +227,19 @@ def test_nothing_outside_the_root_is_opened(kernel: str, opener: Open, root: int
 
 @pytest.mark.parametrize("name", ["tom.png\0", "tom.png\0.jpg", "cats\0/old"])
 def test_no_name_is_cut_at_a_nul(kernel: str, opener: Open, root: int, name: str) -> None:
-    """A NUL is no end of a name: neither file nor directory of the shorter name is opened."""
+    """A name with a NUL raises; the shorter name before the NUL is not opened."""
     with pytest.raises((ValueError, OSError)):
         os.close(opener(root, name))
     with pytest.raises((ValueError, OSError)):
         os.close(syscalls.open_directory(root, name))
 
 
-# -- what stands at a name and is no file ----------------------------------------------------------------------------
+# -- special files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(20)
 def test_a_fifo_never_blocks(kernel: str, opener: Open, root: int, tree: Path) -> None:
-    """A FIFO that nobody writes to is opened or refused at once."""
+    """Opening a FIFO without a writer does not block."""
     os.mkfifo(tree / "pipe.png")
     try:
         fd = opener(root, "pipe.png")
@@ -267,7 +250,7 @@ def test_a_fifo_never_blocks(kernel: str, opener: Open, root: int, tree: Path) -
 
 
 def test_a_socket_is_not_opened(kernel: str, opener: Open, root: int, tree: Path) -> None:
-    """A socket is refused."""
+    """Opening a socket raises."""
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"/proc/self/fd/{root}/socket.png")
         with pytest.raises(OSError):
@@ -288,8 +271,8 @@ def unnamed(root: int) -> Iterator[int]:
     os.close(fd)
 
 
-def test_an_unnamed_file_is_nowhere_to_be_seen(unnamed: int, tree: Path) -> None:
-    """Nobody can open it, list it, or find it after a crash; and nobody else may read it."""
+def test_an_unnamed_file_is_private(unnamed: int, tree: Path) -> None:
+    """An unnamed file is not listed, not inherited, and readable only by its owner."""
     os.write(unnamed, PICTURE)
     assert {path.name for path in tree.iterdir()} == {"tom.png", "cats"}
     assert stat.S_IMODE(os.fstat(unnamed).st_mode) & 0o077 == 0
@@ -297,22 +280,17 @@ def test_an_unnamed_file_is_nowhere_to_be_seen(unnamed: int, tree: Path) -> None
 
 
 def test_an_unnamed_file_gets_a_name(unnamed: int, root: int, tree: Path) -> None:
-    """With its name it is an ordinary file."""
+    """An unnamed file that gets a name is an ordinary file."""
     os.write(unnamed, PICTURE)
     syscalls.name_descriptor(unnamed, root, "new.png")
     assert (tree / "new.png").read_bytes() == PICTURE
     assert os.fstat(unnamed).st_nlink == 1
 
 
-def make_link(path: Path) -> None:
-    """A link that leads nowhere."""
-    path.symlink_to("nowhere")
-
-
-@pytest.mark.parametrize("stand", [Path.touch, Path.mkdir, os.mkfifo, make_link])
-def test_a_name_is_never_taken_from_another(unnamed: int, root: int, tree: Path, stand: Callable[[Path], None]) -> None:
-    """Whatever stands at the name stays there: no file, directory, FIFO or link is replaced or written through."""
-    stand(tree / "taken.png")
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, os.mkfifo, dangling_link])
+def test_a_name_is_never_taken_from_another(unnamed: int, root: int, tree: Path, make: Callable[[Path], None]) -> None:
+    """If anything has the name, `FileExistsError` is raised, and nothing is replaced or written through a link."""
+    make(tree / "taken.png")
     before = os.lstat(tree / "taken.png")
     with pytest.raises(FileExistsError):
         syscalls.name_descriptor(unnamed, root, "taken.png")
@@ -320,8 +298,8 @@ def test_a_name_is_never_taken_from_another(unnamed: int, root: int, tree: Path,
     assert not (tree / "nowhere").exists()
 
 
-def test_where_there_are_no_unnamed_files_it_is_said(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system without O_TMPFILE says EOPNOTSUPP, as a file system without it does."""
+def test_a_system_without_unnamed_files(root: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without O_TMPFILE raises EOPNOTSUPP, as a file system without it does."""
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     with pytest.raises(OSError) as caught:
         syscalls.open_unnamed(root)
@@ -332,12 +310,12 @@ def test_where_there_are_no_unnamed_files_it_is_said(root: int, monkeypatch: pyt
 
 
 def test_a_file_system_is_synced(root: int) -> None:
-    """Whoever holds a descriptor can have its whole file system synced."""
+    """`sync_filesystem` takes any descriptor of the file system."""
     syscalls.sync_filesystem(root)
 
 
-def test_a_failed_sync_is_told() -> None:
-    """A sync that failed is never taken for one that worked."""
+def test_a_failed_sync_raises() -> None:
+    """A sync that fails raises."""
     with pytest.raises(OSError) as caught:
         syscalls.sync_filesystem(-1)
     assert caught.value.errno == errno.EBADF
@@ -346,17 +324,17 @@ def test_a_failed_sync_is_told() -> None:
 # -- errno in threads ------------------------------------------------------------------------------------------------
 
 
-def test_threads_do_not_mix_up_their_errors(kernel: str, root: int, tree: Path) -> None:
-    """While many threads fail in different ways, each is told its own failure: absent is never taken for unreadable."""
+def test_threads_get_their_own_errors(kernel: str, root: int, tree: Path) -> None:
+    """Threads that fail at the same time in different ways each get their own errno."""
     (tree / "link").symlink_to("tom.png")
-    wrong: list[int | None] = []
+    errors: list[int | None] = []
 
     def fail(name: str, code: int) -> None:
         for _ in range(500):
             with pytest.raises(OSError) as caught:
                 syscalls.open_file(root, name)
             if caught.value.errno != code:
-                wrong.append(caught.value.errno)
+                errors.append(caught.value.errno)
 
     cases = [("missing", errno.ENOENT), ("link", errno.ELOOP), ("tom.png/x", errno.ENOTDIR)] * 2
     threads = [threading.Thread(target=fail, args=case) for case in cases]
@@ -364,14 +342,14 @@ def test_threads_do_not_mix_up_their_errors(kernel: str, root: int, tree: Path) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert errors == []
 
 
 # -- other kernels ---------------------------------------------------------------------------------------------------
 
 
 class Libc:
-    """The C library over a kernel that answers openat2 with an error, as old ones and sandboxes do."""
+    """The C library of a kernel that answers openat2 with an error, as old kernels and sandboxes do."""
 
     def __init__(self, real: Any, refuse: Callable[[int], int]) -> None:
         self._real = real
@@ -396,56 +374,56 @@ class Libc:
 RESOLVE_CACHED = 0x20
 
 
-def other_room(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[int], int]) -> ModuleType:
-    """The room as it comes up on a kernel that refuses some calls; the process's own copy is left alone."""
+def load_on_kernel(monkeypatch: pytest.MonkeyPatch, refuse: Callable[[int], int]) -> ModuleType:
+    """Load the module again as on a kernel that refuses some calls; the module in use is not changed."""
     libc = Libc(ctypes.CDLL(None, use_errno=True), refuse)
     for loader in ("CDLL", "PyDLL"):
         monkeypatch.setattr(ctypes, loader, lambda *_, **__: libc)
-    spec = importlib.util.spec_from_file_location("selfheal.syscalls_elsewhere", syscalls.__file__)
+    spec = importlib.util.spec_from_file_location("selfheal.syscalls_on_another_kernel", syscalls.__file__)
     assert spec is not None
     assert spec.loader is not None
-    room = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(room)
-    return room
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM, errno.EINVAL])
-def test_without_openat2_files_are_opened_all_the_same(monkeypatch: pytest.MonkeyPatch, root: int, code: int) -> None:
-    """An old kernel (ENOSYS), or a sandbox that forbids the call (EPERM): the portable way is taken."""
-    room = other_room(monkeypatch, lambda resolve: code)
-    assert not room.HAS_OPENAT2
-    assert contents(room.open_file(root, "cats/old/tom.png")) == PICTURE
+def test_without_openat2_files_are_opened(monkeypatch: pytest.MonkeyPatch, root: int, code: int) -> None:
+    """On an old kernel (ENOSYS) or in a sandbox (EPERM) files are opened without openat2."""
+    module = load_on_kernel(monkeypatch, lambda resolve: code)
+    assert not module.HAS_OPENAT2
+    assert contents(module.open_file(root, "cats/old/tom.png")) == PICTURE
     with pytest.raises(BlockingIOError):
-        room.open_cached(root, "tom.png")
+        module.open_cached(root, "tom.png")
 
 
 def test_a_kernel_without_resolve_cached_waits(monkeypatch: pytest.MonkeyPatch, root: int) -> None:
-    """Linux 5.6 to 5.11 has openat2, but refuses RESOLVE_CACHED (EINVAL): then every open is one that may wait."""
-    room = other_room(monkeypatch, lambda resolve: errno.EINVAL if resolve & RESOLVE_CACHED else 0)
+    """On Linux 5.6 to 5.11, which refuses RESOLVE_CACHED (EINVAL), `open_cached` raises `BlockingIOError`."""
+    module = load_on_kernel(monkeypatch, lambda resolve: errno.EINVAL if resolve & RESOLVE_CACHED else 0)
     with pytest.raises(BlockingIOError):
-        room.open_cached(root, "tom.png")
-    assert contents(room.open_file(root, "tom.png")) == PICTURE
+        module.open_cached(root, "tom.png")
+    assert contents(module.open_file(root, "tom.png")) == PICTURE
 
 
-def test_a_passing_failure_does_not_give_openat2_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory that cannot be opened, or too many open files, say nothing of the kernel."""
-    assert other_room(monkeypatch, lambda resolve: errno.EMFILE).HAS_OPENAT2
+def test_a_temporary_failure_does_not_disable_openat2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that does not come from the kernel's age, such as EMFILE, does not disable openat2."""
+    assert load_on_kernel(monkeypatch, lambda resolve: errno.EMFILE).HAS_OPENAT2
 
 
-def test_another_system_is_served_the_portable_way(monkeypatch: pytest.MonkeyPatch, root: int) -> None:
-    """Off Linux the number of openat2 means some other call: it is never tried."""
+def test_openat2_is_called_only_on_linux(monkeypatch: pytest.MonkeyPatch, root: int) -> None:
+    """On other systems than Linux openat2 is not called: its number is another call there."""
     called = []
     monkeypatch.setattr(sys, "platform", "darwin")
-    room = other_room(monkeypatch, lambda resolve: called.append(resolve) or errno.ENOSYS)
-    assert contents(room.open_file(root, "tom.png")) == PICTURE
+    module = load_on_kernel(monkeypatch, lambda resolve: called.append(resolve) or errno.ENOSYS)
+    assert contents(module.open_file(root, "tom.png")) == PICTURE
     assert called == []
 
 
 def test_without_syncfs_everything_is_synced(monkeypatch: pytest.MonkeyPatch, root: int) -> None:
-    """A C library without syncfs: all file systems are synced instead of one."""
+    """Without syncfs in the C library all file systems are synced."""
     synced = []
     monkeypatch.setattr(os, "sync", lambda: synced.append(True))
-    other_room(monkeypatch, lambda resolve: errno.ENOSYS).sync_filesystem(root)
+    load_on_kernel(monkeypatch, lambda resolve: errno.ENOSYS).sync_filesystem(root)
     assert synced
 
 
@@ -461,9 +439,9 @@ use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 use()
 fetched = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-at_once = threading.Semaphore()
+one_at_a_time = threading.Semaphore()
 def use_alone():
-    with at_once:
+    with one_at_a_time:
         use()
 threads = [threading.Thread(target=use_alone) for _ in range(8)]
 for thread in threads:
@@ -477,18 +455,18 @@ print(fetched, pages * resource.getpagesize() >> 20)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
 def test_freed_memory_is_used_again() -> None:
-    """Who frees chunks and makes as many does not fetch memory anew each time, nor keeps some for each thread."""
+    """With `keep_freed_memory` freed chunks are used again, and threads do not keep memory of their own."""
 
     def measure(how: str) -> tuple[int, int]:
         run = subprocess.run([sys.executable, "-c", CHURN, how], capture_output=True, check=True, text=True)
         pages, megabytes = map(int, run.stdout.split())
         return pages, megabytes
 
-    (kept, megabytes), (given_back, before) = measure("kept"), measure("given back")
-    assert kept < 2000 < given_back
+    (kept, megabytes), (released, before) = measure("kept"), measure("released")
+    assert kept < 2000 < released
     assert megabytes < before + 20
 
 
-def test_a_c_library_without_mallopt_keeps_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """musl has none, nor has macOS: nothing is asked for."""
-    other_room(monkeypatch, lambda resolve: errno.ENOSYS).keep_freed_memory()
+def test_a_c_library_without_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without mallopt (musl, macOS) `keep_freed_memory` does nothing."""
+    load_on_kernel(monkeypatch, lambda resolve: errno.ENOSYS).keep_freed_memory()

@@ -18,8 +18,8 @@ from selfheal.disk.open_file import PIECE, identity_of
 from selfheal.http import hit_cache as room
 from selfheal.http.hit_cache import Hits
 from selfheal.http.sending import Responder, make_head
-from tests.disk.test_staged_file import assert_no_more_than, descriptors
 from tests.support.asgi import Lines, ask_scope, scope_of
+from tests.support.descriptors import assert_no_more_than, open_descriptors
 
 MODIFIED = 1_234_567_890_123_456_789
 PICTURE = os.urandom(5000)
@@ -47,7 +47,7 @@ def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
     disk = UploadsDirectory(tmp_path / "uploads")
     disk.path.mkdir()
     lay(disk.path / "tom.png")
-    before = descriptors()
+    before = open_descriptors()
     yield disk
     disk.close()
     assert_no_more_than(before)

@@ -1,0 +1,260 @@
+"""The quarantine: bad copies are moved to a private directory that is not served."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from selfheal.disk import directory as directory_module
+from selfheal.disk.directory import QUARANTINE, UploadsDirectory
+from selfheal.disk.listing import walk
+from tests.support.disk_files import MODIFIED, PICTURE, SECRET, contents_below, mode_of, put, read, write_file
+from tests.support.mounts import Mount
+from tests.support.os_errors import fails
+
+Uploads = Callable[..., UploadsDirectory]
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
+# -- where it is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "app/static/uploads",
+        "app/public/uploads",
+        "app/media",
+        "app/public/media/uploads",
+        "app/static/img/uploads",
+        "www/html/uploads",
+        "uploads",
+    ],
+)
+def test_the_quarantine_is_not_served(uploads: Uploads, tmp_path: Path, path: str) -> None:
+    """The quarantine is hidden, and neither below the uploads nor below a public directory above them."""
+    served = {"static", "public", "www", "html", "media"}
+    disk = uploads(tmp_path / path)
+    put(disk, "cats/tom.png")
+    moved = disk.quarantine("cats/tom.png")
+    assert moved is not None
+    assert moved.is_absolute()
+    assert not moved.is_relative_to(disk.path)
+    assert not served & set(moved.relative_to(tmp_path).parts)
+    assert moved.relative_to(tmp_path).parts[-4].startswith(".")
+
+
+def test_the_quarantine_may_be_a_link(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
+    """The quarantine given may be a link: bad copies go to its target and not into the root."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "quarantine").symlink_to("large")
+    disk = uploads(directory, quarantine=tmp_path / "quarantine")
+    put(disk, "cats/tom.png")
+    moved = disk.quarantine("cats/tom.png")
+    assert moved is not None
+    assert moved.resolve().is_relative_to(tmp_path / "large")
+    assert moved.read_bytes() == PICTURE
+    assert list(directory.iterdir()) == [directory / "cats"]
+
+
+def block_with_a_file(path_given: Path) -> None:
+    """Make a file at the quarantine's path."""
+    write_file(path_given)
+
+
+def block_the_parent(path_given: Path) -> None:
+    """Make a file at the parent of the quarantine's path."""
+    write_file(path_given.parent)
+
+
+def leave_out_the_parent(path_given: Path) -> None:
+    """Make nothing: the parent of the quarantine's path does not exist."""
+
+
+@pytest.mark.parametrize("obstruct", [block_with_a_file, block_the_parent, leave_out_the_parent])
+@pytest.mark.parametrize("name", ["tom.png", "cats/old/tom.png"])
+def test_a_quarantine_that_cannot_be_made(
+    uploads: Uploads, directory: Path, tmp_path: Path, obstruct: Callable[[Path], None], name: str
+) -> None:
+    """If the quarantine cannot be made, bad copies go to a private one inside the root, which no walk enters."""
+    path_given = tmp_path / "not" / "there"
+    obstruct(path_given)
+    disk = uploads(directory, quarantine=path_given)
+    put(disk, name)
+    moved = disk.quarantine(name)
+    assert moved is not None, "the bad copy counts as absent and will be overwritten"
+    assert moved.is_relative_to(path_given) or moved.is_relative_to(directory / QUARANTINE)
+    assert moved.read_bytes() == PICTURE
+    assert disk.stat(name) is None
+    assert list(walk(disk)) == []
+    if moved.is_relative_to(directory):
+        assert mode_of(directory / QUARANTINE) == 0o700
+
+
+def test_a_quarantine_on_another_disk(uploads: Uploads, mount: Callable[[str], Mount], tmp_path: Path) -> None:
+    """If the uploads are a volume of their own, bad copies stay on that volume."""
+    disk = uploads(mount("size=1m").path)
+    put(disk, "cats/tom.png")
+    moved = disk.quarantine("cats/tom.png")
+    assert moved is not None
+    assert moved.read_bytes() == PICTURE
+    assert disk.stat("cats/tom.png") is None
+    assert list(walk(disk)) == []
+
+
+def test_a_quarantine_that_may_not_be_written(uploads: Uploads, ordinary_directory: Path) -> None:
+    """With a real EACCES beside the uploads, bad copies go to the quarantine inside the root."""
+    (ordinary_directory / "app").mkdir()
+    disk = uploads(ordinary_directory / "app" / "uploads")
+    put(disk, "cats/tom.png")
+    (ordinary_directory / "app").chmod(0o555)
+    try:
+        moved = disk.quarantine("cats/tom.png")
+    finally:
+        (ordinary_directory / "app").chmod(0o755)
+    assert moved is not None
+    assert moved.is_relative_to(disk.path / QUARANTINE)
+    assert moved.read_bytes() == PICTURE
+
+
+def test_no_link_leads_out_of_quarantine(uploads: Uploads, directory: Path, tmp_path: Path, outside: Path) -> None:
+    """A link in place of the quarantine inside the root is not followed: ELOOP is raised, and the file stays."""
+    write_file(tmp_path / "file")
+    disk = uploads(directory, quarantine=tmp_path / "file" / "quarantine")
+    put(disk, "tom.png")
+    (directory / QUARANTINE).symlink_to(outside)
+    with pytest.raises(OSError) as caught:
+        disk.quarantine("tom.png")
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(directory / QUARANTINE))
+    assert read(disk, "tom.png") == PICTURE
+    assert contents_below(outside) == {"secret.png": SECRET}
+
+
+# -- what is in it ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tom.png", "cats/old/tom.png", "Кот é [1]@2x 100%.png", "/".join(["a"] * 256)])
+@pytest.mark.parametrize("umask", [0o000, 0o077], indirect=True)
+def test_a_bad_copy_is_set_aside(disk: UploadsDirectory, umask: int, name: str) -> None:
+    """The name is absent, and the same file, with its bytes and mtime, is where only the owner can read it."""
+    put(disk, name)
+    before = disk.stat(name)
+    assert before is not None
+    moved = disk.quarantine(name)
+    assert moved is not None
+    assert disk.stat(name) is None
+    assert os.path.samestat(moved.stat(), before)
+    assert (moved.read_bytes(), moved.stat().st_mtime_ns) == (PICTURE, MODIFIED)
+    assert str(moved).endswith(f"/{name}")
+    assert mode_of(disk.quarantine_path) == 0o700
+    assert moved.is_relative_to(disk.quarantine_path)
+
+
+def test_the_path_of_a_bad_copy_has_the_time(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory of a bad copy begins with the time in UTC, whatever the time zone of the machine."""
+    put(disk, "cats/tom.png")
+    try:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("TZ", "LINT-14")
+            time.tzset()
+            before = datetime.now(UTC).replace(microsecond=0)
+            moved = disk.quarantine("cats/tom.png")
+            after = datetime.now(UTC)
+    finally:
+        time.tzset()
+    assert moved is not None
+    stamp, _, token = moved.relative_to(disk.quarantine_path).parts[0].partition("-")
+    assert before <= datetime.strptime(f"{stamp}Z", "%Y%m%dT%H%M%S%z") <= after
+    assert re.fullmatch("[0-9a-f]{8}", token)
+
+
+@pytest.mark.parametrize("umask", [0o000], indirect=True)
+def test_a_bad_copy_is_private_in_an_open_quarantine(disk: UploadsDirectory, umask: int) -> None:
+    """In a quarantine that everybody can enter, the directory of each bad copy is private."""
+    disk.quarantine_path.mkdir(parents=True)
+    disk.quarantine_path.chmod(0o755)
+    put(disk, "cats/old/tom.png")
+    moved = disk.quarantine("cats/old/tom.png")
+    assert moved is not None
+    assert oct(mode_of(disk.quarantine_path / moved.relative_to(disk.quarantine_path).parts[0])) == oct(0o700)
+
+
+def test_a_link_is_set_aside_as_a_link(disk: UploadsDirectory) -> None:
+    """A dangling link is not absent: the link itself is moved."""
+    disk.path.mkdir(parents=True)
+    disk.path_of("special.png").symlink_to("nowhere")
+    moved = disk.quarantine("special.png")
+    assert moved is not None
+    assert os.readlink(moved) == "nowhere"
+    assert list(disk.path.iterdir()) == []
+
+
+def test_all_bad_copies_of_a_name_are_kept(disk: UploadsDirectory) -> None:
+    """Several bad copies of one name within one second are all kept."""
+    copies = [bytes([number]) * 100 for number in range(5)]
+    moved = []
+    for data in copies:
+        put(disk, "cats/tom.png", data)
+        moved.append(disk.quarantine("cats/tom.png"))
+    assert [path.read_bytes() for path in moved if path is not None] == copies
+
+
+def test_nothing_in_quarantine_is_overwritten(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the random part of a directory's name repeats, a bad copy is kept or the move is refused; none is lost."""
+    monkeypatch.setattr(directory_module.secrets, "token_hex", lambda size: "0" * 2 * size)
+    kept: dict[Path, bytes] = {}
+    for number in range(4):
+        data = bytes([number]) * 100
+        write_file(disk.path_of("cats/tom.png"), data)
+        try:
+            moved = disk.quarantine("cats/tom.png")
+        except OSError:
+            assert disk.path_of("cats/tom.png").read_bytes() == data, "the move was refused and the file is lost"
+            continue
+        assert moved is not None
+        assert moved not in kept
+        kept[moved] = data
+    assert kept
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+# -- files that are not moved -----------------------------------------------------------------------------------------
+
+
+def test_quarantine_makes_nothing_for_what_is_absent(disk: UploadsDirectory) -> None:
+    """For an absent name no directory is made."""
+    put(disk, "cats/tom.png")
+    for absent in ("cats/mog.png", "dogs/rex.png", "cats/tom.png/x"):
+        assert disk.quarantine(absent) is None
+    assert not disk.quarantine_path.exists()
+    assert contents_below(disk.path) == {"cats/tom.png": PICTURE}
+
+
+def test_a_bad_copy_that_cannot_be_set_aside_stays(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a bad copy cannot be moved, the error is raised and the file stays."""
+    put(disk, "tom.png")
+    monkeypatch.setattr(os, "rename", fails(errno.EROFS))
+    with pytest.raises(OSError) as caught:
+        disk.quarantine("tom.png")
+    assert caught.value.errno == errno.EROFS
+    assert read(disk, "tom.png") == PICTURE
+
+
+def test_a_bad_copy_that_vanishes_is_absent(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another process removes the file first, `quarantine` returns None."""
+    put(disk, "tom.png")
+    real = os.rename
+
+    def rename_after_removal(*arguments: object, **more: object) -> None:
+        disk.path_of("tom.png").unlink(missing_ok=True)
+        real(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "rename", rename_after_removal)
+    assert disk.quarantine("tom.png") is None
