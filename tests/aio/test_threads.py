@@ -1,4 +1,4 @@
-"""The threads: answers, failures, and askers that go away while a thread is at work for them."""
+"""The thread pool: results, errors, and callers that are cancelled while a thread works for them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 
 from selfheal.aio.threads import Threads
 from selfheal.disk.directory import OpenFile, UploadsDirectory
+from tests.support.descriptors import descriptors_of
 
-PATIENCE = 30.0
+GIVE_UP_AFTER = 30.0
 """Seconds after which a thread of a test gives up by itself, so that a failure does not hang the run."""
 
 AFTER_A_FORK = """
@@ -29,7 +30,7 @@ threads = Threads(2)
 assert asyncio.run(threads.run(os.getpid)) == os.getpid()
 child = os.fork()
 if child == 0:
-    signal.alarm(20)  # a call that waits for the parent's threads waits for ever
+    signal.alarm(20)  # a call that waits for the parent's threads never ends
     if sys.argv[1] == "close":
         threads.close()
     found = asyncio.run(threads.run(os.getpid))
@@ -42,7 +43,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 class Gate:
-    """Work that waits in its thread until the test opens the gate."""
+    """Work that waits in its thread until the test sets `opened`."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -50,23 +51,23 @@ class Gate:
         self.left = threading.Event()
 
     def __call__(self, result: Any = None) -> Any:
-        """Wait for the gate; return `result`, or raise it if it is an error."""
+        """Wait; then return `result`, or raise it if it is an error."""
         self.entered.set()
-        assert self.opened.wait(PATIENCE)
+        assert self.opened.wait(GIVE_UP_AFTER)
         self.left.set()
         if isinstance(result, BaseException):
             raise result
         return result
 
     async def is_entered(self) -> None:
-        """Wait until a thread stands at the gate."""
+        """Wait until a thread has started the work."""
         while not self.entered.is_set():
             await asyncio.sleep(0.01)
 
 
 @pytest.fixture
 def threads() -> Iterator[Threads]:
-    """Four threads."""
+    """A pool of four threads."""
     threads = Threads(4)
     yield threads
     threads.close()
@@ -74,43 +75,29 @@ def threads() -> Iterator[Threads]:
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    """A gate, open at the end whatever happened."""
+    """Work that waits; it ends with the test at the latest."""
     gate = Gate()
     yield gate
     gate.opened.set()
 
 
-@pytest.fixture
-async def complaints() -> list[dict[str, Any]]:
-    """What the event loop complained about, such as failures that nobody ever asked for."""
-    told: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-    return told
-
-
-def open_descriptors(path: Path) -> int:
-    """How many descriptors of this process are open on a file."""
-    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return sum(os.readlink(link) == str(path) for link in links if os.path.lexists(link))
-
-
 async def cancelled_at(gate: Gate, threads: Threads, result: Any = None) -> asyncio.Task[Any]:
-    """An asker whose call stands at the gate, and that was cancelled."""
-    asker = asyncio.create_task(threads.run(gate, result))
+    """Return a cancelled caller whose work waits in its thread."""
+    caller = asyncio.create_task(threads.run(gate, result))
     await gate.is_entered()
-    asker.cancel()
-    return asker
+    caller.cancel()
+    return caller
 
 
-async def assert_still_waiting(asker: asyncio.Task[Any]) -> None:
-    """However many turns the loop takes, the asker is not done."""
+async def assert_still_waiting(caller: asyncio.Task[Any]) -> None:
+    """Fail if the caller ends within 0.1 s."""
     for _ in range(20):
         await asyncio.sleep(0.005)
-        assert not asker.done()
+        assert not caller.done()
 
 
-async def test_the_answer_comes_from_another_thread(threads: Threads) -> None:
-    """A call gets its arguments, its answer comes back, and it runs in a thread of this pool, not in the loop's."""
+async def test_the_result_comes_from_another_thread(threads: Threads) -> None:
+    """A call gets its arguments, runs in a thread of the pool, and its result is returned."""
 
     def work(*args: int, **kwargs: int) -> tuple[Any, ...]:
         return args, kwargs, threading.current_thread()
@@ -121,8 +108,8 @@ async def test_the_answer_comes_from_another_thread(threads: Threads) -> None:
     assert thread.name.startswith("selfheal")
 
 
-async def test_a_failure_reaches_the_asker(threads: Threads) -> None:
-    """What the call raises is what the asker gets, the very same error."""
+async def test_an_error_reaches_the_caller(threads: Threads) -> None:
+    """The caller gets the error of the call, the same object."""
     error = OSError(28, "No space left on device")
 
     def work() -> None:
@@ -143,31 +130,31 @@ async def test_the_loop_goes_on(threads: Threads, gate: Gate) -> None:
     assert await slow == "slow"
 
 
-async def test_a_cancelled_asker_waits_for_the_end(threads: Threads, gate: Gate) -> None:
-    """An asker that is cancelled ends only after its thread has: until then nobody closes what the thread works on."""
-    asker = await cancelled_at(gate, threads)
-    await assert_still_waiting(asker)
+async def test_a_cancelled_caller_waits_for_the_end(threads: Threads, gate: Gate) -> None:
+    """A cancelled caller ends only after its thread, so that it cannot close what the thread uses."""
+    caller = await cancelled_at(gate, threads)
+    await assert_still_waiting(caller)
     gate.opened.set()
     with pytest.raises(asyncio.CancelledError):
-        await asker
+        await caller
     assert gate.left.is_set()
 
 
 async def test_cancelled_again_and_again(threads: Threads, gate: Gate) -> None:
-    """An asker that is cancelled once more while it waits for its thread still waits."""
-    asker = await cancelled_at(gate, threads)
+    """A caller that is cancelled several times still waits for its thread."""
+    caller = await cancelled_at(gate, threads)
     for _ in range(5):
         await asyncio.sleep(0.01)
-        asker.cancel()
-    await assert_still_waiting(asker)
+        caller.cancel()
+    await assert_still_waiting(caller)
     gate.opened.set()
     with pytest.raises(asyncio.CancelledError):
-        await asker
+        await caller
     assert gate.left.is_set()
 
 
 async def test_a_deadline_waits_for_the_end(threads: Threads, gate: Gate) -> None:
-    """A deadline that passes while a thread is at work is told after the thread's end."""
+    """A timeout that expires while the thread works is raised after the thread has ended."""
     opener = threading.Timer(0.3, gate.opened.set)
     opener.start()
     with pytest.raises(TimeoutError):
@@ -177,43 +164,45 @@ async def test_a_deadline_waits_for_the_end(threads: Threads, gate: Gate) -> Non
     opener.join()
 
 
-async def test_no_number_is_given_away_under_a_thread(threads: Threads, gate: Gate, tmp_path: Path) -> None:
-    """A cancelled asker does not close the descriptor that its thread writes to: another file would get its bytes."""
+async def test_a_descriptor_in_use_is_not_closed(threads: Threads, gate: Gate, tmp_path: Path) -> None:
+    """A cancelled caller does not close the descriptor its thread writes to: another file could get its number."""
     mine, other = tmp_path / "mine", tmp_path / "other"
     fd = os.open(mine, os.O_WRONLY | os.O_CREAT)
 
-    async def asker() -> None:
+    async def caller() -> None:
         try:
             await threads.run(lambda: (gate(), os.write(fd, b"mine")))
         finally:
             os.close(fd)
 
-    task = asyncio.create_task(asker())
+    task = asyncio.create_task(caller())
     await gate.is_entered()
     task.cancel()
     await asyncio.sleep(0.05)
-    stranger = os.open(other, os.O_WRONLY | os.O_CREAT)
+    unrelated = os.open(other, os.O_WRONLY | os.O_CREAT)
     gate.opened.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    os.close(stranger)
+    os.close(unrelated)
     assert (mine.read_bytes(), other.read_bytes()) == (b"mine", b"")
 
 
-async def test_a_failure_that_nobody_asks_for(threads: Threads, gate: Gate, complaints: list[dict[str, Any]]) -> None:
-    """A call that fails after its asker was cancelled is cancelled for the asker, and nobody complains of it later."""
-    asker = await cancelled_at(gate, threads, OSError(5, "Input/output error"))
+async def test_an_error_without_a_caller_is_not_reported(
+    threads: Threads, gate: Gate, reports: list[dict[str, Any]]
+) -> None:
+    """An error of a call whose caller was cancelled is not reported as never retrieved."""
+    caller = await cancelled_at(gate, threads, OSError(5, "Input/output error"))
     gate.opened.set()
     with pytest.raises(asyncio.CancelledError):
-        await asker
-    del asker
+        await caller
+    del caller
     gc.collect()
     await asyncio.sleep(0.01)
-    assert complaints == []
+    assert reports == []
 
 
-async def test_a_cancelled_asker_leaves_no_descriptor_open(threads: Threads, gate: Gate, tmp_path: Path) -> None:
-    """CVE-2026-54280: a client that goes away while its file is being opened leaves no descriptor open behind it."""
+async def test_a_cancelled_caller_leaves_no_descriptor_open(threads: Threads, gate: Gate, tmp_path: Path) -> None:
+    """A client that disconnects while its file is opened leaves no descriptor open (CVE-2026-54280)."""
     path = tmp_path / "a.png"
     path.write_bytes(b"x")
     disk = UploadsDirectory(tmp_path, threads=threads)
@@ -222,20 +211,20 @@ async def test_a_cancelled_asker_leaves_no_descriptor_open(threads: Threads, gat
         gate()
         return disk.open("a.png")
 
-    asker = asyncio.create_task(threads.run(slow_open))
+    caller = asyncio.create_task(threads.run(slow_open))
     await gate.is_entered()
-    asker.cancel()
+    caller.cancel()
     gate.opened.set()
     with pytest.raises(asyncio.CancelledError):
-        await asker
-    del asker
+        await caller
+    del caller
     gc.collect()
     disk.close()
-    assert open_descriptors(path) == 0
+    assert descriptors_of(path) == 0
 
 
-async def test_only_so_many_at_once() -> None:
-    """No more calls run at once than there are workers; the others wait for their turn, and all are answered."""
+async def test_the_number_of_threads_is_bounded() -> None:
+    """At most as many calls run at once as there are threads; the others wait, and all get their results."""
     threads = Threads(3)
     lock = threading.Lock()
     running: list[int] = []
@@ -256,7 +245,7 @@ async def test_only_so_many_at_once() -> None:
 
 
 async def test_used_again_after_it_was_closed(threads: Threads, gate: Gate) -> None:
-    """Closing waits for nobody, lets what is under way end, may be done twice, and a later call starts new threads."""
+    """`close` does not wait, lets running calls end, may be called twice, and a later call starts new threads."""
     slow = asyncio.create_task(threads.run(gate, "slow"))
     await gate.is_entered()
     threads.close()
@@ -268,15 +257,15 @@ async def test_used_again_after_it_was_closed(threads: Threads, gate: Gate) -> N
 
 
 async def test_closed_threads_end(threads: Threads) -> None:
-    """A closed pool leaves no thread behind."""
+    """The threads of a closed pool end."""
     thread = await threads.run(threading.current_thread)
     threads.close()
-    await asyncio.to_thread(thread.join, PATIENCE)
+    await asyncio.to_thread(thread.join, GIVE_UP_AFTER)
     assert not thread.is_alive()
 
 
 def test_one_pool_for_several_loops() -> None:
-    """The same threads serve one event loop after another."""
+    """One pool serves one event loop after another."""
     threads = Threads(2)
     assert [asyncio.run(threads.run(str, number)) for number in range(3)] == ["0", "1", "2"]
     threads.close()
@@ -284,7 +273,7 @@ def test_one_pool_for_several_loops() -> None:
 
 @pytest.mark.parametrize("first", ["run", "close"])
 def test_each_process_has_its_own(first: str) -> None:
-    """A child that was forked off has none of its parent's threads: it makes its own, and leaves the parent's alone."""
+    """A forked child makes its own threads and does not stop those of its parent."""
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", AFTER_A_FORK, first]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (7, "")
