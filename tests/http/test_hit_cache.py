@@ -1,25 +1,26 @@
-"""What was answered before: the same answer again, in one go, for as long as the file and the question are the same."""
+"""The hit cache: the same answer again, without a wait, while the file and the request are the same."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from selfheal.disk import directory as disk_room
+from selfheal.disk import directory as directory_module
 from selfheal.disk import syscalls
 from selfheal.disk.directory import LOOK_EVERY, UploadsDirectory
 from selfheal.disk.open_file import PIECE, identity_of
-from selfheal.http import hit_cache as room
+from selfheal.http import hit_cache
 from selfheal.http.hit_cache import Hits
 from selfheal.http.sending import Responder, make_head
 from tests.support.asgi import Lines, ask_scope, scope_of
 from tests.support.descriptors import assert_no_more_than, open_descriptors
+from tests.support.os_errors import fails
 
 MODIFIED = 1_234_567_890_123_456_789
 PICTURE = os.urandom(5000)
@@ -27,8 +28,8 @@ PATH = "/static/uploads/tom.png"
 
 
 @pytest.fixture(autouse=True)
-def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is, whatever the file system that the tests run on can tell."""
+def all_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is in the page cache, even if the file system of the tests cannot tell."""
 
     def open_known(root: int, path: bytes) -> int:
         try:
@@ -43,10 +44,10 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
-    """A directory with a picture."""
+    """A directory with one picture."""
     disk = UploadsDirectory(tmp_path / "uploads")
     disk.path.mkdir()
-    lay(disk.path / "tom.png")
+    write_picture(disk.path / "tom.png")
     before = open_descriptors()
     yield disk
     disk.close()
@@ -55,18 +56,18 @@ def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
 
 @pytest.fixture
 def hits(disk: UploadsDirectory) -> Hits:
-    """Which know nothing yet."""
+    """An empty hit cache."""
     return Hits(disk, Responder())
 
 
-def lay(path: Path, data: bytes = PICTURE) -> None:
-    """A file of a time of its own."""
+def write_picture(path: Path, data: bytes = PICTURE) -> None:
+    """Write a file with a fixed mtime."""
     path.write_bytes(data)
     os.utime(path, ns=(MODIFIED, MODIFIED))
 
 
 def learn(hits: Hits, disk: UploadsDirectory, name: str = "tom.png", scope: Scope | None = None) -> None:
-    """What happens the first time that a file is asked for."""
+    """Put a name into the hit cache, as its first request does."""
     file = disk.open(name)
     assert file is not None
     with file:
@@ -88,14 +89,14 @@ def learn(hits: Hits, disk: UploadsDirectory, name: str = "tom.png", scope: Scop
     ],
     ids=str,
 )
-async def test_the_answer_is_the_one_that_is_sent_after_waiting(
+async def test_the_answer_equals_the_one_after_a_wait(
     disk: UploadsDirectory, hits: Hits, method: str, size: int, headers: Lines
 ) -> None:
-    """To the letter, whatever is asked for."""
-    lay(disk.path / "tom.png", os.urandom(size))
+    """An answer from the hit cache equals, message by message, the one that is sent after a wait for the disk."""
+    write_picture(disk.path / "tom.png", os.urandom(size))
     responder, scope = Responder(), scope_of(PATH, method=method, headers=headers)
 
-    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+    async def after_a_wait(scope: Scope, receive: Receive, send: Send) -> None:
         file = disk.open("tom.png")
         assert file is not None
         with file:
@@ -106,18 +107,18 @@ async def test_the_answer_is_the_one_that_is_sent_after_waiting(
     found = hits.answer(scope)
     assert found is not None
     known, start, body = found
-    assert (await ask_scope(waiting, scope)).messages == [start, {**body, "more_body": False}]
+    assert (await ask_scope(after_a_wait, scope)).messages == [start, {**body, "more_body": False}]
     assert (known.name, known.size) == ("tom.png", size)
     assert known.identity == identity_of(os.stat(disk.path / "tom.png"))
 
 
-def test_what_was_never_asked_for_is_not_known(hits: Hits) -> None:
-    """Nothing is looked for on a disk."""
+def test_a_first_request_is_not_answered(hits: Hits) -> None:
+    """A path that was not requested before is not in the hit cache."""
     assert hits.answer(scope_of(PATH)) is None
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "scope",
     [
         scope_of(PATH, method="POST"),
         scope_of(PATH, method="DELETE"),
@@ -128,15 +129,15 @@ def test_what_was_never_asked_for_is_not_known(hits: Hits) -> None:
         scope_of(PATH, root_path=None),
     ],
 )
-def test_another_question_has_no_answer(hits: Hits, disk: UploadsDirectory, asked: Scope) -> None:
-    """Only all that a server says of a path tells which name that is: `%2f` is no slash, though its path has one."""
+def test_another_request_is_not_answered(hits: Hits, disk: UploadsDirectory, scope: Scope) -> None:
+    """Another method, path, raw path or root path is not answered: `%2f` is no slash, though it is decoded to one."""
     learn(hits, disk)
-    assert hits.answer(asked) is None
+    assert hits.answer(scope) is None
     assert hits.answer(scope_of(PATH)) is not None
 
 
-def test_headers_that_can_be_read_once(hits: Hits, disk: UploadsDirectory) -> None:
-    """A server may give any iterable: what is not answered here must find all of it."""
+def test_headers_that_are_an_iterator(hits: Hits, disk: UploadsDirectory) -> None:
+    """Headers that are an iterator are not consumed and not answered."""
     learn(hits, disk)
     scope = scope_of(PATH, headers=[("Range", "bytes=0-9")])
     lines = list(scope["headers"])
@@ -145,38 +146,42 @@ def test_headers_that_can_be_read_once(hits: Hits, disk: UploadsDirectory) -> No
     assert list(scope["headers"]) == lines
 
 
-def test_a_server_that_says_less(hits: Hits, disk: UploadsDirectory) -> None:
-    """`raw_path` and `root_path` are optional in ASGI."""
+def test_a_scope_without_optional_keys(hits: Hits, disk: UploadsDirectory) -> None:
+    """A scope without the optional `raw_path` and `root_path` is answered."""
     scope = scope_of(PATH)
     del scope["raw_path"], scope["root_path"]
     learn(hits, disk, scope=scope)
     assert hits.answer(scope) is not None
 
 
-def test_a_path_that_is_written_in_two_ways(hits: Hits, disk: UploadsDirectory) -> None:
-    """The one that was asked for last is known: nobody slows all others down for good."""
+def test_two_spellings_of_a_path(hits: Hits, disk: UploadsDirectory) -> None:
+    """For two spellings of one path, the last one requested is in the hit cache."""
     for target in ("/static/uploads/%74om.png", PATH):
         learn(hits, disk, scope=scope_of(target))
         assert hits.answer(scope_of(target)) is not None
 
 
 def replaced(path: Path) -> None:
-    lay(path.with_name("new"), bytes(len(PICTURE)))
+    """Replace the file with one of equal size and mtime."""
+    write_picture(path.with_name("new"), bytes(len(PICTURE)))
     os.rename(path.with_name("new"), path)
 
 
 def overwritten(path: Path) -> None:
+    """Overwrite the file, with equal size and mtime."""
     before = os.stat(path)
-    while os.stat(path).st_ctime_ns == before.st_ctime_ns:  # the clock of files is a coarse one
-        lay(path, bytes(len(PICTURE)))
+    while os.stat(path).st_ctime_ns == before.st_ctime_ns:  # the clock of the file system is coarse
+        write_picture(path, bytes(len(PICTURE)))
 
 
 def made_a_link(path: Path) -> None:
+    """Replace the file with a link to it."""
     os.rename(path, path.with_name("target"))
     os.symlink("target", path)
 
 
 def made_a_directory(path: Path) -> None:
+    """Replace the file with a directory."""
     path.unlink()
     path.mkdir()
 
@@ -187,14 +192,14 @@ def made_a_directory(path: Path) -> None:
 def test_a_file_that_changed_is_not_answered(
     hits: Hits, disk: UploadsDirectory, change: Callable[[Path], None]
 ) -> None:
-    """Though its name, its size and its time of modification may be the same."""
+    """A file that changed is not answered, even if its name, size and mtime are the same."""
     learn(hits, disk)
     change(disk.path / "tom.png")
     assert hits.answer(scope_of(PATH)) is None
 
 
-def test_a_changed_file_is_learnt_anew(hits: Hits, disk: UploadsDirectory) -> None:
-    """Its headers are those of the file that is there."""
+def test_a_changed_file_is_cached_again(hits: Hits, disk: UploadsDirectory) -> None:
+    """After a change, the next request puts the new file and its headers into the hit cache."""
     learn(hits, disk)
     (disk.path / "tom.png").write_bytes(b"another")
     learn(hits, disk)
@@ -208,9 +213,9 @@ def test_a_changed_file_is_learnt_anew(hits: Hits, disk: UploadsDirectory) -> No
 
 @pytest.mark.parametrize("headers", [[], [("Range", f"bytes=0-{PIECE}")]])
 def test_more_than_a_piece_is_not_answered_at_once(hits: Hits, disk: UploadsDirectory, headers: Lines) -> None:
-    """It is sent piece by piece; but a part of it can be."""
+    """More bytes than one piece are not answered from the hit cache; a range of one piece is."""
     data = os.urandom(PIECE + 1)
-    lay(disk.path / "tom.png", data)
+    write_picture(disk.path / "tom.png", data)
     learn(hits, disk)
     assert hits.answer(scope_of(PATH, headers=headers)) is None
     found = hits.answer(scope_of(PATH, headers=[("Range", f"bytes=1-{PIECE}")]))
@@ -218,24 +223,22 @@ def test_more_than_a_piece_is_not_answered_at_once(hits: Hits, disk: UploadsDire
     assert found[2]["body"] == data[1:]
 
 
-def fails(*_: Any) -> int:
-    raise OSError(5, "Input/output error")
-
-
 @pytest.mark.parametrize(
-    "preadv", [lambda fd, buffers, *_: 60, lambda *_: 0, fails], ids=["a part is in memory", "nothing is", "EIO"]
+    "preadv",
+    [lambda fd, buffers, *_: 60, lambda *_: 0, fails(errno.EIO)],
+    ids=["a part is cached", "nothing is", "EIO"],
 )
-def test_what_is_not_in_memory_is_not_answered(
+def test_an_uncached_file_is_not_answered(
     hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, preadv: Callable[..., int]
 ) -> None:
-    """Whoever can wait for it finds out what is the matter."""
+    """A file that is not cached, cached in part, or cannot be read is not answered."""
     learn(hits, disk)
     monkeypatch.setattr(os, "preadv", preadv)
     assert hits.answer(scope_of(PATH)) is None
 
 
-def test_a_file_with_the_first_number_is_answered(hits: Hits, disk: UploadsDirectory) -> None:
-    """A process without standard input hands out 0 as a descriptor."""
+def test_descriptor_zero_is_closed(hits: Hits, disk: UploadsDirectory) -> None:
+    """Descriptor 0, which a process without standard input can get, works and is closed."""
     learn(hits, disk)
     kept = os.dup(0)
     os.close(0)
@@ -250,13 +253,13 @@ def test_a_file_with_the_first_number_is_answered(hits: Hits, disk: UploadsDirec
     assert found[2]["body"] == PICTURE
 
 
-def test_an_error_of_closing_is_none(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems tell of one; what was read before is right."""
+def test_an_error_of_closing_is_ignored(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of `close`, which some file systems raise, is ignored: the bytes read are correct."""
     real = os.close
 
     def close(fd: int) -> None:
         real(fd)
-        fails()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     learn(hits, disk)
     monkeypatch.setattr(os, "close", close)
@@ -266,20 +269,20 @@ def test_an_error_of_closing_is_none(hits: Hits, disk: UploadsDirectory, monkeyp
     assert found[2]["body"] == PICTURE
 
 
-def test_a_kernel_that_cannot_tell(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without openat2 nothing is opened in the event loop."""
+def test_without_openat2_nothing_is_answered(
+    hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without openat2 nothing is answered: opening would block the event loop."""
     monkeypatch.undo()
     learn(hits, disk)
     monkeypatch.setattr(syscalls, "HAS_OPENAT2", False)
     assert hits.answer(scope_of(PATH)) is None
 
 
-def test_the_root_is_looked_at_every_second(
-    hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then the path may lead elsewhere, and only the disk can say."""
+def test_the_root_is_checked_every_second(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hit cache answers for one second after the root was checked; then the root must be checked again."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(disk_room, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(directory_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     learn(hits, disk)
     clock.now += LOOK_EVERY
     assert hits.answer(scope_of(PATH)) is not None
@@ -292,8 +295,8 @@ def test_the_root_is_looked_at_every_second(
 
 
 @pytest.mark.parametrize("more", ["path", "raw_path", "root_path"])
-def test_what_is_remembered_of_a_path_is_bounded(hits: Hits, disk: UploadsDirectory, more: str) -> None:
-    """Below a mount whose path has a parameter, a client can ask for one file at as many long paths as it likes."""
+def test_long_paths_are_not_kept(hits: Hits, disk: UploadsDirectory, more: str) -> None:
+    """A path longer than 1,024 characters in all its parts is not kept: a client could choose many."""
     sizes = []
     for length in (1024 - 2 * len(PATH), 1024 - 2 * len(PATH) + 1):
         scope = scope_of(PATH)
@@ -309,8 +312,8 @@ def test_what_is_remembered_of_a_path_is_bounded(hits: Hits, disk: UploadsDirect
 
 
 @pytest.mark.parametrize("headers", [[], [("Range", "bytes=10-89")], [("If-None-Match", "*")]])
-def test_headers_that_are_added_stay_with_their_answer(hits: Hits, disk: UploadsDirectory, headers: Lines) -> None:
-    """A middleware around us may add to the list of an answer's headers; the next answer knows nothing of it."""
+def test_added_headers_stay_with_their_answer(hits: Hits, disk: UploadsDirectory, headers: Lines) -> None:
+    """A middleware that adds headers to one answer does not change the next one."""
     learn(hits, disk)
     for _ in range(2):
         found = hits.answer(scope_of(PATH, headers=headers))
@@ -320,14 +323,14 @@ def test_headers_that_are_added_stay_with_their_answer(hits: Hits, disk: Uploads
         assert [key for key, _ in start["headers"]].count(b"x-added") == 1
 
 
-def test_no_file_is_taken_for_another(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is remembered of many files, and forgotten to bound the memory, is never said of another one."""
-    monkeypatch.setattr(room, "KNOWN_AT_MOST", 5)
+def test_files_are_not_mixed_up(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more files than the hit cache holds, every answer has the bytes of its own file."""
+    monkeypatch.setattr(hit_cache, "KNOWN_AT_MOST", 5)
     for index in range(12):
-        lay(disk.path / f"{index}.png", b"%d" % index * (index + 1))
-    for turn in range(3):
+        write_picture(disk.path / f"{index}.png", b"%d" % index * (index + 1))
+    for repetition in range(3):
         for index in range(12):
-            learn(hits, disk, f"{index if turn else index // 2}.png")
+            learn(hits, disk, f"{index if repetition else index // 2}.png")
             assert len(hits._known) <= 5
             for other in range(12):
                 found = hits.answer(scope_of(f"/static/uploads/{other}.png"))
