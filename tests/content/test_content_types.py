@@ -1,4 +1,4 @@
-"""One table of content types: what is in it, what is not, and what a browser would run."""
+"""The table of content types: what is in it, what is not, and which types run scripts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVERY_NAME = [f"x.{end}" for end in sorted({*content_types._IMAGES, *content_typ
 
 @pytest.mark.parametrize(("name", "kind"), IMAGES.items())
 def test_images(name: str, kind: str) -> None:
-    """Every kind of image that browsers show has its registered type, in lower and in upper case."""
+    """Every image type that browsers show has its registered content type, in lower and upper case."""
     assert content_type(name) == kind
     assert content_type(name.upper()) == kind
     assert extension(name) in IMAGE_EXTENSIONS
@@ -59,26 +59,26 @@ def test_images(name: str, kind: str) -> None:
     ],
 )
 def test_extensions(name: str, end: str) -> None:
-    """The extension is what follows the last dot of the last part, lower case; a dotfile and a folder give none."""
+    """The extension follows the last dot of the last part, in lower case; a dotfile and a folder have none."""
     assert extension(name) == end
 
 
 @pytest.mark.parametrize("name", ["tom", "tom.unknown", ".png", "cats.png/tom", "x.php", "x.exe", "x.swf", ""])
-def test_what_is_not_in_the_table(name: str) -> None:
-    """What the table does not know is bytes that a browser downloads, never something that it guesses."""
+def test_unknown_names(name: str) -> None:
+    """A name that is not in the table is `application/octet-stream`, which a browser downloads."""
     assert content_type(name) == UNKNOWN == "application/octet-stream"
     assert not can_run_script(content_type(name))
 
 
 @pytest.mark.parametrize("name", SCRIPTED)
 def test_documents_that_run_scripts(name: str) -> None:
-    """CVE-2020-15275: SVG, HTML and every XML are known as documents in which a browser runs scripts."""
+    """SVG, HTML and every XML type are known to run scripts (CVE-2020-15275)."""
     assert can_run_script(content_type(name))
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY_NAME if name not in SCRIPTED])
 def test_nothing_else_runs_scripts(name: str) -> None:
-    """No other type of the table is a document in which a browser runs scripts."""
+    """No other type of the table runs scripts in a browser."""
     kind = content_type(name)
     assert not can_run_script(kind)
     assert "xml;" not in f"{kind};".replace("officedocument.", "")
@@ -86,7 +86,7 @@ def test_nothing_else_runs_scripts(name: str) -> None:
 
 
 def test_parameters_do_not_hide_a_script() -> None:
-    """A charset behind the type changes nothing in what a browser runs."""
+    """A charset after the type does not change whether it runs scripts."""
     assert can_run_script("text/html; charset=utf-8")
     assert can_run_script("image/svg+xml;charset=utf-8")
     assert can_run_script("application/rss+xml")
@@ -94,8 +94,8 @@ def test_parameters_do_not_hide_a_script() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY_NAME)
-def test_every_type_is_fit_for_a_header(name: str) -> None:
-    """Every type is ASCII of the form type/subtype, every text says its charset, and every extension is lower case."""
+def test_every_type_is_valid_in_a_header(name: str) -> None:
+    """Every type is ASCII of the form type/subtype, every text has a charset, every extension is lower case."""
     bare, _, parameter = content_type(name).partition("; ")
     assert content_type(name).isascii()
     assert bare.count("/") == 1
@@ -104,8 +104,8 @@ def test_every_type_is_fit_for_a_header(name: str) -> None:
     assert name == name.lower()
 
 
-def test_the_machine_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine's table of types says, the answer is the same."""
+def test_the_types_of_the_machine_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content types of the machine (`mimetypes`) change nothing."""
     monkeypatch.setattr(mimetypes, "_db", mimetypes.MimeTypes())
     mimetypes.add_type("text/html", ".png")
     mimetypes.add_type("text/html", ".unknown")

@@ -1,4 +1,4 @@
-"""Whatever an upload comes as, it comes out as chunks of one size, and nothing is left open."""
+"""Sources of an upload: each becomes chunks of one size, and everything that was opened is closed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from starlette.datastructures import UploadFile
 
 from selfheal.aio.threads import Threads
 from selfheal.content.sources import CHUNK, Source, chunks
+from tests.support.descriptors import descriptors_of
 
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 7]
 Maker = Callable[[bytes, Path], Source]
@@ -30,14 +31,14 @@ Maker = Callable[[bytes, Path], Source]
 
 @pytest.fixture
 def threads() -> Iterator[Threads]:
-    """Threads to read in."""
+    """A thread pool in which files are read."""
     threads = Threads(4)
     yield threads
     threads.close()
 
 
 class Wrapper:
-    """A file object that hands everything on to another, as `tempfile`'s and Flask's own do."""
+    """A file object that delegates to another one, as those of `tempfile` and Flask do."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -47,42 +48,42 @@ class Wrapper:
 
 
 class AsyncFile:
-    """A file object as asynchronous frameworks have it; `at` is where it stands."""
+    """A file object of an asynchronous framework; `at` is its position."""
 
     def __init__(self, data: bytes, at: int = 0) -> None:
         self._file = io.BytesIO(data)
         self._file.seek(at)
 
     async def read(self, size: int) -> bytes:
-        """Up to `size` bytes."""
+        """Return up to `size` bytes."""
         await asyncio.sleep(0)
         return self._file.read(size)
 
     async def seek(self, offset: int) -> None:
-        """Go to `offset`."""
+        """Move to `offset`."""
         self._file.seek(offset)
 
 
 def data_of(size: int) -> bytes:
-    """Bytes that differ from place to place, so that nothing can be swapped unseen."""
+    """Return bytes that differ at every position."""
     return b"".join(number.to_bytes(4, "big") for number in range(size // 4 + 1))[:size]
 
 
 def written(data: bytes, path: Path) -> Path:
-    """A file with `data`."""
+    """Write a file and return its path."""
     path.write_bytes(data)
     return path
 
 
 async def in_pieces(data: bytes, size: int) -> AsyncIterator[bytes]:
-    """`data` in pieces of `size` bytes, with empty ones between them."""
+    """Yield `data` in pieces of `size` bytes, with empty ones between them."""
     for start in range(0, len(data), size):
         yield data[start : start + size]
         yield b""
 
 
 def stream_reader(data: bytes, _: Path) -> asyncio.StreamReader:
-    """What is read from a socket or a pipe."""
+    """Return a reader as of a socket or a pipe."""
     reader = asyncio.StreamReader(limit=1 << 24)
     reader.feed_data(data)
     reader.feed_eof()
@@ -100,35 +101,29 @@ SOURCES: dict[str, Maker] = {
     "async iterator of large pieces": lambda data, _: in_pieces(data, 2 * CHUNK + 5),
     "UploadFile": lambda data, _: UploadFile(io.BytesIO(data), filename="a.png"),
     "AsyncFile": lambda data, _: AsyncFile(data),
-    "AsyncFile that was looked at": lambda data, _: AsyncFile(data, at=len(data) // 2),
+    "AsyncFile that was read": lambda data, _: AsyncFile(data, at=len(data) // 2),
     "StreamReader": stream_reader,
     "wrapped file object": lambda data, _: Wrapper(io.BytesIO(data)),
 }
 
 
 async def collected(source: Source, threads: Threads) -> list[bytes]:
-    """All chunks of a source."""
+    """Return all chunks of a source."""
     return [chunk async for chunk in chunks(source, threads)]
 
 
 def assert_is_whole(pieces: list[bytes], data: bytes) -> None:
-    """The chunks are the bytes, each of `CHUNK` bytes but the last, which is not empty."""
+    """Fail unless the chunks are the data, each of `CHUNK` bytes but the last, which is not empty."""
     assert b"".join(pieces) == data
     assert all(type(piece) is bytes for piece in pieces)
     assert [len(piece) for piece in pieces[:-1]] == [CHUNK] * (len(pieces) - 1)
     assert all(0 < len(piece) <= CHUNK for piece in pieces[-1:])
 
 
-def open_descriptors(path: Path) -> int:
-    """How many descriptors of this process are open on a file."""
-    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return sum(os.readlink(link) == str(path) for link in links if os.path.lexists(link))
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
 async def test_every_source(make: Maker, size: int, threads: Threads, tmp_path: Path) -> None:
-    """Every kind of source, of every awkward size, comes out whole, in chunks of one size."""
+    """Every kind of source, of every edge-case size, gives its whole data in chunks of one size."""
     data = data_of(size)
     assert_is_whole(await collected(make(data, tmp_path / "upload"), threads), data)
 
@@ -136,7 +131,7 @@ async def test_every_source(make: Maker, size: int, threads: Threads, tmp_path: 
 @given(st.lists(st.sampled_from([0, 1, 2, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3]), max_size=8))
 @settings(deadline=None, max_examples=30)
 def test_odd_pieces(sizes: list[int]) -> None:
-    """However a stream is cut, empty pieces and all, it comes out whole, in chunks of one size."""
+    """A stream in pieces of any size, empty ones too, gives its whole data in chunks of one size."""
     data = data_of(sum(sizes))
 
     async def cut() -> AsyncIterator[bytes]:
@@ -148,21 +143,21 @@ def test_odd_pieces(sizes: list[int]) -> None:
     assert_is_whole(asyncio.run(collected(cut(), Threads())), data)
 
 
-async def test_wider_items_are_bytes_too(threads: Threads) -> None:
-    """A view whose items are wider than a byte is saved as the bytes it is made of."""
+async def test_a_view_of_wide_items(threads: Threads) -> None:
+    """A view with items wider than a byte is saved as its bytes."""
     numbers = array.array("I", range(CHUNK // 2))
     assert_is_whole(await collected(memoryview(numbers), threads), numbers.tobytes())
 
 
 @pytest.mark.parametrize("step", [2, -1])
-async def test_a_view_with_gaps(step: int, threads: Threads) -> None:
-    """A view that takes only some bytes of its buffer, or takes them backwards, is saved as what it shows."""
+async def test_a_view_with_a_step(step: int, threads: Threads) -> None:
+    """A view with a step, forwards or backwards, is saved as the bytes it shows."""
     data = data_of(3 * CHUNK)
     assert_is_whole(await collected(memoryview(data)[::step], threads), data[::step])
 
 
-async def test_an_upload_that_went_to_disk(threads: Threads) -> None:
-    """An UploadFile that was too large for memory, and that the app looked at, is saved from its beginning."""
+async def test_an_upload_that_was_spooled_to_disk(threads: Threads) -> None:
+    """An UploadFile that was spooled to disk and read by the app is saved from its beginning."""
     data = data_of(3 * CHUNK + 7)
     with tempfile.SpooledTemporaryFile(max_size=CHUNK) as file:
         upload = UploadFile(file, filename="a.png")  # type: ignore[arg-type]
@@ -173,7 +168,7 @@ async def test_an_upload_that_went_to_disk(threads: Threads) -> None:
 
 
 async def test_a_temporary_file(threads: Threads) -> None:
-    """A named temporary file, which is not itself a file but hands everything on to one, can be saved."""
+    """A named temporary file, which delegates to a file, can be saved."""
     data = data_of(CHUNK + 7)
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
@@ -182,7 +177,7 @@ async def test_a_temporary_file(threads: Threads) -> None:
 
 
 async def test_an_opened_file(threads: Threads, tmp_path: Path) -> None:
-    """A file that the caller opened, here or asynchronously, is read to its end and stays the caller's to close."""
+    """A file that the caller opened is read to its end and stays open."""
     data = data_of(CHUNK + 7)
     path = written(data, tmp_path / "upload")
     with path.open("rb") as file:
@@ -194,28 +189,28 @@ async def test_an_opened_file(threads: Threads, tmp_path: Path) -> None:
 
 
 async def test_files_are_read_in_threads(threads: Threads) -> None:
-    """A file object is never read in the event loop's own thread: its disk may be slow."""
+    """A file object is not read in the thread of the event loop: its disk may be slow."""
     readers: set[int] = set()
 
-    class Noting(io.BytesIO):
+    class Recording(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
             readers.add(threading.get_ident())
             return super().read(size)
 
-    await collected(Noting(data_of(CHUNK + 1)), threads)
+    await collected(Recording(data_of(CHUNK + 1)), threads)
     assert readers
     assert threading.get_ident() not in readers
 
 
 @pytest.mark.parametrize("source", [None, 5, object(), ["a"], iter([b"a"])], ids=lambda source: type(source).__name__)
-async def test_what_is_no_source(source: Any, threads: Threads) -> None:
-    """What cannot be saved is told so by its type, and what could be is named."""
+async def test_other_types_are_refused(source: Any, threads: Threads) -> None:
+    """Any other type raises `TypeError` with the type and the types that are accepted."""
     with pytest.raises(TypeError, match=f"cannot save a {type(source).__name__}: give bytes, a path"):
         await collected(source, threads)
 
 
 async def test_text_is_refused(threads: Threads, tmp_path: Path) -> None:
-    """A file that was opened as text is refused with what to do, instead of saving its characters in some encoding."""
+    """A file opened as text raises `TypeError` and is told to be opened in binary mode."""
     with pytest.raises(TypeError, match="open it in binary mode"):
         await collected(io.StringIO("text"), threads)  # type: ignore[arg-type]
     with written(b"text", tmp_path / "upload").open() as file, pytest.raises(TypeError, match="binary mode"):
@@ -228,8 +223,8 @@ async def test_text_is_refused(threads: Threads, tmp_path: Path) -> None:
         await collected(text(), threads)
 
 
-async def test_a_path_that_is_not_there(threads: Threads, tmp_path: Path) -> None:
-    """The error of a file that cannot be opened reaches the caller as it is."""
+async def test_a_path_that_cannot_be_opened(threads: Threads, tmp_path: Path) -> None:
+    """A path that cannot be opened raises the error of `open`."""
     with pytest.raises(FileNotFoundError):
         await collected(tmp_path / "nothing", threads)
     with pytest.raises(IsADirectoryError):
@@ -237,7 +232,7 @@ async def test_a_path_that_is_not_there(threads: Threads, tmp_path: Path) -> Non
 
 
 async def test_errors_of_a_source_reach_the_caller(threads: Threads, tmp_path: Path) -> None:
-    """What a stream or a file raises on the way is what the caller gets, after the bytes that came before."""
+    """An error of a stream or file is raised after the bytes that came before it."""
 
     async def broken() -> AsyncIterator[bytes]:
         yield bytes(CHUNK)
@@ -256,23 +251,23 @@ async def test_errors_of_a_source_reach_the_caller(threads: Threads, tmp_path: P
 
 
 async def test_a_path_is_closed_at_its_end(threads: Threads, tmp_path: Path) -> None:
-    """A file that was opened here is closed once it was read to its end."""
+    """A file opened for its path is closed after it was read."""
     path = written(data_of(CHUNK + 1), tmp_path / "upload")
     await collected(path, threads)
-    assert open_descriptors(path) == 0
+    assert descriptors_of(path) == 0
 
 
 async def test_a_path_is_closed_when_the_reader_stops(threads: Threads, tmp_path: Path) -> None:
-    """A reader that stops half-way leaves no file open: it is closed by the time the reader has closed the chunks."""
+    """A file opened for its path is closed when the reader stops early."""
     path = written(data_of(4 * CHUNK), tmp_path / "upload")
     async with aclosing(chunks(path, threads)) as stream:
         await anext(stream)
-        assert open_descriptors(path) == 1
-    assert open_descriptors(path) == 0
+        assert descriptors_of(path) == 1
+    assert descriptors_of(path) == 0
 
 
 async def test_a_stream_is_closed_when_the_reader_stops(threads: Threads) -> None:
-    """A reader that stops half-way ends the app's own stream too: its clean-up has run once the chunks are closed."""
+    """The app's stream has run its clean-up when the reader stops early."""
     ended = []
 
     async def stream() -> AsyncIterator[bytes]:
@@ -288,9 +283,9 @@ async def test_a_stream_is_closed_when_the_reader_stops(threads: Threads) -> Non
 
 
 async def test_cancelled_while_the_file_opens(threads: Threads, tmp_path: Path) -> None:
-    """A caller that is cancelled while its file is being opened leaves no file open behind."""
+    """A caller that is cancelled while its file is opened leaves no file open."""
     path = tmp_path / "slow"
-    os.mkfifo(path)  # opening it waits, as a slow disk does, until somebody opens the other end
+    os.mkfifo(path)  # opening it waits, as on a slow disk, until a writer opens the other end
     reading: Awaitable[list[bytes]] = asyncio.ensure_future(collected(path, threads))
     await asyncio.sleep(0.1)
     reading.cancel()  # type: ignore[attr-defined]
@@ -300,14 +295,14 @@ async def test_cancelled_while_the_file_opens(threads: Threads, tmp_path: Path) 
         with pytest.raises(asyncio.CancelledError):
             await reading
         gc.collect()
-        assert open_descriptors(path) == 1
+        assert descriptors_of(path) == 1
     finally:
         os.close(writer)
 
 
 @pytest.mark.parametrize("kind", ["stream", "path", "bytes"])
 async def test_memory_does_not_grow_with_the_file(kind: str, threads: Threads, tmp_path: Path) -> None:
-    """Besides what the caller holds, only a few chunks are in memory at any time, however large the upload is."""
+    """Besides what the caller holds, only a few chunks are in memory, however large the upload is."""
     size = 48 * CHUNK
 
     async def stream() -> AsyncIterator[bytes]:
