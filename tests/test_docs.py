@@ -1,4 +1,4 @@
-"""The documents say what the commands do: nothing is left out, and nothing is made up."""
+"""The documentation describes the commands completely and correctly."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ GROUPS = {
 
 
 def sections(text: str) -> dict[str, str]:
-    """What stands below each heading, up to the next one."""
+    """Return the text below each heading, up to the next one."""
     parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def table(section: str) -> dict[str, str]:
-    """The first table of a section: the second cell by the first."""
+    """Return the first table of a section: the second cell by the first."""
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {first.strip("`"): second for first, second, *_ in cells}
 
 
 def fences(text: str, language: str) -> list[str]:
-    """The code blocks of a language."""
+    """Return the code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def heading(name: str) -> str:
-    """The heading of a command: how it is typed."""
+    """Return the heading of a command: its usage."""
     arguments = [one for one in selfheal.commands[name].params if isinstance(one, click.Argument)]
     return f"`{' '.join(['selfheal', name, *(one.metavar or str(one.name).upper() for one in arguments)])}`"
 
 
 def options(name: str) -> dict[str, click.Option]:
-    """The flags of a command, by how they are typed."""
+    """Return the flags of a command by their names."""
     return {one.opts[0]: one for one in selfheal.commands[name].params if isinstance(one, click.Option)}
 
 
 def documented(name: str) -> dict[str, str]:
-    """The flags that the document gives a command: in its own section, and in those of many commands."""
+    """Return the flags that the document lists for a command: in its own section and in shared ones."""
     found = sections(COMMANDS)
     rows = table(found[heading(name)])
     for group, members in GROUPS.items():
@@ -64,21 +64,21 @@ def documented(name: str) -> dict[str, str]:
 
 
 def test_every_command_has_its_section() -> None:
-    """The commands of the document are those that there are, with the arguments that they take."""
+    """The document has a section for each command, with its arguments, and no other."""
     written = {title for title in sections(COMMANDS) if title.startswith("`selfheal ")}
     assert written == {heading(name) for name in selfheal.commands}
 
 
 @pytest.mark.parametrize("name", sorted(selfheal.commands))
 def test_a_command_is_described_as_in_its_help(name: str) -> None:
-    """A section begins with the command's own help."""
-    said = " ".join(sections(COMMANDS)[heading(name)].split())
-    assert said.startswith(" ".join((selfheal.commands[name].help or "?").split()))
+    """The section of a command begins with its help text."""
+    text = " ".join(sections(COMMANDS)[heading(name)].split())
+    assert text.startswith(" ".join((selfheal.commands[name].help or "?").split()))
 
 
 @pytest.mark.parametrize("name", sorted(selfheal.commands))
 def test_every_flag_is_documented_with_its_help(name: str) -> None:
-    """A command has the flags that the document gives it and no others, each with its help and its default."""
+    """The document lists the flags of each command, with help text and default, and no others."""
     written = {flag.split()[0]: (flag, text) for flag, text in documented(name).items()}
     flags = options(name)
     assert written.keys() == flags.keys()
@@ -90,20 +90,20 @@ def test_every_flag_is_documented_with_its_help(name: str) -> None:
 
 
 def test_help_and_version_are_documented() -> None:
-    """The flags that click adds by itself are in the document too."""
+    """The flags that click adds are documented too."""
     for flag in ("`-h`", "`--help`", "`selfheal --version`"):
         assert flag in COMMANDS
 
 
 def test_every_module_is_named() -> None:
-    """The document names the module of each of the three runs, and each is there."""
+    """The document names the module of each of the three bulk runs, and each exists."""
     modules = re.findall(r"`python -m selfheal\.scripts\.(\w+)`", COMMANDS)
     assert modules == ["migrate_images", "test_image_storage", "restore_images"]
     assert all((ROOT / "selfheal" / "scripts" / f"{module}.py").is_file() for module in modules)
 
 
-def test_the_examples_can_be_typed() -> None:
-    """Every `selfheal …` of the examples parses: no flag in them is made up."""
+def test_the_examples_parse() -> None:
+    """Every `selfheal …` line of the examples parses."""
     lines = [line for block in fences(COMMANDS, "sh") for line in block.splitlines()]
     typed = [match[1] for line in lines if (match := re.search(r"(?:^|&& )selfheal ([^|;&>]+)", line))]
     assert {line.split()[0] for line in typed} >= {*RUNS, "undo", "serve"}
@@ -113,17 +113,17 @@ def test_the_examples_can_be_typed() -> None:
 
 
 def test_the_exit_codes() -> None:
-    """The five exit codes of the contract are documented."""
+    """The five exit codes are documented."""
     assert list(table(sections(COMMANDS)["Exit codes"])) == ["0", "1", "2", "3", "130"]
 
 
 def test_the_outcomes() -> None:
-    """The outcomes of the document are those that a run can tell."""
+    """The outcomes in the document are those of the code."""
     assert list(table(sections(COMMANDS)["The JSON"])) == [outcome.value for outcome in Outcome]
 
 
 def test_the_json_example() -> None:
-    """The example has the keys that a run prints."""
+    """The JSON example has the keys that a run prints."""
     (example,) = (json.loads(block) for block in fences(COMMANDS, "json"))
     assert list(example) == list(Report("verify").as_json())
     assert {tuple(problem) for problem in example["problems"]} == {("name", "outcome", "detail")}
@@ -132,7 +132,7 @@ def test_the_json_example() -> None:
 
 
 def test_the_environment() -> None:
-    """The variables of the document are those that the settings read, and no page names another."""
+    """The document lists the variables that the settings read, and no page names another."""
     source = (ROOT / "selfheal" / "settings.py").read_text()
     read = set(re.findall(r'environ\.get\("(\w+)"\)', source))
     assert set(table(sections(COMMANDS)["The environment"])) == read

@@ -1,4 +1,4 @@
-"""What happened: events are counted, handed to the listeners, and logged without a flood."""
+"""Events are counted, passed to the listeners, and logged at a limited rate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from selfheal import Event, Kind
-from selfheal import events as events_room
+from selfheal import events as events_module
 from selfheal.events import Events
 
 
@@ -16,12 +16,12 @@ from selfheal.events import Events
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The monotonic clock; its one element is the time, in seconds."""
     now = [0.0]
-    monkeypatch.setattr(events_room.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(events_module.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_listener_is_told() -> None:
-    """Every listener gets every event, in order, with all that is known of it."""
+def test_listeners_get_every_event() -> None:
+    """Every listener gets every event, in order, with all its fields."""
     first: list[Event] = []
     second: list[Event] = []
     events = Events([first.append, second.append])
@@ -31,7 +31,7 @@ def test_a_listener_is_told() -> None:
 
 
 def test_listeners_may_come_from_an_iterator() -> None:
-    """Listeners that were given as an iterator are asked at every event, not only at the first."""
+    """Listeners given as an iterator get every event, not only the first."""
     seen: list[Event] = []
     events = Events(iter([seen.append]))
     events.emit(Kind.HIT, "a.png")
@@ -40,8 +40,8 @@ def test_listeners_may_come_from_an_iterator() -> None:
 
 
 @pytest.mark.parametrize("listeners", [[], [lambda event: None]], ids=["without listeners", "with a listener"])
-def test_everything_is_counted(listeners: list[events_room.Listener]) -> None:
-    """The counters count every kind of event, whether somebody listens or not; what did not happen is nought."""
+def test_everything_is_counted(listeners: list[events_module.Listener]) -> None:
+    """Every kind of event is counted, with or without listeners; other kinds are 0."""
     events = Events(listeners)
     for kind in (Kind.HIT, Kind.HIT, Kind.ADOPTED):
         events.emit(kind, "a.png")
@@ -50,13 +50,13 @@ def test_everything_is_counted(listeners: list[events_room.Listener]) -> None:
     assert events.counters["hit"] == 2
 
 
-def test_a_listener_that_fails_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
-    """A listener that fails is logged with its traceback; the others are told all the same, and so is it next time."""
+def test_a_listener_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    """A listener that raises is logged with its traceback; it and the others get the next events too."""
     seen: list[str] = []
 
     def broken(event: Event) -> None:
         seen.append(f"broken {event.name}")
-        raise RuntimeError("the listener's own fault")
+        raise RuntimeError("an error of the listener")
 
     events = Events([broken, lambda event: seen.append(event.name)])
     events.emit(Kind.HIT, "a.png")
@@ -69,7 +69,7 @@ def test_a_listener_that_fails_does_no_harm(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_an_event_is_a_value() -> None:
-    """An event cannot be changed by a listener, and equals another with the same content."""
+    """An event cannot be changed and equals another one with the same fields."""
     event = Event(Kind.SAVED, "a.png", 3)
     assert event == Event(Kind.SAVED, "a.png", 3, "")
     with pytest.raises(FrozenInstanceError):
@@ -77,13 +77,13 @@ def test_an_event_is_a_value() -> None:
 
 
 def test_kinds_are_words() -> None:
-    """Every kind is one plain word, fit for a metric's label."""
+    """Every kind is one word that can be the label of a metric."""
     assert f"{Kind.HIT}" == "hit"
     assert all(kind.value == kind.name.lower() and kind.value.isalpha() for kind in Kind)
 
 
 def test_one_warning_a_minute(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    """A topic is logged at once, then at most once in its time, and again as soon as the time is over."""
+    """A topic is logged at once, then at most once per minute."""
     events = Events()
     for now in (0.0, 0.1, 59.9, 60.0, 60.1, 119.9, 120.0):
         clock[0] = now
@@ -96,7 +96,7 @@ def test_one_warning_a_minute(clock: list[float], caplog: pytest.LogCaptureFixtu
 
 
 def test_topics_do_not_silence_each_other(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    """Each topic has a time of its own, and each call says how long that is."""
+    """Each topic has its own interval, which a call can set."""
     events = Events()
     caplog.set_level(logging.INFO, logger="selfheal")
     events.log_once(logging.WARNING, "disk full", "the disk is full")
@@ -109,6 +109,6 @@ def test_topics_do_not_silence_each_other(clock: list[float], caplog: pytest.Log
 
 
 def test_a_message_is_not_a_format(caplog: pytest.LogCaptureFixture) -> None:
-    """Percent signs in a message (names may hold them) are logged as they are."""
+    """Percent signs in a message, as names may have them, are logged unchanged."""
     Events().log_once(logging.WARNING, "x", "'100%s.png' cannot be read")
     assert [record.getMessage() for record in caplog.records] == ["'100%s.png' cannot be read"]

@@ -1,4 +1,4 @@
-"""The grammar of names: what is refused, what is good, and the way from a request to a name and back."""
+"""The grammar of names: what is refused, what is valid, and how a request path becomes a name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ DEVICES = [
 STREAMS = ["a::$DATA", "a.png::$DATA", "a:$I30:b", "dir::$INDEX_ALLOCATION/x.png"]
 DOTS_AND_SPACES = ["a.", "a.png.", "a.png ", "a./b.png", "a /b.png", "a. .", " "]
 HIDDEN = [".env", ".git/config", "a/.htaccess", ".png", "..."]
-OURS = [
+RESERVED = [
     names.OWN_PREFIX,
     f"{names.OWN_PREFIX}-x.tmp",
     f"{names.OWN_PREFIX}/quarantine/a.png",
@@ -85,7 +85,7 @@ REFUSED = [
     *STREAMS,
     *DOTS_AND_SPACES,
     *HIDDEN,
-    *OURS,
+    *RESERVED,
     *TOO_LONG,
 ]
 
@@ -130,27 +130,27 @@ GOOD = [
     LONGEST,
 ]
 
-nasty = st.sampled_from(
+tricky = st.sampled_from(
     [".", "..", "/", "//", "%", "%2f", "%25", "\\", ":", " ", "con", "nul", "a", "é", "\0", "\ufffd"]
 )
-anything = st.one_of(st.lists(st.one_of(nasty, st.characters()), max_size=12).map("".join), st.text(max_size=40))
+any_string = st.one_of(st.lists(st.one_of(tricky, st.characters()), max_size=12).map("".join), st.text(max_size=40))
 part = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=60)
 valid = st.lists(part, min_size=1, max_size=4).map("/".join).filter(names.is_valid)
 
 
 def printable(name: str) -> str:
-    """A name as part of a test's name, without what a shell, a report or a list of tests stumbles over."""
+    """Return a name as part of a test's ID, without characters that break a shell or a report."""
     return quote(name, errors="backslashreplace")[:60]
 
 
 def requested(raw: str, prefix: str = PREFIX) -> str | None:
-    """The name that a server asks for when `raw` is the target on the wire: decoded once, as uvicorn does."""
+    """Return the name for the target `raw` of a request line: decoded once, as uvicorn does."""
     return names.from_path(unquote(raw), prefix, raw.encode("ascii"))
 
 
 @pytest.mark.parametrize("name", REFUSED, ids=printable)
 def test_refused_names(name: str) -> None:
-    """What tricks a file system, a cache or a log is not in the grammar, and the error shows the name and says why."""
+    """Names that trick a file system, a cache or a log are refused; the error shows the name and the reason."""
     assert not names.is_valid(name)
     with pytest.raises(InvalidName, match=r"is not a valid name: .") as caught:
         names.check(name)
@@ -161,7 +161,7 @@ def test_refused_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOOD, ids=printable)
 def test_good_names(name: str) -> None:
-    """Spaces, Unicode, brackets, @2x and percent signs are good: a check changes nothing, a request finds the name."""
+    """Spaces, Unicode, brackets, @2x and percent signs are valid: nothing is changed, and a request finds the name."""
     assert names.is_valid(name)
     assert names.fault(name) == ""
     assert names.check(name) == name
@@ -188,14 +188,14 @@ def test_good_names(name: str) -> None:
     ids=printable,
 )
 def test_a_refusal_says_why(name: str, why: str) -> None:
-    """Whoever is refused a name reads which rule it breaks; of several, the first from the left."""
+    """The error names the rule that is broken; if several are, the first one from the left."""
     assert names.fault(name) == why
     with pytest.raises(InvalidName, match=f": {re.escape(why)}"):
         names.check(name)
 
 
 def test_lengths_are_counted_in_bytes() -> None:
-    """A part may have 255 bytes and a name 512, in UTF-8, and not one more."""
+    """A part may have 255 bytes in UTF-8 and a name 512, not one more."""
     assert len(LONGEST.encode()) == 512
     assert names.is_valid(LONGEST)
     assert not names.is_valid(LONGEST + "a")
@@ -204,7 +204,7 @@ def test_lengths_are_counted_in_bytes() -> None:
 
 
 def test_composed_and_decomposed_are_two_names() -> None:
-    """NFC and NFD are two names: nothing is normalised on the way in or out."""
+    """NFC and NFD are two names: nothing is normalised."""
     composed, decomposed = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
     assert composed != decomposed
     assert requested(names.to_path(composed, PREFIX)) == composed
@@ -213,15 +213,15 @@ def test_composed_and_decomposed_are_two_names() -> None:
 
 @pytest.mark.parametrize("control", [chr(code) for code in [*range(0x20), *range(0x7F, 0xA0)]], ids=printable)
 def test_every_control_character_is_refused(control: str) -> None:
-    """No control character, of ASCII or of Latin-1, is in any name, wherever it stands."""
+    """No control character of ASCII or Latin-1 is valid anywhere in a name."""
     assert not any(names.is_valid(name) for name in (control, f"{control}a", f"a{control}", f"a/b{control}c.png"))
 
 
-@given(st.one_of(valid, anything))
+@given(st.one_of(valid, any_string))
 @example("a/../../etc/passwd")
 @settings(deadline=None, max_examples=200)
 def test_every_valid_name_stays_inside(name: str) -> None:
-    """Joined to a root and normalised, a valid name is the same path, below the root, whatever it is made of."""
+    """A valid name, joined to a root and normalised, is unchanged and below the root."""
     assume(names.is_valid(name))
     root = "/srv/uploads"
     assert posixpath.normpath(posixpath.join(root, name)) == f"{root}/{name}"
@@ -229,10 +229,10 @@ def test_every_valid_name_stays_inside(name: str) -> None:
     assert not any(part.startswith(names.OWN_PREFIX) for part in name.split("/"))
 
 
-@given(anything)
+@given(any_string)
 @settings(deadline=None, max_examples=300)
-def test_the_three_answers_agree(name: str) -> None:
-    """`fault`, `is_valid`, `check` and `from_path` never say two things of one string, and nothing else is raised."""
+def test_all_functions_agree(name: str) -> None:
+    """`fault`, `is_valid`, `check` and `from_path` agree on any string and raise nothing else."""
     good = names.is_valid(name)
     assert (names.fault(name) == "") == good
     assert names.from_path(f"{PREFIX}/{name}", PREFIX) == (name if good else None)
@@ -244,15 +244,15 @@ def test_the_three_answers_agree(name: str) -> None:
 
 @given(st.from_regex(names._PLAIN, fullmatch=True))
 @settings(deadline=None, max_examples=100)
-def test_what_is_taken_at_a_glance_would_be_taken_on_a_closer_look(name: str) -> None:
-    """What nearly every name looks like is only a short cut: it lets nothing in that a rule refuses."""
+def test_simple_names_obey_every_rule(name: str) -> None:
+    """The regular expression for simple names accepts nothing that a rule refuses."""
     assert names.fault(name) == ""
 
 
 @given(valid)
 @settings(deadline=None, max_examples=100)
 def test_every_valid_name_can_be_a_file(name: str) -> None:
-    """A disk takes every valid name as it is, and lists it as it is: what is listed is valid again."""
+    """Every valid name can be a file, and a listing gives the same name."""
     with tempfile.TemporaryDirectory() as root:
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def test_every_valid_name_can_be_a_file(name: str) -> None:
 @given(valid, st.sampled_from([PREFIX, "/u", "/bilder öffentlich"]))
 @settings(deadline=None, max_examples=300)
 def test_to_a_path_and_back(name: str, prefix: str) -> None:
-    """The path of a name is pure ASCII, fit for a URL, and a server that decodes it once asks for that very name."""
+    """The path of a name is ASCII and valid in a URL; decoded once, it gives the same name."""
     path = names.to_path(name, prefix)
     assert re.fullmatch(r"(?:[A-Za-z0-9/_.~-]|%[0-9A-F]{2})+", path)
     assert requested(path, prefix) == name
@@ -272,8 +272,8 @@ def test_to_a_path_and_back(name: str, prefix: str) -> None:
 
 @given(st.text(st.sampled_from("/.%25efcEFC0aux\\:"), max_size=24))
 @settings(deadline=None, max_examples=500)
-def test_nothing_gets_out_by_encoding(raw: str) -> None:
-    """However a target is encoded, what it asks for holds no step upwards, not even if it were decoded again."""
+def test_no_encoding_gives_a_step_upwards(raw: str) -> None:
+    """However a target is encoded, its name has no `..`, even if it is decoded again."""
     name = requested(f"{PREFIX}/{raw}")
     assume(name is not None)
     again = str(name)
@@ -289,12 +289,12 @@ def test_nothing_gets_out_by_encoding(raw: str) -> None:
     ["a%2fb.png", "a%2Fb.png", "..%2f..%2fetc/passwd", "a%252fb.png", "a%25252fb.png", "%2e%2e/x.png", "%5c..%5cx.png"],
 )
 def test_encoded_separators_are_refused(raw: str) -> None:
-    """A slash, backslash or dots that came percent-encoded, once or more often, ask for none of our names."""
+    """A percent-encoded slash, backslash or dot, encoded once or several times, gives no name."""
     assert requested(f"{PREFIX}/{raw}") is None
 
 
-def test_a_slash_that_was_encoded_needs_the_raw_path() -> None:
-    """Only the bytes on the wire tell `%2f` from `/`; without them (ASGI allows that) the decoded path is believed."""
+def test_an_encoded_slash_needs_the_raw_path() -> None:
+    """`raw_path` tells `%2f` from `/`; without it, which ASGI allows, the decoded path is used."""
     assert names.from_path(f"{PREFIX}/a/b.png", PREFIX, b"/static/uploads/a%2fb.png") is None
     assert names.from_path(f"{PREFIX}/a/b.png", PREFIX, b"/static/uploads/a/b.png") == "a/b.png"
     assert names.from_path(f"{PREFIX}/a b/c.png", PREFIX, b"/static/uploads/a%20b/c.png") == "a b/c.png"
@@ -302,7 +302,7 @@ def test_a_slash_that_was_encoded_needs_the_raw_path() -> None:
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:
-    """`%ff` is no UTF-8: servers make U+FFFD of it, which must not become a name."""
+    """`%ff` is no UTF-8: servers decode it to U+FFFD, which is refused."""
     assert requested(f"{PREFIX}/%ff.png") is None
 
 
@@ -324,32 +324,32 @@ def test_bytes_that_are_no_text_are_refused() -> None:
     ],
 )
 def test_a_sibling_of_the_prefix_is_not_below_it(path: str) -> None:
-    """CVE-2023-29159: a path that merely begins with the prefix (`uploads_private`) asks for none of our names."""
+    """A path that only begins with the prefix (`uploads_private`) gives no name (CVE-2023-29159)."""
     assert names.from_path(path, PREFIX) is None
     assert names.from_path(path, PREFIX, path.encode()) is None
 
 
 @pytest.mark.parametrize("path", ["http://host/static/uploads/x.png", "https://host//static/uploads/x.png", "*"])
 def test_absolute_urls_are_not_paths(path: str) -> None:
-    """An absolute URL as path (h11 hands it on as it came) asks for none of our names."""
+    """An absolute URL as path, which h11 passes on, gives no name."""
     assert names.from_path(path, PREFIX, path.encode()) is None
 
 
 @pytest.mark.parametrize("name", ABSOLUTE)
 def test_absolute_names_are_refused(name: str) -> None:
-    """CVE-2026-28414: a name that is absolute, here or on Windows, would replace the root it is joined to."""
+    """A name that is absolute, on POSIX or Windows, is refused: it would replace the root (CVE-2026-28414)."""
     assert not names.is_valid(name)
     assert requested(f"{PREFIX}/{name}".replace("\\", "%5c")) is None
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_device_names_are_refused(name: str) -> None:
-    """CVE-2025-66221: a device of Windows (with an extension, in a folder, in any case) blocks whoever opens it."""
+    """A device of Windows, with an extension, in a folder or in any case, is refused (CVE-2025-66221)."""
     assert not names.is_valid(name)
 
 
 async def test_nothing_is_written_outside_the_root(sqlite_store: UploadStore, tmp_path: Path) -> None:
-    """CVE-2021-45452: saving, deleting or restoring under a name with a step upwards is refused and writes nothing."""
+    """Saving, deleting or restoring a name with `..` raises and writes nothing (CVE-2021-45452)."""
     before = sorted(tmp_path.rglob("*"))
     for name in (*TRAVERSAL, *ABSOLUTE):
         for call in (sqlite_store.save(name, b"x"), sqlite_store.delete(name), sqlite_store.restore(name)):
@@ -359,14 +359,14 @@ async def test_nothing_is_written_outside_the_root(sqlite_store: UploadStore, tm
     assert await sqlite_store.database.count() == 0
 
 
-def test_a_raw_path_is_as_long_as_servers_let_it_be() -> None:
-    """8,192 bytes on the wire may ask for a name, and not one more, however short what they decode to."""
+def test_a_raw_path_has_a_maximal_length() -> None:
+    """A raw path of more than 8,192 bytes gives no name, however short its decoded form is."""
     assert names.from_path(f"{PREFIX}/tom.png", PREFIX, b"a" * 8192) == "tom.png"
     assert names.from_path(f"{PREFIX}/tom.png", PREFIX, b"a" * 8193) is None
 
 
-def test_long_paths_are_not_remembered() -> None:
-    """Servers bound the length of a path late or never: what can be no name must not fill the memory."""
+def test_long_paths_are_not_cached() -> None:
+    """Paths that are too long to be names are not cached."""
     tracemalloc.start()
     try:
         for number in range(100):

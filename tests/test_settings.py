@@ -1,4 +1,4 @@
-"""Settings: the environment, database URLs as hosts hand them out, and one clear line for every bad value."""
+"""Settings: the environment, database URLs, and one clear line for every bad value."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ VARIABLES = ("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SEL
 LIBPQ = {
     "nothing": "",
     "no TLS": "?sslmode=disable",
-    "TLS if there is": "?sslmode=prefer&channel_binding=prefer",
-    "asyncpg's own word": "?ssl=disable",
+    "TLS if possible": "?sslmode=prefer&channel_binding=prefer",
+    "asyncpg's parameter": "?ssl=disable",
     "a timeout": "?connect_timeout=10",
     "a name": "?application_name=shop&fallback_application_name=x",
     "options": "?options=-c%20statement_timeout%3D9000",
@@ -30,7 +30,7 @@ LIBPQ = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, empty, and an environment that says nothing of selfheal."""
+    """The working directory, empty, in an environment without selfheal's variables."""
     monkeypatch.chdir(tmp_path)
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -51,15 +51,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sqlite://", "sqlite+aiosqlite"),
     ],
 )
-def test_urls_as_hosts_hand_them_out(url: str, driver: str) -> None:
-    """Every way to write a URL of a database that is spoken leads to its asynchronous driver; the rest is kept."""
+def test_urls_of_hosting_services(url: str, driver: str) -> None:
+    """Every way to write the URL of a supported database gives its asynchronous driver; the rest is kept."""
     understood, given = database_url(url), make_url(url)
     assert understood.drivername == driver
     assert understood.set(drivername=given.drivername) == given
 
 
-def test_credentials_survive() -> None:
-    """User, password with reserved characters, host, port and database of a host's URL arrive as they were meant."""
+def test_credentials_are_kept() -> None:
+    """User, password with reserved characters, host, port and database are kept."""
     url = database_url("postgres://me%40shop:p%40ss%2F%3Aw@db.example:6543/shop?sslmode=require")
     assert (url.username, url.password, url.host, url.port, url.database) == (
         "me@shop",
@@ -72,15 +72,15 @@ def test_credentials_survive() -> None:
 
 @pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"])
 def test_sslmode(mode: str) -> None:
-    """libpq's `sslmode` is handed to asyncpg under the word that it knows, and never weakened."""
+    """libpq's `sslmode` becomes asyncpg's `ssl`, with the same value."""
     url = database_url(f"postgres://u@h/db?sslmode={mode}&channel_binding=require")
     assert url.query["ssl"] == mode
     assert not {"sslmode", "channel_binding"} & set(url.query)
 
 
 @pytest.mark.parametrize("query", LIBPQ.values(), ids=LIBPQ.keys())
-async def test_what_only_libpq_knows(query: str, postgres: PostgresServer, postgres_url: str, directory: Path) -> None:
-    """A `postgres://` URL with libpq's own parameters, as hosts hand it out, connects: nobody has to edit it."""
+async def test_parameters_of_libpq(query: str, postgres: PostgresServer, postgres_url: str, directory: Path) -> None:
+    """A `postgres://` URL with libpq's parameters, as hosting services give it, connects unchanged."""
     url = postgres_url.replace("postgresql+asyncpg://", "postgres://") + query
     async with UploadStore(directory, url) as store:
         await store.database.create_tables()
@@ -105,7 +105,7 @@ async def test_what_only_libpq_knows(query: str, postgres: PostgresServer, postg
     ],
 )
 def test_urls_that_cannot_be_used(url: str) -> None:
-    """A URL that cannot be read, or is of no database we speak, is one line without the password."""
+    """A URL that is malformed or of another database raises one line without the password."""
     with pytest.raises(SettingsError) as caught:
         database_url(url)
     message = str(caught.value)
@@ -130,7 +130,7 @@ def test_urls_that_cannot_be_used(url: str) -> None:
     ],
 )
 def test_databases_in_memory(url: str, memory: bool) -> None:
-    """A database that lives in one process's memory is told from one that several processes can share."""
+    """A database in the memory of one process is distinguished from one that processes can share."""
     assert is_in_memory(make_url(url)) == memory
 
 
@@ -149,15 +149,15 @@ def test_databases_in_memory(url: str, memory: bool) -> None:
     ],
 )
 def test_the_file_of_a_database(url: str, file: str | None, here: Path) -> None:
-    """SQLite's file is known by its absolute path, however the URL writes it; other databases have none."""
+    """The file of a SQLite URL is an absolute path, however it is written; other databases have none."""
     assert sqlite_file(make_url(url)) == (None if file is None else here / file)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
 
 
-def test_an_environment_that_says_nothing(here: Path) -> None:
-    """Without a word in the environment the defaults hold, and the directory is absolute."""
+def test_an_empty_environment(here: Path) -> None:
+    """Without variables the defaults hold, and the directory is absolute."""
     settings = Settings.from_env()
     assert settings == Settings()
     assert settings.directory == here / "app/static/uploads"
@@ -165,8 +165,8 @@ def test_an_environment_that_says_nothing(here: Path) -> None:
     assert settings.prefix == "/static/uploads"
 
 
-def test_an_environment_that_says_all(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directory, database and prefix come from the process's environment as it is when it is read."""
+def test_a_full_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directory, database and prefix come from the environment at the time of the call."""
     monkeypatch.setenv("SELFHEAL_DIRECTORY", "files")
     monkeypatch.setenv("SELFHEAL_DATABASE_URL", "postgres://h/db")
     monkeypatch.setenv("SELFHEAL_PREFIX", "/media")
@@ -182,8 +182,8 @@ def test_an_environment_that_says_all(here: Path, monkeypatch: pytest.MonkeyPatc
         ({"SELFHEAL_DATABASE_URL": "", "DATABASE_URL": ""}, "sqlite+aiosqlite:///selfheal.db"),
     ],
 )
-def test_which_database_wins(environ: dict[str, str], database: str, here: Path) -> None:
-    """`SELFHEAL_DATABASE_URL` wins over `DATABASE_URL`; a variable that is set but empty says nothing."""
+def test_precedence_of_database_urls(environ: dict[str, str], database: str, here: Path) -> None:
+    """`SELFHEAL_DATABASE_URL` has precedence over `DATABASE_URL`; an empty variable counts as not set."""
     assert Settings.from_env(environ).database == database
 
 
@@ -197,13 +197,13 @@ def test_which_database_wins(environ: dict[str, str], database: str, here: Path)
     ],
 )
 def test_a_bad_variable(environ: dict[str, str], here: Path) -> None:
-    """A bad value in the environment is a settings error of one line."""
+    """A bad value in the environment raises a `SettingsError` of one line."""
     with pytest.raises(SettingsError, match=r"\A.+\Z"):
         Settings.from_env(environ)
 
 
-def test_a_flag_wins(here: Path) -> None:
-    """What a flag says takes the place of what the environment said, is validated too, and leaves the rest alone."""
+def test_a_flag_has_precedence(here: Path) -> None:
+    """A flag replaces the value of the environment, is validated too, and changes nothing else."""
     settings = Settings.from_env({"SELFHEAL_DIRECTORY": "files", "DATABASE_URL": "postgres://h/db"})
     assert settings.override() == settings
     assert settings.override(directory="other").directory == here / "other"
@@ -221,14 +221,14 @@ def test_a_flag_wins(here: Path) -> None:
 
 @pytest.mark.parametrize("directory", ["/", "//", "///", "/.", "/tmp/..", "/../..", "link"])
 def test_the_root_of_the_disk(directory: str, here: Path) -> None:
-    """The root of the disk, however it is written or linked to, is never the uploads directory."""
+    """The root of the disk, however it is written or linked to, is refused as the uploads directory."""
     (here / "link").symlink_to("/")
     with pytest.raises(SettingsError, match="cannot be"):
         Settings(directory=Path(directory), database="postgres://h/db")
 
 
 def test_a_file_as_directory(here: Path) -> None:
-    """A file where the directory should be is refused; a directory that is there, or is not yet, is fine."""
+    """A file is refused as the directory; an existing or a missing directory is accepted."""
     (here / "file").write_bytes(b"x")
     (here / "there").mkdir()
     with pytest.raises(SettingsError, match="is not a directory"):
@@ -249,7 +249,7 @@ def test_a_file_as_directory(here: Path) -> None:
     ],
 )
 def test_a_database_that_would_be_served(database: str, here: Path) -> None:
-    """A database file inside the directory that is served, also through a link, is refused."""
+    """A database file inside the uploads directory, also through a link, is refused."""
     (here / "uploads").mkdir()
     (here / "link").symlink_to(here / "uploads")
     (here / "link.db").symlink_to(here / "uploads" / "app.db")
@@ -261,20 +261,20 @@ def test_a_database_that_would_be_served(database: str, here: Path) -> None:
     "database", ["sqlite:///uploads.db", "sqlite:///uploads_private/app.db", "sqlite://", "postgres://h/uploads/app.db"]
 )
 def test_a_database_beside_the_uploads(database: str, here: Path) -> None:
-    """A database beside the uploads, in memory or on a server is fine, whatever its name begins with."""
+    """A database beside the uploads, in memory or on a server is accepted."""
     assert Settings(Path("uploads"), database).database == database
 
 
 @pytest.mark.parametrize("prefix", ["/static/uploads", "/u", "/my files", "/bilder/größe", "/a.b-c_d~e"])
 def test_good_prefixes(prefix: str, here: Path) -> None:
-    """A decoded path without a slash at its end can be a prefix."""
+    """A decoded path without a slash at its end is accepted as the prefix."""
     assert check_prefix(prefix) == prefix
     assert Settings(prefix=prefix).prefix == prefix
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "static", "static/uploads", "/static/", "//static", "/a//b", "/a%20b"])
 def test_bad_prefixes(prefix: str, here: Path) -> None:
-    """A prefix that is empty, relative, encoded or has empty parts is one line that shows it and how to write it."""
+    """A prefix that is empty, relative, encoded or has empty parts raises one line that shows it and the right form."""
     with pytest.raises(SettingsError, match="must be a decoded path like /static/uploads") as caught:
         check_prefix(prefix)
     assert repr(prefix) in str(caught.value)
@@ -283,7 +283,7 @@ def test_bad_prefixes(prefix: str, here: Path) -> None:
 
 
 def test_settings_are_values(here: Path) -> None:
-    """Settings cannot be changed once they are made, so that what was validated stays so."""
+    """Settings cannot be changed after they were validated."""
     settings = Settings()
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.prefix = "/"  # type: ignore[misc]
