@@ -28,8 +28,8 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from selfheal import InvalidName, SelfHealMiddleware, UploadStore
-from tests.examples.test_apps import APPS, MIB, Server, serving
 from tests.support.asgi import scope_of
+from tests.support.example_apps import APPS, MIB, Server, serving
 from tests.support.sides import files_below
 
 Times = Callable[[int, int], int]

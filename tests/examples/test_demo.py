@@ -1,4 +1,4 @@
-"""The demo: it ends well only if every byte came back, says so plainly, and leaves nothing running."""
+"""The demo: it succeeds only if every byte is restored, says so plainly, and leaves nothing running."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from examples import demo
-from examples.pictures import pictures
 from tests.support import ROOT
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "examples.demo"]
@@ -26,41 +25,35 @@ ORIGINALS = 12
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current directory."""
+    """The working directory, empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def originals() -> dict[str, bytes]:
-    """The demo's pictures, made once."""
-    return pictures()
-
-
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
-    """Both ends of a terminal: ours, and the one for a program."""
+    """Both ends of a pseudo-terminal: the test's, and the program's."""
     ours, theirs = os.openpty()
     yield ours, theirs
     os.close(ours)
 
 
-def said_until(ours: int, wanted: str) -> str:
-    """What a program writes to its terminal until it has written `wanted`."""
-    said = b""
-    while wanted.encode() not in said:
-        said += os.read(ours, 4096)
-    return said.decode()
+def output_until(ours: int, wanted: str) -> str:
+    """Return the output on the terminal up to `wanted`."""
+    output = b""
+    while wanted.encode() not in output:
+        output += os.read(ours, 4096)
+    return output.decode()
 
 
 def is_served(url: str) -> bool:
-    """Whether somebody answers at a URL of this machine."""
+    """Return whether a server accepts connections at a URL of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
 
 
 def is_gone(url: str) -> bool:
-    """Whether nobody answers there any more, or soon will not."""
+    """Return whether the server at a URL ends within 20 s."""
     end = time.monotonic() + 20
     while is_served(url) and time.monotonic() < end:
         time.sleep(0.05)
@@ -68,7 +61,7 @@ def is_gone(url: str) -> bool:
 
 
 def test_without_a_terminal_it_ends_by_itself(home: Path) -> None:
-    """Exit 0, nothing on standard error, no colours, a page of text that fits 80 columns, and a fresh `.demo`."""
+    """Exit code 0, nothing on standard error, no colours, output that fits 80 columns, and a new `.demo`."""
     (home / ".demo" / "uploads").mkdir(parents=True)
     (home / ".demo" / "uploads" / "of_yesterday.png").touch()
     done = subprocess.run(COMMAND, env=ENVIRON, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -87,13 +80,13 @@ def test_without_a_terminal_it_ends_by_itself(home: Path) -> None:
 
 
 def test_on_a_terminal_it_serves_until_ctrl_c(home: Path, terminal: tuple[int, int]) -> None:
-    """The gallery stays open to be looked at; Ctrl-C closes it, and that is a good end: exit 0."""
+    """On a terminal the gallery stays open until Ctrl-C; then the exit code is 0."""
     ours, theirs = terminal
     with subprocess.Popen(COMMAND, env=ENVIRON, stdout=theirs, stderr=theirs, start_new_session=True) as process:
         os.close(theirs)
-        said = said_until(ours, "Ctrl-C")
-        assert "\x1b[32m" in said
-        url = re.findall(r"http://127\.0\.0\.1:\d+", said)[0]
+        output = output_until(ours, "Ctrl-C")
+        assert "\x1b[32m" in output
+        url = re.findall(r"http://127\.0\.0\.1:\d+", output)[0]
         assert is_served(url)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the demo and to its server
         assert process.wait(30) == 0
@@ -101,7 +94,7 @@ def test_on_a_terminal_it_serves_until_ctrl_c(home: Path, terminal: tuple[int, i
 
 
 def test_when_it_is_terminated_its_server_ends_too(home: Path) -> None:
-    """SIGTERM in the middle leaves no server behind, and is no success."""
+    """After SIGTERM no server is left, and the exit code is not 0."""
     with subprocess.Popen(COMMAND, env=ENVIRON, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = next(found[0] for line in process.stdout if (found := re.findall(r"http://127\.0\.0\.1:\d+", line)))
@@ -111,7 +104,7 @@ def test_when_it_is_terminated_its_server_ends_too(home: Path) -> None:
 
 
 def damage_a_chunk() -> None:
-    """The disk is lost, and one picture's bytes in the database are no longer what they were."""
+    """Lose the disk, and damage the bytes of one picture in the database."""
     with sqlite3.connect(demo.DATABASE) as database:
         database.execute(
             "UPDATE image_chunk SET data = zeroblob(length(data)) WHERE rowid = (SELECT min(rowid) FROM image_chunk)"
@@ -121,7 +114,7 @@ def damage_a_chunk() -> None:
 
 
 def lose_a_record() -> None:
-    """The disk is lost, and the database has forgotten one picture."""
+    """Lose the disk, and the record of one picture in the database."""
     with sqlite3.connect(demo.DATABASE) as database:
         database.execute("DELETE FROM image_storage WHERE name = (SELECT min(name) FROM image_storage)")
     database.close()
@@ -129,7 +122,7 @@ def lose_a_record() -> None:
 
 
 def change_a_byte() -> None:
-    """All but one file are lost, and in that one a byte is another."""
+    """Lose all files but one, and change a byte of that one."""
     (first, *others) = sorted(path for path in demo.UPLOADS.iterdir() if path.is_file())
     first.write_bytes(first.read_bytes()[:-1] + b"?")
     for file in others:
@@ -137,7 +130,7 @@ def change_a_byte() -> None:
 
 
 def change_a_time() -> None:
-    """All but one file are lost, and that one has another time: its ETag and Last-Modified are others."""
+    """Lose all files but one, and change the mtime of that one, and so its ETag and Last-Modified."""
     (first, *others) = sorted(path for path in demo.UPLOADS.iterdir() if path.is_file())
     os.utime(first, (1e9, 1e9))
     for file in others:
@@ -152,19 +145,19 @@ def test_it_fails_if_one_picture_is_not_the_same(
     capsys: pytest.CaptureFixture[str],
     accident: Callable[[], None],
 ) -> None:
-    """One picture that is damaged, forgotten, changed or dated anew is shown as such, and the demo exits 1."""
+    """If one picture is damaged, forgotten or changed, the demo shows it and exits with 1."""
     monkeypatch.setattr(demo, "pictures", lambda: originals)
     assert demo.main(accident) == 1
-    said = capsys.readouterr().out
-    assert f"{ORIGINALS - 1} of {ORIGINALS} came back" in said
-    assert len([line for line in said.splitlines() if "OTHER" in line]) == 1
-    assert "Not everything came back." in said
+    output = capsys.readouterr().out
+    assert f"{ORIGINALS - 1} of {ORIGINALS} came back" in output
+    assert len([line for line in output.splitlines() if "OTHER" in line]) == 1
+    assert "Not everything came back." in output
 
 
 def test_it_fails_if_the_gallery_does_not_start(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A server that cannot start is said in one line, without a traceback of the demo's own, and the demo exits 1."""
+    """If the server cannot start, the demo says so in one line without a traceback and exits with 1."""
     monkeypatch.setattr(demo, "DATABASE", home / "nowhere" / "gallery.db")
     monkeypatch.setattr(demo, "pictures", lambda: {"a.png": b""})
     assert demo.main() == 1
