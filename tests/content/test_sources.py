@@ -210,7 +210,7 @@ async def test_other_types_are_refused(source: Any, threads: Threads) -> None:
 
 
 async def test_text_is_refused(threads: Threads, tmp_path: Path) -> None:
-    """A file opened as text raises `TypeError` and is told to be opened in binary mode."""
+    """A file opened as text raises a `TypeError` that says to open it in binary mode."""
     with pytest.raises(TypeError, match="open it in binary mode"):
         await collected(io.StringIO("text"), threads)  # type: ignore[arg-type]
     with written(b"text", tmp_path / "upload").open() as file, pytest.raises(TypeError, match="binary mode"):

@@ -336,7 +336,7 @@ async def test_hashing_holds_a_little_of_a_file_at_a_time(
 
 
 def test_closing_twice_is_harmless(path: Path, threads: Threads) -> None:
-    """A second `close` does not close a descriptor that another file has got meanwhile."""
+    """A second `close` does not close a descriptor that now belongs to another file."""
     with open_path(path, threads) as file:
         number = file.fd
         file.close()

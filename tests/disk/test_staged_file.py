@@ -145,7 +145,7 @@ def test_an_abandoned_file_leaves_no_trace(root: Root, step: Callable[[Staged], 
 
 
 def test_closing_twice_is_harmless(root: Root) -> None:
-    """A second `close` does not close a descriptor that another file has got meanwhile."""
+    """A second `close` does not close a descriptor that now belongs to another file."""
     staged = root.stage()
     staged.close()
     with open(root.path / "other", "wb") as other:
