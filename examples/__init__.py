@@ -1,1 +1,1 @@
-"""Small apps to copy from, and a demo that loses its disk."""
+"""Example apps to copy, and a demo that loses its files and restores them."""

@@ -1,7 +1,7 @@
-"""A photo gallery loses its disk before your eyes, and every picture comes back: `python -m examples.demo`.
+"""A photo gallery loses its files, and every picture comes back: `python -m examples.demo`.
 
-A real server, real pictures, real HTTP. What it makes lies in `.demo`, below the current directory. On a terminal the
-gallery stays open until Ctrl-C. Exit 0 only if every byte came back.
+It uses a real server, real pictures and real HTTP, and writes to `.demo` below the current directory. On a terminal the
+gallery stays open until Ctrl-C. The exit code is 0 only if every byte came back.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ UPLOADS = HOME / "uploads"
 DATABASE = HOME / "gallery.db"
 PREFIX = "/static/uploads"
 PATIENCE = 20.0
-"""Seconds that the server is given to answer, and to find out what is to be done behind an answer."""
+"""Seconds to wait for an answer of the server, and for its background work after an answer."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a browser got for a picture; the milliseconds that it took are not compared."""
+    """The answer to a request for a picture. `ms`, its duration in milliseconds, is not compared."""
 
     status: int
     sha256: str
@@ -45,12 +45,12 @@ class Seen:
 
 
 def wipe() -> None:
-    """The accident: a deploy, a `git clean`, a new node."""
+    """Delete all uploads, as a deploy, a `git clean` or a new node does."""
     shutil.rmtree(UPLOADS)
 
 
 def main(lose: Callable[[], None] = wipe) -> int:
-    """Run the demo with an accident; 0 if everything came back, 1 if not, 130 if it was stopped before the end."""
+    """Run the demo; `lose` deletes the files. Return 0 if everything came back, 1 if not, 130 if it was stopped."""
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir()
     print(bold("\nselfheal: a photo gallery loses its disk\n"))
@@ -69,7 +69,7 @@ def main(lose: Callable[[], None] = wipe) -> int:
 
 
 def run(browser: httpx.Client, lose: Callable[[], None]) -> bool:
-    """The steps of the demo; whether every picture came back, and what was deleted did not."""
+    """Run the steps. Return True if every picture came back and the deleted picture did not."""
     step(1, f"A real server: examples/starlette_app.py at {browser.base_url}", f"with {UPLOADS} and {DATABASE}")
     originals = pictures()
     places = upload(browser, originals)
@@ -78,7 +78,7 @@ def run(browser: httpx.Client, lose: Callable[[], None]) -> bool:
     lose()
     gone = sum(not file_of(place).exists() for place in places.values())
     step(3, f"rm -r {UPLOADS}: {gone} of {len(places)} files are gone")
-    step(4, "Every picture is asked for again, over HTTP:\n")
+    step(4, "Every picture is requested again, over HTTP:\n")
     after = look_at_all(browser, places)
     same = show(before, after, look_at_all(browser, places))
     return same == len(originals) and stays_deleted(browser, "moon.jpg", places["moon.jpg"])
@@ -86,14 +86,15 @@ def run(browser: httpx.Client, lose: Callable[[], None]) -> bool:
 
 @contextmanager
 def serving() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The gallery in a process of its own, and its URL. Who asks before it is ready waits in the socket's queue."""
+    """Run the gallery in its own process; yield it and its URL. Early requests wait in the queue of the socket."""
     settings = {
         "SELFHEAL_DIRECTORY": str(UPLOADS),
         "SELFHEAL_DATABASE_URL": f"sqlite+aiosqlite:///{DATABASE}",
         "SELFHEAL_PREFIX": PREFIX,
     }
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # uvicorn takes an --fd for a Unix socket
+        # uvicorn does not set it: it treats an --fd as a Unix socket
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         port, fd = listener.getsockname()[1], listener.fileno()
         command = [sys.executable, "-m", "uvicorn", "examples.starlette_app:app", "--fd", str(fd)]
         command += ["--app-dir", str(Path(__file__).parents[1]), "--log-level", "warning"]
@@ -106,7 +107,7 @@ def serving() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 
 
 def upload(browser: httpx.Client, originals: dict[str, bytes]) -> dict[str, str]:
-    """Send pictures through the gallery's form; the path of each on its page, found by its bytes."""
+    """Upload pictures through the form of the gallery. Return the path of each; the bytes tell which is which."""
     form = [("pictures", (name, data)) for name, data in reversed(originals.items())]
     page = browser.post("/upload", files=form, follow_redirects=True).raise_for_status().text
     names = {hashlib.sha256(data).hexdigest(): name for name, data in originals.items()}
@@ -115,7 +116,7 @@ def upload(browser: httpx.Client, originals: dict[str, bytes]) -> dict[str, str]
 
 
 def look(browser: httpx.Client, place: str) -> Seen:
-    """Ask for a picture as a browser does."""
+    """Request a picture as a browser does."""
     start = time.perf_counter()
     answer = browser.get(place)
     ms = (time.perf_counter() - start) * 1000
@@ -128,12 +129,15 @@ def look_at_all(browser: httpx.Client, places: dict[str, str]) -> dict[str, Seen
 
 
 def file_of(place: str) -> Path:
-    """The file on disk that is served at a path."""
+    """Return the file on disk that is served at a path."""
     return UPLOADS / place.removeprefix(f"{PREFIX}/")
 
 
 def stays_deleted(browser: httpx.Client, name: str, place: str) -> bool:
-    """Delete a picture, lay its file back by hand, see it go for good; then undo the deletion."""
+    """Delete a picture and copy its file back: the file is removed again. Then undo the deletion.
+
+    Return True if the picture stayed deleted, and the undo restored it unchanged.
+    """
     file, before = file_of(place), look(browser, place)
     data = file.read_bytes()
     browser.post("/delete", data={"name": file.name})
@@ -146,16 +150,16 @@ def stays_deleted(browser: httpx.Client, name: str, place: str) -> bool:
         statuses.append(browser.get(place).status_code)
     browser.post("/undo", data={"name": file.name})
     after = look(browser, place)
-    step(5, f"{name} is deleted, and its file laid back by hand, as a deploy does:")
-    print(f"   GET says {statuses[0]}, and soon {statuses[-1]}: the database remembers the deletion")
-    print(f"   and after an undo {after.status}: {'the same' if after == before else 'another'} picture")
+    step(5, f"{name} is deleted, and its file is copied back, as a deploy does:")
+    print(f"   GET returns {statuses[0]}, then {statuses[-1]}: the database remembers the deletion")
+    print(f"   and {after.status} after an undo: {'the same' if after == before else 'a different'} picture")
     return statuses[-1] == 404 and after == before
 
 
 def stay_open(server: subprocess.Popen[bytes], url: str) -> None:
-    """Leave the gallery to be looked at until Ctrl-C."""
+    """Keep the gallery open until Ctrl-C."""
     try:
-        print(f"The gallery: {bold(url)}  (Ctrl-C ends it; delete what you like below {UPLOADS})")
+        print(f"The gallery: {bold(url)}  (Ctrl-C ends it; delete any file below {UPLOADS})")
         server.wait()
     except KeyboardInterrupt:
         print()
@@ -166,7 +170,7 @@ def step(number: int, title: str, *more: str) -> None:
 
 
 def show(before: dict[str, Seen], after: dict[str, Seen], again: dict[str, Seen]) -> int:
-    """Print what came back; how many pictures are in every way what they were."""
+    """Print the answers. Return how many pictures have the same status, bytes, ETag and Last-Modified as before."""
     print(bold(f"   {'picture':14} {'GET':>4} {'size':>7} {'time':>8}   bytes   ETag   Last-Modified"))
     for name, was in before.items():
         now = after[name]
@@ -174,7 +178,7 @@ def show(before: dict[str, Seen], after: dict[str, Seen], again: dict[str, Seen]
         print(f"   {name:14} {now.status:>4} {kb(now.size):>7} {now.ms:>5.1f} ms ", *marks)
     same = sum(after[name] == was for name, was in before.items())
     count = f"{same} of {len(before)} came back, {size(after)} in {took(after)}"
-    print(f"\n   {count}; the next time, from disk, in {took(again)}\n")
+    print(f"\n   {count}; the second time, from disk, in {took(again)}\n")
     return same
 
 
@@ -195,7 +199,7 @@ def kb(count: int) -> str:
 
 
 def painted(code: int) -> Callable[[str], str]:
-    """A colour, on terminals only."""
+    """Return a function that colours text, on terminals only."""
     return lambda text: f"\x1b[{code}m{text}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
 
 

@@ -1,6 +1,6 @@
-"""Real pictures to lose and bring back: a few hundred KB of drawings, byte for byte the same at every run.
+"""Pictures for the demo and the tests: a few hundred KB of drawings, the same bytes at every run.
 
-`python -m examples.pictures DIRECTORY` writes them there.
+`python -m examples.pictures DIRECTORY` writes them to a directory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ LAND = ("#0b3954", "#0f5d7e", "#2a93a6", "#8fd0c4", "#efe3b8", "#9dbb6a", "#4f8a
 
 
 def pictures() -> dict[str, bytes]:
-    """Every picture, encoded, by its file name."""
+    """Return every picture, encoded, by its file name."""
     return {name: draw() for name, draw in DRAWINGS.items()}
 
 
-# -- photographs, nearly: JPEG with EXIF, WebP ----------------------------------------------------------------------
+# -- images like photographs: JPEG with EXIF, WebP --------------------------------------------------------------------
 
 
 def dusk() -> bytes:
-    """Ridges before a low sun."""
+    """Ridges in front of a low sun: JPEG."""
     picture, random = _coloured(Image.linear_gradient("L").resize(SIZE), DUSK), Random("dusk")
     for radius, strength, blur in ((150, 80, 60), (80, 90, 25), (40, 255, 1)):
         glow = Image.new("L", SIZE)
@@ -54,7 +54,7 @@ def dusk() -> bytes:
 
 
 def glass() -> bytes:
-    """Leaded glass: the nearest of many points gives the colour, the second nearest the lead."""
+    """Leaded glass: JPEG. The nearest of many points gives the colour, the second nearest the lead lines."""
     random, (x, y) = Random("glass"), _coordinates()
     picture = Image.new("RGB", SIZE)
     nearest = second = Image.new("F", SIZE, 1e6)
@@ -75,7 +75,7 @@ def glass() -> bytes:
 
 
 def flow() -> bytes:
-    """Threads that follow a field of directions."""
+    """Lines that follow a field of directions: JPEG."""
     picture, random = Image.new("RGB", (WIDTH * 2, HEIGHT * 2), NIGHT), Random("flow")
     draw = ImageDraw.Draw(picture)
     for _ in range(1300):
@@ -91,7 +91,7 @@ def flow() -> bytes:
 
 
 def island() -> bytes:
-    """A shaded map of a land that is nowhere."""
+    """A shaded map of an invented island: JPEG."""
     x, y = _coordinates()
     height = _math(
         lambda o: o["noise"] * 1.5 - o["far"] * 0.42 + 5,
@@ -104,7 +104,7 @@ def island() -> bytes:
 
 
 def moon() -> bytes:
-    """A moon in its third quarter; in shades of grey."""
+    """A moon in its third quarter: JPEG in grey."""
     x, y = _coordinates()
     sphere = _math(
         lambda o: o["max"](1 - ((o["x"] - 360) / 190) ** 2 - ((o["y"] - 240) / 190) ** 2, 0.0) ** 0.5, x=x, y=y
@@ -125,7 +125,7 @@ def moon() -> bytes:
 
 
 def julia() -> bytes:
-    """A Julia set, coloured by how near each point's orbit came to the axes."""
+    """A Julia set: WebP. The colour says how near each point's orbit came to the axes."""
     x, y = _coordinates()
     re, im = _math(lambda o: (o["x"] - WIDTH / 2) / 215, x=x), _math(lambda o: (o["y"] - HEIGHT / 2) / 215, y=y)
     near = Image.new("F", SIZE, 4.0)
@@ -140,7 +140,7 @@ def julia() -> bytes:
 
 
 def ripples() -> bytes:
-    """Rings of three stones that fell into water."""
+    """Rings of three stones that fell into water: WebP."""
     x, y = _coordinates()
     wave = [round(127.5 + 127.5 * math.sin(step / 128 * math.pi)) for step in range(256)]
     rings = [
@@ -154,11 +154,11 @@ def ripples() -> bytes:
     return _encoded(_coloured(depth, SEA), "WEBP", quality=70, method=2)
 
 
-# -- drawings: PNG (alpha, palette, grey), an animation, SVG --------------------------------------------------------
+# -- drawings: PNG (alpha, palette, grey), an animation, SVG ----------------------------------------------------------
 
 
 def sunflower() -> bytes:
-    """Seeds at the golden angle, on nothing: PNG with alpha."""
+    """Seeds at the golden angle, without a background: PNG with alpha."""
     picture, seeds = Image.new("RGBA", (WIDTH * 2, HEIGHT * 2)), 560
     draw = ImageDraw.Draw(picture)
     for seed in range(seeds):
@@ -170,7 +170,7 @@ def sunflower() -> bytes:
 
 
 def tiles() -> bytes:
-    """Truchet tiles, each turned by chance: PNG with a palette."""
+    """Truchet tiles, each turned at random: PNG with a palette."""
     side, random = 120, Random("tiles")
     picture = Image.new("RGB", (WIDTH * 2, HEIGHT * 2), "#f4ecd8")
     draw = ImageDraw.Draw(picture)
@@ -188,7 +188,7 @@ def tiles() -> bytes:
 
 
 def pulsar() -> bytes:
-    """A star's pulses, one below the other: PNG in grey."""
+    """The pulses of a star, one below the other: PNG in grey."""
     picture, random = Image.new("L", (WIDTH * 2, HEIGHT * 2), 14), Random("pulsar")
     draw = ImageDraw.Draw(picture)
     for row in range(46):
@@ -210,13 +210,13 @@ def pulsar() -> bytes:
 
 
 def orbit() -> bytes:
-    """A ring of beads that turns: an animated GIF, 24 frames of 50 ms."""
+    """A turning ring of beads: an animated GIF, 24 frames of 50 ms."""
     frames = [_smoothed(_beads(frame / 24)).quantize(32, dither=Image.Dither.NONE) for frame in range(24)]
     return _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50, loop=0)
 
 
 def _beads(turn: float) -> Image.Image:
-    """Three strands that wind around a ring, seen from above its rim."""
+    """Return one frame: three strings of beads that wind around a ring."""
     picture = Image.new("RGB", (720, 480), NIGHT)
     draw, beads = ImageDraw.Draw(picture), []
     for bead in range(3 * 72):
@@ -232,7 +232,7 @@ def _beads(turn: float) -> Image.Image:
 
 
 def rose() -> bytes:
-    """A curve of a swinging pen: SVG, by hand."""
+    """A curve of a pendulum: SVG, written as text."""
     strokes = []
     for turn in range(8):
         angles = [step / 320 * 2 * math.tau for step in range(321)]
@@ -269,11 +269,11 @@ DRAWINGS: dict[str, Callable[[], bytes]] = {
 }
 
 
-# -- what they are drawn with ---------------------------------------------------------------------------------------
+# -- drawing functions ------------------------------------------------------------------------------------------------
 
 
 def _at(colours: tuple[str, ...], tone: float) -> Colour:
-    """The colour at `tone`, from 0 to 1, of a scale of colours."""
+    """Return the colour at `tone` (from 0 to 1) on a scale of colours."""
     place = min(max(tone, 0.0), 1.0) * (len(colours) - 1)
     first = min(int(place), len(colours) - 2)
     ends = zip(*(ImageColor.getrgb(colour)[:3] for colour in colours[first : first + 2]), strict=True)
@@ -282,13 +282,13 @@ def _at(colours: tuple[str, ...], tone: float) -> Colour:
 
 
 def _coloured(grey: Image.Image, colours: tuple[str, ...]) -> Image.Image:
-    """A grey picture with its shades taken from a scale of colours."""
+    """Return a grey picture with each shade replaced by a colour of a scale."""
     scale = [_at(colours, shade / 255) for shade in range(256)]
     return Image.merge("RGB", [grey.point([colour[band] for colour in scale]) for band in range(3)])
 
 
 def _coordinates() -> tuple[Image.Image, Image.Image]:
-    """Two pictures whose pixels say where they are: x, y."""
+    """Return two pictures: each pixel holds its x coordinate in one, its y coordinate in the other."""
     across, down = Image.new("F", (WIDTH, 1)), Image.new("F", (1, HEIGHT))
     across.putdata(range(WIDTH))
     down.putdata(range(HEIGHT))
@@ -300,7 +300,7 @@ def _distance(x: Image.Image, y: Image.Image, at: Point) -> Image.Image:
 
 
 def _noise(seed: str, sizes: tuple[int, ...]) -> Image.Image:
-    """Clouds, from 0 to 255: chance at several sizes, each finer one weaker."""
+    """Return clouds with values from 0 to 255: random noise at several sizes, the finer the weaker."""
     random, noise, weight = Random(seed), Image.new("F", SIZE), 0.5
     for size in sizes:
         grain = Image.frombytes("L", (size * 3, size * 2), random.randbytes(size * size * 6))
@@ -311,7 +311,7 @@ def _noise(seed: str, sizes: tuple[int, ...]) -> Image.Image:
 
 
 def _math(formula: Callable[[dict[str, Any]], Any], **operands: Any) -> Image.Image:
-    """A picture computed from pictures, pixel by pixel, at the speed of C."""
+    """Compute a picture from pictures, pixel by pixel, in C."""
     computed: Image.Image = ImageMath.lambda_eval(formula, **operands)
     return computed
 
@@ -326,7 +326,7 @@ def _box(centre: Point, radius: float) -> tuple[float, float, float, float]:
 
 
 def _smoothed(picture: Image.Image) -> Image.Image:
-    """Half the size: edges that were drawn hard become smooth."""
+    """Return the picture at half its size, which smooths hard edges."""
     return picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
 
 
@@ -345,7 +345,7 @@ def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def main(directory: str) -> None:
-    """Write every picture below `directory`."""
+    """Write every picture to `directory`."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     for name, data in pictures().items():
         Path(directory, name).write_bytes(data)

@@ -1,8 +1,8 @@
-"""A photo gallery with Starlette. Every picture is kept twice: as a file on disk, and in the database.
+"""A photo gallery with Starlette. It keeps each picture twice: as a file on disk and in the database.
 
     SELFHEAL_DATABASE_URL=sqlite+aiosqlite:///gallery.db uvicorn examples.starlette_app:app
 
-Add pictures, delete their files, reload: they are back. Anybody may add and delete: put your own login in front.
+Add pictures, delete their files, reload the page: they are back. Every visitor can add and delete: add your own login.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PREFIX = Settings.from_env().prefix
 
 @asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
-    """The middleware opens and closes the store; the tables are the app's to make."""
+    """Create the tables. The middleware opens and closes the store."""
     await uploads.database.create_tables()
     yield
 
@@ -46,7 +46,7 @@ async def gallery(_: Request) -> Response:
 
 
 async def upload(request: Request) -> Response:
-    """Keep every file of the form but those that are refused: too large, no picture, not whole."""
+    """Save every file of the form, except those that the policy refuses: too large, not a picture, truncated."""
     refused = []
     async with request.form() as form:
         for file in form.getlist("pictures"):
@@ -75,12 +75,12 @@ async def not_found(_: Request, error: Exception) -> Response:
 
 
 async def unavailable(_: Request, __: Exception) -> Response:
-    """Without the database there is no list; the pictures on disk are served all the same."""
-    return PlainTextResponse("The database gives no answer now.\n", 503, {"Retry-After": "2"})
+    """Answer 503: the list needs the database. Pictures on disk are served without it."""
+    return PlainTextResponse("The database does not answer.\n", 503, {"Retry-After": "2"})
 
 
 async def page(refused: Sequence[tuple[str, UploadRefused]] = ()) -> HTMLResponse:
-    """The gallery, newest picture first; above it the files that were refused, with the status of the first."""
+    """Return the page, newest picture first. It lists refused files at the top; the first one sets the status."""
     living = [record async for records in uploads.database.pages() for record in records]
     living.sort(key=lambda record: record.modified_ns, reverse=True)
     deleted = [record async for records in uploads.database.pages(deleted=True) for record in records]
@@ -92,7 +92,7 @@ async def page(refused: Sequence[tuple[str, UploadRefused]] = ()) -> HTMLRespons
 <form action="/upload" method="post" enctype="multipart/form-data">
 <input type="file" name="pictures" multiple required accept="image/*" aria-label="Pictures to add"><button>Add</button>
 </form></header><main>{"".join(alerts)}
-<ul class="grid">{"".join(cards) or "<li class=none>Nothing here yet: add the first picture."}</ul>
+<ul class="grid">{"".join(cards) or "<li class=none>No pictures yet: add the first one."}</ul>
 {"<h2>Deleted</h2>" if trash else ""}<ul class="trash">{"".join(trash)}</ul></main>"""
     return HTMLResponse(html, refused[0][1].status if refused else 200)
 
