@@ -1,1 +1,1 @@
-"""Measurements of selfheal beside its peers; `python -m benchmarks` runs them. See README.md."""
+"""Benchmarks that compare selfheal with its peers; `python -m benchmarks` runs them. See README.md."""

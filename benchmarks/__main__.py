@@ -1,4 +1,4 @@
-"""`python -m benchmarks [GROUP | EXPERIMENT]… [--quick]`: measure, print what was measured, and write the report."""
+"""`python -m benchmarks [GROUP | EXPERIMENT]… [--quick]`: measure, print the results, and write the report."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ GROUPS = ("hits", "misses", "bulk", "growth", "peers")
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     for group in GROUPS:
         importlib.import_module(f"benchmarks.{group}")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     known = [*GROUPS, *(f"{one.group}.{one.name}" for one in EXPERIMENTS)]
     parser.add_argument("what", nargs="*", metavar="GROUP | EXPERIMENT", help=f"all, or some of: {', '.join(known)}")
-    parser.add_argument("--quick", action="store_true", help="few and small samples: does it run?")
-    parser.add_argument("--turns", type=int, default=100, metavar="N", help="at most so many turns of each contestant")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write docs/benchmarks.md anew")
+    parser.add_argument("--quick", action="store_true", help="few and small samples, to see whether it runs")
+    parser.add_argument("--turns", type=int, default=100, metavar="N", help="at most N turns of each contestant")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing; write docs/benchmarks.md from the kept samples"
+    )
     asked = parser.parse_args()
     if unknown := set(asked.what) - set(known):
-        parser.error(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     if not asked.report:
         chosen = [
             one for one in EXPERIMENTS if not asked.what or {one.group, f"{one.group}.{one.name}"} & set(asked.what)
         ]
         print(machine())
-        compileall.compile_dir(PROJECT / "selfheal", quiet=1)  # as what is installed is
+        compileall.compile_dir(PROJECT / "selfheal", quiet=1)  # as an installed package is
         touch_memory()
         for one in chosen:
             perform(one, Run(quick=asked.quick, turns=asked.turns))
@@ -46,8 +48,9 @@ def main() -> int:
 
 
 def touch_memory() -> None:
-    """Use all free memory once: the host of a virtual machine gives it at the first touch, which takes longer than
-    many a thing that is measured here.
+    """Use all free memory once.
+
+    The host of a virtual machine provides memory at its first use, which takes longer than some of the measured tasks.
     """
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if hasattr(mmap, "MAP_POPULATE"):
@@ -56,7 +59,7 @@ def touch_memory() -> None:
 
 
 def perform(one: Experiment, run: Run) -> None:
-    """Measure, print and keep one experiment."""
+    """Measure one experiment, print it, and keep its samples."""
     print(f"\n## {one.title}  ({one.group}.{one.name})", flush=True)
     started, load = time.monotonic(), os.getloadavg()[0]
     contests: list[Contest] = []
@@ -70,11 +73,11 @@ def perform(one: Experiment, run: Run) -> None:
 
 
 def _until_it_breaks(one: Experiment, run: Run) -> Iterator[Contest]:
-    """One experiment that fails does not take the others with it."""
+    """Yield the contests of one experiment. If it fails, print the error and stop, so that the others run."""
     try:
         yield from one.perform(run)
     except Exception:
-        print(f"{one.group}.{one.name} broke off:", file=sys.stderr)
+        print(f"{one.group}.{one.name} failed:", file=sys.stderr)
         traceback.print_exc()
 
 

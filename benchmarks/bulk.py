@@ -1,4 +1,4 @@
-"""Everything at once: restore, migrate and verify beside the tools that people use for it."""
+"""Restore, migrate and verify, compared with the usual tools for backups."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SETS = {
 }
 LEAST = "plain Python"
 FEW = 1000
-"""Files that can be removed without others being slower for it."""
+"""Number of files that can be removed without making later file creation slower."""
 Task = Callable[[], Measures]
 
 
 def cost(*command: object, cwd: Path = PROJECT, sync: Path | None = None) -> Measures:
-    """How long a command takes, to the end of a sync where one is asked for, and its peak of memory."""
+    """Return the time, CPU time and peak memory of a command. With `sync`, the time includes a sync of that disk."""
     clock = [sys.executable, "-I", "-S", str(Path(__file__).with_name("clock.py"))]
     environment = {**os.environ, "RESTIC_PASSWORD": "x"}
     done = subprocess.run([*clock, *map(str, command)], cwd=cwd, env=environment, capture_output=True, check=False)
@@ -47,7 +47,7 @@ def cost(*command: object, cwd: Path = PROJECT, sync: Path | None = None) -> Mea
 
 
 def after(prepare: Callable[[], Any], task: Task) -> Task:
-    """A task with something before it that is not measured."""
+    """Return a task that first calls `prepare`, which is not measured."""
 
     def run() -> Measures:
         prepare()
@@ -57,10 +57,10 @@ def after(prepare: Callable[[], Any], task: Task) -> Task:
 
 
 def renew(target: Path) -> None:
-    """An empty directory in place of what was restored before.
+    """Replace the restored files with an empty directory.
 
-    Many small files are only moved away, until the contest is over: for some minutes after they are removed ext4
-    passes over their inodes, one by one for each new file, if it has no journal. That took longer than any contestant.
+    Many small files are only moved away until the contest is over. ext4 without a journal skips the inodes of removed
+    files for some minutes, one by one for each new file. That took longer than any contestant.
     """
     if len(list(target.rglob("*"))) > FEW:
         target.rename(Path(tempfile.mkdtemp(prefix="old-", dir=target.parent)) / target.name)
@@ -71,18 +71,18 @@ def renew(target: Path) -> None:
 
 
 def available(tasks: Mapping[str, Callable[[], Task]]) -> tuple[dict[str, Task], list[str]]:
-    """The tasks that can be made here, and why the others cannot."""
+    """Return the tasks that can run here, and the reasons why the others cannot."""
     ready, missing = {}, []
     for name, make in tasks.items():
         try:
             ready[name] = make()
         except Unavailable as error:
-            missing.append(f"{name} did not take part: {error}")
+            missing.append(f"{name} was not measured: {error}")
     return ready, missing
 
 
 def sizes(run: Run) -> Iterator[tuple[str, Path]]:
-    """Every set of files by its label; a tenth of them in a quick run."""
+    """Yield the label and directory of each set of files; a tenth of the files in a quick run."""
     for label, (count, size) in SETS.items():
         directory = files(max(count // run.pick(1, 10), 1), size // run.pick(1, 10 if count == 1 else 1))
         yield label if not run.quick else f"a tenth of {label}", directory
@@ -90,7 +90,7 @@ def sizes(run: Run) -> Iterator[tuple[str, Path]]:
 
 @experiment("Restore everything: database → empty directory, every byte checked and synced")
 def restore(run: Run) -> Iterator[Contest]:
-    """The others restore from what they themselves made of the same files; each ends with a sync."""
+    """Each contestant restores from its own backup of the same files, and ends with a sync."""
     bounds = iter(("≤ 2", "≤ 1.3", "≤ 1.3"))
     for label, source in sizes(run):
         with scratch() as place:
@@ -98,12 +98,12 @@ def restore(run: Run) -> Iterator[Contest]:
             wants = {"tar": next(bounds), "restic": "< 1", "rsync": "< 1"}
             contest = run.contest(label, "seconds", tasks, turns=5, wants=wants)
             contest.notes += missing
-            assert same(source, place / "out-selfheal"), "what was restored is not what was migrated"
+            assert same(source, place / "out-selfheal"), "the restored files differ from the migrated ones"
         yield contest
 
 
 def restoring(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
-    """How each contestant restores `source`, after it has stored it below `place`."""
+    """Return how each contestant backs up `source` below `place` and then restores it."""
 
     def to(name: str, *command: object, cwd: Path = PROJECT) -> Task:
         target = place / f"out-{name}"
@@ -140,7 +140,7 @@ def restoring(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
 
 @experiment("Migrate everything: directory → empty database, synced")
 def backup(run: Run) -> Iterator[Contest]:
-    """The others make what they would restore from; each ends with a sync."""
+    """Each contestant makes its own backup, and ends with a sync."""
     for label, source in sizes(run):
         with scratch() as place:
             tasks, missing = available(storing(source, place))
@@ -151,7 +151,7 @@ def backup(run: Run) -> Iterator[Contest]:
 
 
 def storing(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
-    """How each contestant stores `source` below `place`."""
+    """Return how each contestant stores `source` below `place`."""
 
     def ours() -> Task:
         database = place / "uploads.db"
@@ -180,15 +180,15 @@ def storing(source: Path, place: Path) -> dict[str, Callable[[], Task]]:
         database, nothing = place / "least.db", place / "nothing"
         nothing.mkdir(exist_ok=True)
         command = plain_python("migrate", source)
-        prepare = lambda: (remove(database), migrate(nothing, sqlite(database)))  # noqa: E731 - it makes the tables
+        prepare = lambda: (remove(database), migrate(nothing, sqlite(database)))  # noqa: E731 - it creates the tables
         return after(prepare, lambda: cost(*command, source, database, sync=place))
 
     return {"selfheal": ours, "tar": tar, "sqlite3 -A": sqlar, "restic": restic, LEAST: least}
 
 
-@experiment("The same beside itself on PostgreSQL", plot="none")
+@experiment("Migrate and restore: PostgreSQL compared with SQLite", plot="none")
 def on_postgres(run: Run) -> Iterator[Contest]:
-    """The small files, through asyncpg to a server with default settings on the same machine."""
+    """The small files, through asyncpg, to a server with default settings on the same machine."""
     label, source = next(sizes(run))
     with scratch() as place, postgres() as url:
         sqlite_url = sqlite(place / "uploads.db")
@@ -204,9 +204,9 @@ def on_postgres(run: Run) -> Iterator[Contest]:
         yield run.contest(f"restore {label}", "seconds", tasks, turns=5, subject="PostgreSQL")
 
 
-@experiment("Verify: is everything on disk what was recorded?")
+@experiment("Verify: compare every file on disk with its record")
 def verify(run: Run) -> Iterator[Contest]:
-    """2 GiB in 20,000 files, in memory. `verify` reads both sides, `restore --verify --dry-run` the disk alone."""
+    """2 GiB in 20,000 files, in memory. `verify` reads disk and database, `restore --verify --dry-run` the disk."""
     count = 20_000 // run.pick(1, 10)
     source = files(count, 2 * GIB // 20_000)
     with scratch() as place:
@@ -217,29 +217,29 @@ def verify(run: Run) -> Iterator[Contest]:
         hashing = f"find . -type f -print0 | xargs -0 -P {cores} -n 64 sha256sum"
         jobs = ["--jobs", str(cores)]
         tasks: dict[str, Task] = {
-            "disk side": lambda: cost(*selfheal("restore", source, url, "--verify", "--dry-run", *jobs)),
-            "both sides": lambda: cost(*selfheal("verify", source, url, *jobs)),
+            "disk only": lambda: cost(*selfheal("restore", source, url, "--verify", "--dry-run", *jobs)),
+            "disk and database": lambda: cost(*selfheal("verify", source, url, *jobs)),
             "sha256sum": lambda: cost("sh", "-c", hashing, cwd=source),
         }
         yield run.contest(
-            f"{count:,} files", "seconds", tasks, turns=5, wants={"sha256sum": "< 1"}, subject="disk side"
+            f"{count:,} files", "seconds", tasks, turns=5, wants={"sha256sum": "< 1"}, subject="disk only"
         )
 
 
 def plain_python(run: str, source: Path) -> list[object]:
-    """The least that a run over these files does; files of several chunks are not for it."""
+    """Return the command of the minimal version of a run. It supports only files of one chunk."""
     if (source / name_of(0)).stat().st_size > CHUNK:
-        raise Unavailable("its files have one chunk")
+        raise Unavailable("it supports only files of one chunk")
     return [sys.executable, "-m", "benchmarks.least", run]
 
 
 def archiver(source: Path) -> str:
-    """The sqlite3 program, which archives no file of 1 GB or more."""
+    """Return the path of sqlite3. Raise `Unavailable` for files of 1 GB or more, which it does not archive."""
     if any(path.stat().st_size >= 10**9 for path in source.rglob("*")):
-        raise Unavailable("it says that a file of 1 GB is too big")
+        raise Unavailable("it refuses files of 1 GB or more")
     return program("sqlite3")
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two directories hold the same bytes under the same names."""
+    """Return whether two directories hold the same bytes under the same names."""
     return subprocess.run(["diff", "-rq", one, other], check=False).returncode == 0

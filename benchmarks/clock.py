@@ -1,7 +1,7 @@
-"""What a command costs in time, processor and memory: `python clock.py COMMAND…` prints it as JSON, and nothing else.
+"""Measure a command: `python clock.py COMMAND…` prints its time, CPU time and peak memory as JSON, and nothing else.
 
-A process of its own, and a small one: Linux counts the memory of whoever starts a command as the command's own until it
-runs, so nothing can be measured below what this one takes (about 7 MB).
+It is a small process of its own. Between fork and exec, Linux counts the memory of the parent as that of the command,
+so no result is below the memory of this process (about 7 MB).
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Many clients who ask for the same file at once: `python -m benchmarks.crowd PORT PATH CLIENTS FILE`.
+"""Many clients request the same file at once: `python -m benchmarks.crowd PORT PATH CLIENTS FILE`.
 
-Prints as JSON how many got the bytes of FILE, the latencies in seconds, and how many came away with anything else.
+It prints as JSON how many clients got the bytes of FILE, how many did not, and the latencies in seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import uvloop
 
 
 class Client(asyncio.Protocol):
-    """One client: it compares what comes, piece by piece, and keeps nothing."""
+    """One client. It compares each piece with the expected bytes and keeps none."""
 
     def __init__(self, request: bytes, expected: bytes) -> None:
         self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -27,11 +27,11 @@ class Client(asyncio.Protocol):
         self._right = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Send the request."""
         transport.write(self._request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
-        """Compare."""
+        """Compare a piece."""
         if self._head is not None:
             self._head += data
             head, end, data = self._head.partition(b"\r\n\r\n")
@@ -43,12 +43,12 @@ class Client(asyncio.Protocol):
         self._at += len(data)
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Judge."""
+        """Report whether all bytes were right."""
         self.done.set_result(self._right and self._at == len(self._expected))
 
 
 async def crowd(port: int, path: str, clients: int, expected: bytes) -> dict[str, object]:
-    """Let all of them ask at once."""
+    """Start all clients at once; return their results."""
     loop = asyncio.get_running_loop()
     request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
     started = time.monotonic()

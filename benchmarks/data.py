@@ -1,4 +1,4 @@
-"""Files to measure with: random bytes, the same names every time, made once."""
+"""Files for the measurements: random bytes under the same names every time, created once."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MODULES = {"migrate": "migrate_images", "verify": "test_image_storage", "restore
 
 
 def name_of(index: int) -> str:
-    """The name of the file with this number."""
+    """Return the name of file number `index`."""
     return f"{index // PER_FOLDER:04}/{index:07}.jpg"
 
 
 def files(count: int, size: int) -> Path:
-    """A directory with `count` files of `size` random bytes in folders of 200; do not change it."""
+    """Return a directory with `count` files of `size` random bytes, 200 per folder. Do not change its files."""
     place = BENCH / "data" / f"{count}x{size}"
     if not place.exists():
         unfinished = place.with_suffix(".unfinished")
@@ -43,23 +43,23 @@ def files(count: int, size: int) -> Path:
 
 
 def warm(place: Path) -> None:
-    """Bring every byte below a directory into memory."""
+    """Read every file below a directory, so that it is in the page cache."""
     subprocess.run(["find", place, "-type", "f", "-exec", "cat", "{}", "+"], stdout=subprocess.DEVNULL, check=True)
 
 
 def selfheal(command: str, directory: Path, database: str, *arguments: str) -> list[str]:
-    """The command line of one of our bulk runs."""
+    """Return the command line of one of the three bulk runs."""
     where = ["--directory", str(directory), "--database", database, "--quiet"]
     return [sys.executable, "-m", f"selfheal.scripts.{MODULES[command]}", *where, *arguments]
 
 
 def migrate(directory: Path, database: str) -> None:
-    """Bring a directory into a database."""
+    """Store the files of a directory in a database."""
     subprocess.run(selfheal("migrate", directory, database), check=True, cwd=PROJECT)
 
 
 def sqlite(path: Path) -> str:
-    """The URL of a SQLite database, empty."""
+    """Return the URL of a new SQLite database; an old one is removed."""
     for end in ("", "-journal", "-wal", "-shm"):
         Path(f"{path}{end}").unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def sqlite(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a directory, and let the disk come to rest."""
+    """Remove a file or a directory, and sync."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -77,7 +77,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty directory on the disk that is measured."""
+    """Yield an empty directory on the measured disk."""
     BENCH.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=BENCH) as place:
         yield Path(place)

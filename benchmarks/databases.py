@@ -1,4 +1,4 @@
-"""Databases to measure with: a SQLite file, and a PostgreSQL server of our own with its default settings."""
+"""Databases for the measurements: a SQLite file, and a separate PostgreSQL server with default settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .servers import free_port
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """The URL of an empty database; raises `Unavailable`."""
+    """Start a server and yield the URL of an empty database. Raise `Unavailable` if PostgreSQL is not installed."""
     with tempfile.TemporaryDirectory(prefix="selfheal-postgres-") as place:
         Path(place).chmod(0o755)
         data, port = Path(place, "data"), free_port()
@@ -46,7 +46,7 @@ def postgres() -> Iterator[str]:
 
 @contextlib.contextmanager
 def databases() -> Iterator[dict[str, str]]:
-    """The URLs of empty databases: SQLite and, where it is installed, PostgreSQL."""
+    """Yield the URLs of empty databases: SQLite and, if it is installed, PostgreSQL."""
     with scratch() as place, contextlib.ExitStack() as stack:
         urls = {"SQLite": sqlite(place / "uploads.db")}
         with contextlib.suppress(Unavailable):
@@ -63,7 +63,7 @@ def _programs() -> Path:
 
 
 def _unprivileged() -> str | None:
-    """PostgreSQL refuses to be run by root."""
+    """Return the user to run PostgreSQL as, because it refuses to run as root; None for the present user."""
     if os.geteuid() != 0:
         return None
     with contextlib.suppress(KeyError):

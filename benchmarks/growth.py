@@ -25,13 +25,13 @@ from .measure import BENCH, OURS, Contest, Measures, Run, Unavailable, experimen
 
 JOBS = ("migrate", "restore", "verify")
 BOTH = ("SQLite", "PostgreSQL")
-EACH = "µs a name"
+EACH = "µs per name"
 Samples = dict[str, list[Measures]]
 
 
 @experiment("Time of each run, by number of files (1 KiB each)", plot="curves")
 def time(run: Run) -> Iterator[Contest]:
-    """The whole process, from its start to its end, shared by its names."""
+    """The time of the whole process, divided by the number of names."""
     for label, by_number in by_count(run).items():
         seconds = {count: [turn["seconds"] for turn in turns] for count, turns in by_number.items()}
         *_, middle, largest = seconds
@@ -43,20 +43,20 @@ def time(run: Run) -> Iterator[Contest]:
 
 
 def added(seconds: dict[str, list[float]]) -> Iterator[str]:
-    """What each name takes that is added: the start of the process has no part in it."""
+    """Yield the time per added name between two sizes. The start of the process does not count in it."""
     for few, many in itertools.pairwise(seconds):
         more = statistics.median(seconds[many]) - statistics.median(seconds[few])
-        yield f"{more / (number_of(many) - number_of(few)) * 1e6:.0f} µs for each name from {few} to {many}"
+        yield f"{more / (number_of(many) - number_of(few)) * 1e6:.0f} µs per added name from {few} to {many}"
 
 
 def number_of(label: str) -> int:
-    """The number that a label is."""
+    """Return the number in a label."""
     return int(label.replace(",", ""))
 
 
 @experiment("Memory of each run, by number of files (1 KiB each)", plot="curves")
 def memory(run: Run) -> Iterator[Contest]:
-    """The peak of the whole process."""
+    """The peak memory of the whole process."""
     for label, samples in by_count(run).items():
         smallest, *_, largest = samples
         contest = Contest(label, "MB at most", samples, subject=largest)
@@ -74,9 +74,9 @@ def memory_of_one_file(run: Run) -> Iterator[Contest]:
         yield Contest(job, "MB at most", samples, {"64 MiB": "≤ 1.2"}, "1 GiB")
 
 
-@experiment("A restore that finds nothing missing, by number of records, beside `find`", plot="curves")
+@experiment("A restore that finds nothing missing, by number of records, compared with `find`", plot="curves")
 def nothing_missing(run: Run) -> Iterator[Contest]:
-    """Empty files in folders of 200, all there, everything in memory."""
+    """Empty files in folders of 200; no file is missing, and everything is in memory."""
     for count in (1000, 10_000, 100_000, 1_000_000)[: run.pick(4, 2)]:
         directory = empty_files(count)
         with databases() as urls:
@@ -93,7 +93,7 @@ def nothing_missing(run: Run) -> Iterator[Contest]:
 
 @functools.cache
 def by_count(run: Run) -> dict[str, Samples]:
-    """What every run cost, by run and database, and then by number of files."""
+    """Return the samples of every run, by run and database, then by number of files."""
     samples: dict[str, Samples] = {}
     counts = (1000, 10_000, 100_000)[: run.pick(3, 2)]
     with scratch() as place:
@@ -107,9 +107,9 @@ def by_count(run: Run) -> dict[str, Samples]:
 
 
 def chain(kind: str, source: Path, place: Path) -> dict[str, Measures]:
-    """What each run costs, one after the other, beginning with nothing but the files.
+    """Migrate, restore and verify `source`, one after the other; return the samples of each.
 
-    What is restored stays in `place`: where many files were just removed, making some takes longer (see `renew`).
+    The restored files stay in `place`, because creating files is slower after many were removed (see `renew`).
     """
     out = Path(tempfile.mkdtemp(dir=place))
     with databases() as urls:
@@ -121,7 +121,7 @@ def chain(kind: str, source: Path, place: Path) -> dict[str, Measures]:
 
 
 def empty_files(count: int) -> Path:
-    """A directory with so many empty files; made once."""
+    """Return a directory with `count` empty files, created once."""
     place = BENCH / "data" / f"{count}x0"
     if not place.exists():
         unfinished = place.with_suffix(".unfinished")
@@ -135,7 +135,7 @@ def empty_files(count: int) -> Path:
 
 
 async def record_empty(url: str, count: int) -> None:
-    """Records for the files of `empty_files`."""
+    """Create the records of the files of `empty_files`."""
     storage = ImageStorage(url)
     await storage.create_tables()
     empty = {"sha256": hashlib.sha256().hexdigest(), "size": 0, "content_type": "image/jpeg", "modified_ns": 10**18}

@@ -1,4 +1,4 @@
-"""Files that are on disk: how many requests a second, and what disturbs them."""
+"""Hits: requests per second for files that are on disk, alone and under other load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONTESTANTS: dict[str, Serving] = {
 
 @contextlib.contextmanager
 def uploads() -> Iterator[tuple[Path, str]]:
-    """A directory with a few files of each size (and of 4 KiB below `slow/`), and the database that knows them."""
+    """Yield a directory with some files of each size (and of 4 KiB below `slow/`), and the URL of their database."""
     with tempfile.TemporaryDirectory(prefix="selfheal-bench-") as place:
         directory = Path(place, "uploads")
         for folder, size in {**SIZES, "slow": 4 * KIB}.items():
@@ -51,7 +51,7 @@ def uploads() -> Iterator[tuple[Path, str]]:
 
 @contextlib.contextmanager
 def contestants(*wanted: str) -> Iterator[tuple[dict[str, Server], list[str]]]:
-    """Servers of the same files, side by side, each checked and warmed up; and why others are not there."""
+    """Yield servers of the same files, checked and warmed up, and the reasons why others are missing."""
     missing = []
     with contextlib.ExitStack() as stack:
         directory, database = stack.enter_context(uploads())
@@ -60,7 +60,7 @@ def contestants(*wanted: str) -> Iterator[tuple[dict[str, Server], list[str]]]:
             try:
                 servers[name] = stack.enter_context(CONTESTANTS[name](directory, database))
             except Unavailable as error:
-                missing.append(f"{name} did not take part: {error}")
+                missing.append(f"{name} was not measured: {error}")
         for server in servers.values():
             for size in SIZES:
                 assert server.get(path_of(size))[1] == (directory / f"{path_of(size)[len(PREFIX) + 1 :]}").read_bytes()
@@ -69,12 +69,12 @@ def contestants(*wanted: str) -> Iterator[tuple[dict[str, Server], list[str]]]:
 
 
 def path_of(size: str, index: int = 1) -> str:
-    """The path of one of the files of a size."""
+    """Return the path of one file of a size."""
     return f"{PREFIX}/{size.replace(' ', '')}/{index}.jpg"
 
 
 def compare(run: Run, wants: dict[str, dict[str, str]], *names: str) -> Iterator[Contest]:
-    """One contest per size; `wants` by size."""
+    """Yield one contest per size; `wants` is by size."""
     with contestants(*names) as (servers, missing):
         for size in SIZES:
             turns = {
@@ -86,9 +86,9 @@ def compare(run: Run, wants: dict[str, dict[str, str]], *names: str) -> Iterator
             yield contest
 
 
-@experiment("Hits on uvicorn, 64 connections, beside other servers of static files")
+@experiment("Hits on uvicorn, 64 connections, compared with other servers of static files")
 def on_uvicorn(run: Run) -> Iterator[Contest]:
-    """One process each, the server on one core and wrk on another."""
+    """One process each: the server on one core, wrk on another."""
     ahead = {"ServeStatic": "> 1", "aiohttp": "> 1"}
     yield from compare(
         run,
@@ -108,9 +108,9 @@ def on_granian(run: Run) -> Iterator[Contest]:
     yield from compare(run, wants, "selfheal on granian", "StaticFiles on granian")
 
 
-@experiment("Hits beside 64 requests that are stuck on a slow disk")
+@experiment("Hits while 64 other requests wait for a slow disk")
 def beside_a_slow_disk(run: Run) -> Iterator[Contest]:
-    """Every open and every read of the others' files takes so long; it is simulated inside the server."""
+    """Every open and every read for the other requests takes that long; a hook in the server simulates it."""
     with uploads() as (directory, database):
         for milliseconds in (20, 200):
             hooks = f"slow={milliseconds / 1000}"
@@ -118,31 +118,33 @@ def beside_a_slow_disk(run: Run) -> Iterator[Contest]:
                 yield run.contest(
                     f"{milliseconds} ms per open and read",
                     "p50 ms",
-                    beside(run, server, f"{PREFIX}/slow/0.jpg", "beside"),
+                    beside(run, server, f"{PREFIX}/slow/0.jpg", "with slow requests"),
                     wants={"alone": "≤ 2"},
-                    subject="beside",
+                    subject="with slow requests",
                 )
 
 
-@experiment("Hits beside a flood of random names that do not exist, on 64 connections")
+@experiment("Hits during a flood of requests for names that do not exist, 64 connections each")
 def beside_a_flood(run: Run) -> Iterator[Contest]:
-    """The names are of a shape that only the database can tell to be absent. "Beside nothing of ours": the same flood
-    of what the wrapped app answers with a 404. Both clients share a core; "a nice one" gives way to the other there.
+    """Only the database can tell that these names do not exist.
+
+    "Flood outside the prefix": the same flood of paths that the wrapped app answers with a 404. Both clients share a
+    core; "low-priority flood" means that the client of the flood has the lower priority there.
     """
     lua = str(Path(__file__).with_name("flood.lua"))
     with uploads() as (directory, database), uvicorn("ours", directory=directory, database=database) as server:
         turns = (
-            beside(run, server, PREFIX, "beside", lua)
-            | beside(run, server, PREFIX, "beside a nice one", lua, nice=10)
-            | beside(run, server, "/none", "beside nothing of ours", lua)
+            beside(run, server, PREFIX, "with the flood", lua)
+            | beside(run, server, PREFIX, "with a low-priority flood", lua, nice=10)
+            | beside(run, server, "/none", "with a flood outside the prefix", lua)
         )
-        yield run.contest("4 KiB hits", "p99 ms", turns, wants={"alone": "≤ 2"}, subject="beside")
+        yield run.contest("4 KiB hits", "p99 ms", turns, wants={"alone": "≤ 2"}, subject="with the flood")
 
 
 def beside(
     run: Run, server: Server, path: str, name: str, lua: str | None = None, nice: int = 0
 ) -> dict[str, Callable[[], Measures]]:
-    """Hits alone, and beside another load."""
+    """Return two tasks: hits alone, and (under `name`) hits during another load."""
     seconds = run.pick(5, 2)
 
     def alone() -> Measures:
@@ -156,9 +158,9 @@ def beside(
     return {"alone": alone, name: together}
 
 
-@experiment("A request that is not ours: through the middleware, and to the bare app", plot="none")
+@experiment("A request outside the prefix: with the middleware, and to the bare app", plot="none")
 def not_ours(run: Run) -> Iterator[Contest]:
-    """An app that answers 13 bytes: the least work that a request can be. "Least middleware" only hands it on."""
+    """The app answers 13 bytes, the minimum of work for a request. "Empty middleware" only passes the request on."""
     with (
         uploads() as (directory, database),
         uvicorn("ours", directory=directory, database=database) as ours,
@@ -168,7 +170,7 @@ def not_ours(run: Run) -> Iterator[Contest]:
         turns = {
             "selfheal": lambda: wrk(ours.url("/"), seconds=run.pick(3, 1)),
             "bare app": lambda: wrk(bare.url("/"), seconds=run.pick(3, 1)),
-            "least middleware": lambda: wrk(passing.url("/"), seconds=run.pick(3, 1)),
+            "empty middleware": lambda: wrk(passing.url("/"), seconds=run.pick(3, 1)),
         }
         for measure in turns.values():
             measure()

@@ -1,7 +1,7 @@
-"""The least that a restore or a migration of small files does, in plain Python: `restore|migrate DIRECTORY DATABASE`.
+"""A minimal restore or migration of small files in plain Python: `restore|migrate DIRECTORY DATABASE`.
 
-The same system calls and statements in the same batches, in one thread, and nothing that makes them safe: no record is
-looked at again, nothing is refused, reported, or gone on with after an error. What is slower than this is ours.
+It makes the same system calls and statements in the same batches, in one thread, without any safety: it does not read a
+record again, refuses and reports nothing, and stops at the first error. The difference to it is the cost of selfheal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOIN image_chunk c ON c.sha256 = s.sha256 ORDER BY s.name"""
 
 
 def restore(directory: Path, database: sqlite3.Connection) -> None:
-    """Files without a name, hashed, synced together, and only then named."""
+    """Write files without a name, hash them, sync them together, and only then name them."""
     libc, folders = ctypes.CDLL(None), dict[str, int]()
     rows = iter(database.execute(ROWS))
     while batch := list(islice(rows, AT_ONCE)):
@@ -46,7 +46,7 @@ def restore(directory: Path, database: sqlite3.Connection) -> None:
 
 
 def migrate(directory: Path, database: sqlite3.Connection) -> None:
-    """Files read, hashed twice (the whole and its only chunk), and stored in three rows each."""
+    """Read files, hash each twice (the whole and its only chunk), and store each in three rows."""
     database.execute("PRAGMA synchronous=FULL")
     files = _files(directory)
     while batch := list(islice(files, 4 * AT_ONCE)):

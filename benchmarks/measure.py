@@ -1,4 +1,4 @@
-"""Experiments and how they are measured: the contestants take turns in one run, and medians are quoted."""
+"""Experiments: the contestants take turns in one run, and the report quotes medians."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ RESULTS = BENCH / "results"
 OURS = "selfheal"
 
 Measures = dict[str, float]
-"""What one turn of a contestant gave, by unit: `{"seconds": 1.2, "MB": 40.0}`."""
+"""The values of one turn of a contestant, by unit: `{"seconds": 1.2, "MB": 40.0}`."""
 
 _COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, ">": operator.gt}
 
 
 class Unavailable(Exception):
-    """A contestant cannot take part here; the message says what is missing and the command that brings it."""
+    """A contestant cannot run here; the message says what is missing and which command installs it."""
 
 
 @dataclass
 class Contest:
-    """One question: what `subject` and the others gave, turn by turn, in `unit`.
+    """One question: the values of `subject` and of the others, turn by turn, in `unit`.
 
-    `wants` says by contestant what the ratio subject ÷ contestant is to be (`≥ 12`); by the subject itself, its value.
+    `wants` is the target of the ratio subject ÷ contestant, by contestant (`≥ 12`). For the subject it is the target of
+    its value.
     """
 
     label: str
@@ -46,24 +47,24 @@ class Contest:
 
     @property
     def others(self) -> list[str]:
-        """Every contestant but the subject."""
+        """Return every contestant but the subject."""
         return [name for name in self.samples if name != self.subject]
 
     def values(self, name: str, unit: str | None = None) -> list[float]:
-        """A contestant's samples in one unit."""
+        """Return the samples of a contestant in one unit."""
         return [sample[unit or self.unit] for sample in self.samples[name] if (unit or self.unit) in sample]
 
     def ratios(self, other: str) -> list[float]:
-        """subject ÷ other, turn by turn."""
+        """Return subject ÷ other, turn by turn."""
         return [mine / yours for mine, yours in zip(self.values(self.subject), self.values(other), strict=True)]
 
     def seen_as(self, label: str, unit: str, wants: dict[str, str]) -> Contest:
-        """The same turns, seen by another of the units that they gave."""
+        """Return the same turns as a contest in another of their units."""
         samples = {name: [{unit: sample[unit]} for sample in given] for name, given in self.samples.items()}
         return Contest(label, unit, samples, wants, self.subject)
 
     def is_met(self, name: str) -> bool | None:
-        """Whether what is wanted of the ratio with `name` holds for its median; None if nothing is wanted."""
+        """Return whether the median of the ratio with `name` meets its target; None if it has no target."""
         if name not in self.wants or not self.samples.get(name):
             return None
         sign, _, bound = self.wants[name].partition(" ")
@@ -73,13 +74,13 @@ class Contest:
 
 @dataclass(frozen=True)
 class Run:
-    """How much is to be done, and where."""
+    """How much to measure."""
 
     quick: bool = False
     turns: int = 100
 
     def pick(self, full: int, quick: int) -> int:
-        """The one number or the other."""
+        """Return `quick` in a quick run, `full` otherwise."""
         return quick if self.quick else full
 
     def contest(
@@ -92,7 +93,7 @@ class Run:
         wants: dict[str, str] | None = None,
         subject: str = OURS,
     ) -> Contest:
-        """Let the contestants take turns, A B C and then C B A, so that no place in the order is an advantage."""
+        """Let the contestants take turns, A B C and then C B A, so that no position is an advantage."""
         samples: dict[str, list[Measures]] = {name: [] for name in contestants}
         for turn in range(min(turns, 3 if self.quick else self.turns)):
             order = list(contestants.items())
@@ -104,7 +105,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Something to measure: `perform` yields one contest after the other."""
+    """An experiment; `perform` yields its contests."""
 
     group: str
     name: str
@@ -130,7 +131,7 @@ def experiment(
 
 
 def save(one: Experiment, contests: Sequence[Contest], *, quick: bool, load: float) -> None:
-    """Keep an experiment's samples, for the report; those of a quick run beside those of whole ones."""
+    """Write the samples of an experiment to a file for the report; a quick run has its own file."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     kept = {
         "group": one.group,
@@ -148,7 +149,7 @@ def save(one: Experiment, contests: Sequence[Contest], *, quick: bool, load: flo
 
 
 def quantity(values: Sequence[float]) -> str:
-    """A median with its spread: `1,234 (1,200 … 1,300)`."""
+    """Return a median with its range: `1,234 (1,200 … 1,300)`."""
     middle = number(statistics.median(values))
     if len(values) == 1:
         return middle
@@ -156,14 +157,14 @@ def quantity(values: Sequence[float]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that matter."""
+    """Return a number with three significant digits."""
     if abs(value) >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")
 
 
 def machine() -> str:
-    """Which machine, and what on it was measured with."""
+    """Return a description of the machine, its disk and the versions in use."""
     cpu = next(
         _said(line) for line in (*_lines("/proc/cpuinfo"), f"model name: {platform.machine()}") if "model name" in line
     )

@@ -1,4 +1,4 @@
-"""Files that are not on disk: how long the first visitor waits, and what many visitors at once cost."""
+"""Misses: how long the first client of a missing file waits, and what many clients at once cost."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SYNCED = "selfheal with its fsync"
 LEAST = "plain Python"
 
 
-@experiment("First request for a missing file, to its last byte")
+@experiment("First request for a missing file, up to the last byte")
 def first_request(run: Run) -> Iterator[Contest]:
-    """One client, one file after the other; each sample is the median of 20.
+    """One client requests one file after the other; each sample is the median of 20.
 
-    The bare driver reads the same chunks from the same tables and sends them: sqlite3 in a thread, asyncpg. It checks
-    nothing and writes nothing to the disk. What the fsync of the restored file costs is told apart. "Plain Python" is
-    the bare driver that restores the file besides, without an fsync.
+    The bare driver (sqlite3 in a thread, or asyncpg) reads the same chunks from the same tables and sends them. It
+    checks nothing and writes nothing to the disk. The cost of the fsync of the restored file is measured separately.
+    "Plain Python" is the bare driver that also restores the file, without an fsync.
     """
     for label, size in SIZES.items():
         yield from _first_request(run, label, files(NAMES, size))
@@ -58,7 +58,7 @@ def _first_request(run: Run, label: str, source: Path) -> Iterator[Contest]:
 
 
 def asking(server: Server, source: Path, directory: Path | None) -> Callable[[], float]:
-    """Ask for every name, after removing it from `directory`; the median in ms."""
+    """Return a task: request every name, after removing it from `directory`. Its result is the median in ms."""
 
     def turn() -> float:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -77,26 +77,26 @@ def asking(server: Server, source: Path, directory: Path | None) -> Callable[[],
     return turn
 
 
-@experiment("First byte of a missing file of 1 GiB, and its whole restore")
+@experiment("First byte of a missing file of 1 GiB, and its complete restore")
 def first_byte(run: Run) -> Iterator[Contest]:
-    """The client begins to get it while it is restored; the restore ends when the file has its name on the disk."""
+    """The answer starts while the file is restored. The restore ends when the file has its name on disk."""
     size = GIB // run.pick(1, 8)
     with databases() as urls:
         for kind, url in urls.items():
             migrate(files(1, size), url)
             with scratch() as place, uvicorn("ours", core=None, directory=place / "up", database=url) as server:
-                samples: dict[str, list[dict[str, float]]] = {"first byte": [], "whole restore": []}
+                samples: dict[str, list[dict[str, float]]] = {"first byte": [], "complete restore": []}
                 for _ in range(run.pick(5, 2)):
                     first, whole = stream(server, place / "up" / name_of(0), size)
                     samples["first byte"].append({"seconds": first})
-                    samples["whole restore"].append({"seconds": whole})
-                contest = Contest(kind, "seconds", samples, {"whole restore": "≤ 0.02"}, subject="first byte")
+                    samples["complete restore"].append({"seconds": whole})
+                contest = Contest(kind, "seconds", samples, {"complete restore": "≤ 0.02"}, subject="first byte")
                 contest.notes.append(f"{kind}: memory of the server at most {server.megabytes('VmHWM'):.0f} MB")
                 yield contest
 
 
 def stream(server: Server, path: Path, size: int) -> tuple[float, float]:
-    """Seconds until the first byte, and until the file is on disk."""
+    """Return the seconds until the first byte, and until the file is on disk."""
     path.unlink(missing_ok=True)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     with contextlib.closing(connection):
@@ -115,9 +115,9 @@ def stream(server: Server, path: Path, size: int) -> tuple[float, float]:
     return first, whole
 
 
-@experiment("1,000 clients at once ask for one missing file of 30 MB", plot="none")
+@experiment("1,000 clients request one missing file of 30 MB at once", plot="none")
 def one_thousand(run: Run) -> Iterator[Contest]:
-    """The bytes of every answer are compared; a slow client at the other end is the same machine's other core."""
+    """The bytes of every answer are compared. The clients run on the other core of the same machine."""
     clients, size = run.pick(1000, 100), 30_000_000
     source = files(1, size)
     with databases() as urls:
@@ -134,16 +134,16 @@ def one_thousand(run: Run) -> Iterator[Contest]:
                     memory.append({"MB": server.megabytes("VmHWM") - base})
                     reads.append({"reads": float(server.state()["blob reads"])})
             for label, unit, samples, want in (
-                ("answered with the right bytes", "clients", right, f"≥ {clients}"),
+                ("correct answers", "clients", right, f"≥ {clients}"),
                 ("blob reads", "reads", reads, "≤ 1"),
-                ("memory above the idle server's", "MB", memory, "≤ 64"),
-                ("until the last one has all", "seconds", seconds, None),
+                ("memory above that of the idle server", "MB", memory, "≤ 64"),
+                ("time until the last client has all bytes", "seconds", seconds, None),
             ):
                 yield Contest(f"{kind}: {label}", unit, {OURS: samples}, {OURS: want} if want else {})
 
 
 def crowd(port: int, path: str, clients: int, expected: Path) -> dict[str, list[float]]:
-    """Let many clients in a process of their own ask at once."""
+    """Run many clients at once, in a process of their own; return their results."""
     command = [sys.executable, "-m", "benchmarks.crowd", str(port), path, str(clients), str(expected)]
     said: dict[str, list[float]] = json.loads(subprocess.check_output(command, cwd=PROJECT))
     return said

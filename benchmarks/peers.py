@@ -1,4 +1,4 @@
-"""The nearest relative, django-binary-database-files: both bring a missing file back when it is asked for."""
+"""The most similar project, django-binary-database-files: both restore a missing file when it is requested."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIENTS = 20
 
 @contextlib.contextmanager
 def both(source: Path) -> Iterator[tuple[dict[str, Server], dict[str, Path]]]:
-    """Servers that have `source` in their databases and nothing on disk; and where each puts what it restores."""
+    """Yield servers with `source` in their databases and nothing on disk, and the directory each restores to."""
     python = peer("django", DJANGO, "gunicorn")
     with scratch() as place, contextlib.ExitStack() as stack:
         url = sqlite(place / "uploads.db")
@@ -38,9 +38,9 @@ def both(source: Path) -> Iterator[tuple[dict[str, Server], dict[str, Path]]]:
         yield servers, {OURS: place / "up", DJANGO: place / "media"}
 
 
-@experiment("Restored when asked for: beside django-binary-database-files")
+@experiment("Restore on request, compared with django-binary-database-files")
 def lazy_restore(run: Run) -> Iterator[Contest]:
-    """200 KiB, one client, SQLite on both sides; theirs runs on gunicorn with threads, and syncs nothing."""
+    """200 KiB, one client, both on SQLite. The peer runs on gunicorn with threads, and syncs nothing."""
     source = files(NAMES, 200 * KIB)
     with both(source) as (servers, places):
         turns = {name: asking(server, source, places[name]) for name, server in servers.items()}
@@ -49,9 +49,9 @@ def lazy_restore(run: Run) -> Iterator[Contest]:
         yield run.contest("200 KiB", "ms", turns, turns=9, wants={DJANGO: "< 1"})
 
 
-@experiment("20 clients at once ask for one missing file of 30 MB: beside django-binary-database-files")
+@experiment("20 clients request one missing file of 30 MB, compared with django-binary-database-files")
 def twenty_clients(run: Run) -> Iterator[Contest]:
-    """How many get the right bytes, how long the last one waits, and how much memory the server takes for it."""
+    """How many clients get the right bytes, how long the last one waits, and how much memory the server uses."""
     source = files(1, 30_000_000)
     with both(source) as (servers, places):
 
@@ -66,18 +66,18 @@ def twenty_clients(run: Run) -> Iterator[Contest]:
 
             return ask
 
-        contest = run.contest("right answers", "clients", {name: turn(name) for name in servers}, turns=5)
-        yield contest.seen_as("right answers", "clients", {OURS: f"≥ {CLIENTS}"})
-        yield contest.seen_as("until the last has all", "seconds", {DJANGO: "< 1"})
+        contest = run.contest("correct answers", "clients", {name: turn(name) for name in servers}, turns=5)
+        yield contest.seen_as("correct answers", "clients", {OURS: f"≥ {CLIENTS}"})
+        yield contest.seen_as("time until the last client has all bytes", "seconds", {DJANGO: "< 1"})
         yield contest.seen_as("memory of the server", "MB at most", {DJANGO: "< 1"})
 
 
 def family(pid: int) -> list[int]:
-    """A process and its children."""
+    """Return a process and its children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *map(int, children)]
 
 
 def peak(pid: int) -> float:
-    """The most memory that a process ever had, in MB."""
+    """Return the peak memory of a process, in MB."""
     return Server(0, pid).megabytes("VmHWM")

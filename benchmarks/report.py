@@ -1,4 +1,4 @@
-"""The results as text: lines for a terminal, docs/benchmarks.md, and plots as SVG beside it."""
+"""The results as text for a terminal, as docs/benchmarks.md, and as SVG plots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .measure import PROJECT, RESULTS, Contest, number, quantity
 PAGE = PROJECT / "docs" / "benchmarks.md"
 PLOTS = PROJECT / "docs" / "benchmarks"
 BUSY = 1.5
-"""The load average at the start of an experiment from which its figures are not to be trusted."""
-HEAD = "| | contestant | {unit} | ratio to it | wanted | so? |\n|---|---|---|---|---|---|"
+"""Load average at the start of an experiment from which the report warns about its figures."""
+HEAD = "| | contestant | {unit} | ratio | target | met? |\n|---|---|---|---|---|---|"
 
 
 def cells(contest: Contest, unit: str = "") -> Iterator[tuple[str, str, str, str, str]]:
-    """One row per contestant: its name, its median and spread, the ratio subject ÷ it, what is wanted, whether so."""
+    """Yield one row per contestant: name, median with range, ratio subject ÷ contestant, target, target met."""
     for name in (contest.subject, *contest.others):
         measured = f"{quantity(contest.values(name))} {unit}".rstrip()
         rest = [
@@ -33,16 +33,16 @@ def cells(contest: Contest, unit: str = "") -> Iterator[tuple[str, str, str, str
 
 
 def plain(contest: Contest) -> Iterator[str]:
-    """Lines for a terminal."""
+    """Yield lines for a terminal."""
     for name, measured, ratio, wanted, mark in cells(contest, contest.unit):
         beside = f"  ratio {ratio}" if ratio else ""
-        asked = f"  wanted {wanted}: {mark.strip('*')}" if wanted else ""
+        asked = f"  target {wanted}: {mark.strip('*')}" if wanted else ""
         yield f"  {contest.label:<34} {name:<30} {measured}{beside}{asked}"
     yield from (f"  ! {note}" for note in contest.notes)
 
 
 def write() -> None:
-    """Write docs/benchmarks.md and its plots from the results of whole runs."""
+    """Write docs/benchmarks.md and its plots from the kept samples, without those of quick runs."""
     PLOTS.mkdir(parents=True, exist_ok=True)
     for old in PLOTS.glob("*.svg"):
         old.unlink()
@@ -57,9 +57,9 @@ def _page(kept: list[dict[str, Any]]) -> Iterator[str]:
     yield "# Benchmarks"
     yield ""
     yield (
-        "Written by `make bench`; do not edit. Contestants take turns in one run; a figure is a median, with the"
-        " smallest and the largest in brackets. The ratio is the first contestant ÷ the other one, turn by turn."
-        " Ratios and orders hold on other machines, absolute figures do not."
+        "Written by `make bench`; do not edit. The contestants take turns in one run. A figure is a median, with the"
+        " smallest and the largest sample in brackets. The ratio is the first contestant of the group ÷ this one,"
+        " computed turn by turn. Ratios and orders hold on other machines, absolute figures do not."
     )
     for where in sorted({one["machine"] for one in kept}):
         yield from ("", f"Measured on: {where}.")
@@ -72,7 +72,7 @@ def _page(kept: list[dict[str, Any]]) -> Iterator[str]:
             file.write_text(draw(contests))
             yield from (f"![{one['title']}](benchmarks/{file.name})", "")
         yield from _table(contests)
-        busy = f"; the machine was busy with something else (load {one['load']:.1f})" if one["load"] > BUSY else ""
+        busy = f"; the machine had other load ({one['load']:.1f})" if one["load"] > BUSY else ""
         yield from ("", f"`python -m benchmarks {one['group']}.{one['name']}`, {one['date']}{busy}")
 
 

@@ -1,4 +1,4 @@
-"""Servers as processes of their own, the load that wrk puts on them, and what they say of themselves."""
+"""Servers as separate processes, the load that wrk puts on them, and their memory."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from .measure import BENCH, PROJECT, Measures, Unavailable
 
 PREFIX = "/static/uploads"
 PATIENCE = 20.0
-"""Seconds that a server is given which answers hardly anything in the time that was asked for."""
+"""Longest measurement in seconds, for a server that answers almost nothing in the requested time."""
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server on loopback."""
+    """A server on the loopback interface."""
 
     port: int
     pid: int
 
     def url(self, path: str) -> str:
-        """The URL of a path."""
+        """Return the URL of a path."""
         return f"http://127.0.0.1:{self.port}{path}"
 
     def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body, over a connection of its own."""
+        """Return status and body, over a new connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         with contextlib.closing(connection):
             connection.request("GET", path)
@@ -48,17 +48,17 @@ class Server:
             return answer.status, answer.read()
 
     def state(self) -> Any:
-        """What `apps/hooks.py` counted in the server's process."""
+        """Return the counts of `apps/hooks.py` in the process of the server."""
         return json.loads(self.get("/state")[1])
 
     def megabytes(self, what: str) -> float:
-        """`VmRSS` (memory now) or `VmHWM` (its peak) of the server's process."""
+        """Return `VmRSS` (memory now) or `VmHWM` (peak memory) of the process, in MB."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(next(line for line in status.splitlines() if line.startswith(what)).split()[1]) / 1024
 
 
 def program(name: str, package: str | None = None) -> str:
-    """The path of a program; raises `Unavailable`."""
+    """Return the path of a program. Raise `Unavailable` if it is not installed."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
     if found is None:
         raise Unavailable(f"{name} is not installed; run: apt-get install {package or name}")
@@ -66,7 +66,7 @@ def program(name: str, package: str | None = None) -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that is free now."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -88,13 +88,13 @@ GRANIAN = (
 
 
 def uvicorn(app: str, **environment: object) -> contextlib.AbstractContextManager[Server]:
-    """`app:make` on one process of uvicorn, with uvloop and httptools and without an access log."""
+    """Run `app:make` on one process of uvicorn, with uvloop and httptools, without an access log."""
     python = environment.pop("python", sys.executable)
     return _running([python, "-m", "uvicorn", *UVICORN, f"benchmarks.apps.{app}:make", "--port", "{port}"], environment)
 
 
 def granian(app: str, **environment: object) -> contextlib.AbstractContextManager[Server]:
-    """`app:make` on one worker of granian."""
+    """Run `app:make` on one worker of granian."""
     return _running(
         [sys.executable, "-m", "granian", *GRANIAN, f"benchmarks.apps.{app}:make", "--port", "{port}"], environment
     )
@@ -103,13 +103,13 @@ def granian(app: str, **environment: object) -> contextlib.AbstractContextManage
 def script(
     python: object, module: str, *arguments: str, **environment: object
 ) -> contextlib.AbstractContextManager[Server]:
-    """A module that is a server by itself; one of its arguments is `{port}`."""
+    """Run a module that is a server; one of its arguments is `{port}`."""
     return _running([python, "-m", module, *arguments], environment)
 
 
 @contextlib.contextmanager
 def nginx(directory: Path) -> Iterator[Server]:
-    """One worker of nginx with sendfile, serving `directory` below the prefix."""
+    """Run one worker of nginx with sendfile that serves `directory` below the prefix."""
     path, port = program("nginx"), free_port()
     with tempfile.TemporaryDirectory() as place:
         config = Path(place, "nginx.conf")
@@ -168,7 +168,7 @@ def _wait_for(process: subprocess.Popen[bytes], port: int, log: IO[bytes]) -> No
 
 
 def _place(pid: int, core: object) -> None:
-    """Give a process that has just begun its core (None: any), and as many descriptors as it may have."""
+    """Pin a new process to a core (None: any), and raise its limit of open files to the maximum."""
     if core is not None and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(pid, {int(str(core))})
     limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
@@ -179,11 +179,11 @@ def _place(pid: int, core: object) -> None:
 
 
 def wrk(url: str, *, seconds: float, connections: int = 64) -> Measures:
-    """Requests per second and latencies; raises if an answer was not a 2xx or a connection broke."""
+    """Measure requests per second and latencies. Raise `RuntimeError` for an answer but 2xx, or a socket error."""
     with loading(url, seconds=seconds, connections=connections) as process:
         said = process.communicate()[0].decode()
     rate = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    broken = re.search(r"Non-2xx|Socket errors: (?!connect 0, read 0, write 0)", said)  # what only takes long is slow
+    broken = re.search(r"Non-2xx|Socket errors: (?!connect 0, read 0, write 0)", said)  # timeouts are slow, not broken
     if broken or rate is None:
         raise RuntimeError(f"wrk {url} said:\n{said}")
     if float(rate[1]) * seconds < connections and seconds < PATIENCE:
@@ -195,7 +195,7 @@ def wrk(url: str, *, seconds: float, connections: int = 64) -> Measures:
 def loading(
     url: str, *, seconds: float, connections: int = 64, lua: str | None = None, nice: int = 0
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """wrk at work; stopped at the end. The more `nice`, the more it gives way to another on its core."""
+    """Run wrk, and stop it at the end. A higher `nice` gives it a lower priority on its core."""
     command = [program("wrk"), "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "--timeout", "60s"]
     if lua is not None:
         command += ["-s", lua]
@@ -212,18 +212,18 @@ def loading(
 
 
 def _latencies(said: str) -> Measures:
-    """The median and the 99th percentile in ms; wrk knows none if too few answers came."""
+    """Return the median and the 99th percentile in ms; wrk prints none if it got too few answers."""
     found = re.findall(r"^\s+(50|99)%\s+([\d.]+)(us|ms|s|m)\s*$", said, re.MULTILINE)
     return {f"p{percentile} ms": float(value) * _UNITS[unit] for percentile, value, unit in found}
 
 
 def peer(name: str, *packages: str) -> Path:
-    """The Python of a peer's own environment, made at first use."""
+    """Return the Python of a peer's own environment, created at first use. Raise `Unavailable` if that fails."""
     place = BENCH / "peers" / name
     python = place / "bin" / "python"
     ready = place / ".ready"
     if not ready.exists():
-        print(f"making an environment for {name} …", file=sys.stderr, flush=True)
+        print(f"creating an environment for {name} …", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
         done = subprocess.run(
             [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *packages], check=False

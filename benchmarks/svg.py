@@ -17,7 +17,7 @@ Points = list[tuple[float, float]]
 
 
 def bars(contests: Sequence[Contest]) -> str:
-    """One group of bars per contest, each scaled to its own largest; the whiskers are smallest and largest sample."""
+    """Return one group of bars per contest, scaled to its maximum. The lines span smallest to largest sample."""
     parts: list[str] = []
     y = 8.0
     colours = _colours(contests)
@@ -34,7 +34,7 @@ def bars(contests: Sequence[Contest]) -> str:
 
 
 def curves(contests: Sequence[Contest]) -> str:
-    """One curve per contestant over the contests, or one per contest over its contestants: numbers lie across."""
+    """Return one curve per contestant over the contests, or per contest over its contestants: numbers are on x."""
     lines: dict[str, Points] = {}
     for contest in contests:
         for name in contest.samples:
@@ -56,7 +56,7 @@ def curves(contests: Sequence[Contest]) -> str:
 
 
 class _Axis:
-    """A logarithmic axis over whole decades, from one coordinate to another."""
+    """A logarithmic axis over whole decades, between two coordinates."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         positive = [value for value in values if value > 0] or [1]
@@ -65,12 +65,12 @@ class _Axis:
         self.start, self.end = start, end
 
     def place(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the coordinate of a value."""
         part = (math.log10(max(value, 10.0**self.low)) - self.low) / (self.high - self.low)
         return self.start + (self.end - self.start) * part
 
     def decades(self) -> list[float]:
-        """The values of the grid's lines."""
+        """Return the values of the grid lines."""
         return [10.0**power for power in range(self.low, self.high + 1)]
 
 

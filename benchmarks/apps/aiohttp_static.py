@@ -1,4 +1,4 @@
-"""aiohttp's static files on its own server: `python -m benchmarks.apps.aiohttp_static PORT`."""
+"""The static files of aiohttp, on its own server: `python -m benchmarks.apps.aiohttp_static PORT`."""
 
 from __future__ import annotations
 

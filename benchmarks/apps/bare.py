@@ -1,8 +1,8 @@
-"""The same bytes from the same tables with the bare driver, and no more: what any restore has to do at least.
+"""The same bytes from the same tables with the bare driver: the minimum that a restore has to do.
 
-The chunks of a name in one query, put together and sent: sqlite3 in a thread, or asyncpg. With a `BENCH_DIRECTORY` it
-restores them, too, in plain Python and in the order in which selfheal does: is the file there, the bytes, the file and
-its hash, and has the record changed meanwhile. Nothing of it is guarded, and nobody else may ask for the same name.
+It reads the chunks of a name in one query, joins them and sends them: with sqlite3 in a thread, or with asyncpg. With
+`BENCH_DIRECTORY` it also restores the file in plain Python, in the same order as selfheal: look for the file, read the
+bytes, write and hash the file, read the record again. It checks no name, and only one client may request a name.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ RECORD = "SELECT sha256, modified_ns, generation FROM image_storage WHERE name =
 
 
 class FromSqlite:
-    """One connection per thread."""
+    """SQLite, with one connection per thread."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._own = threading.local()
 
     async def read(self, name: str) -> bytes:
-        """All bytes of a name."""
+        """Return all bytes of a name."""
         return await asyncio.to_thread(self._read, name)
 
     async def restore(self, name: str, path: Path) -> bytes:
-        """The same, and its file; who asks sqlite3 needs no other thread for that."""
+        """Return all bytes of a name and write its file, in one call of a thread."""
         await asyncio.to_thread(path.exists)
         return await asyncio.to_thread(self._restore, name, path)
 
@@ -59,18 +59,18 @@ class FromSqlite:
 
 
 class FromPostgres:
-    """A pool of connections."""
+    """PostgreSQL, with a pool of connections."""
 
     def __init__(self, url: str) -> None:
         self._url = url.replace("+asyncpg", "")
         self._pool: Any = None
 
     async def read(self, name: str) -> bytes:
-        """All bytes of a name."""
+        """Return all bytes of a name."""
         return b"".join(row[0] for row in await self._ask(QUERY, name))
 
     async def restore(self, name: str, path: Path) -> bytes:
-        """The same, and its file."""
+        """Return all bytes of a name and write its file."""
         await asyncio.to_thread(path.exists)
         rows = await self._ask(QUERY.replace("c.data", "c.data, s.sha256, s.modified_ns"), name)
         data = b"".join(row[0] for row in rows)
@@ -86,7 +86,7 @@ class FromPostgres:
 
 
 def write(path: Path, data: bytes, sha256: str, modified_ns: int) -> None:
-    """A file without a name, hashed, and only then named."""
+    """Write a file without a name, hash it, and only then name it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o644, dir_fd=parent)
@@ -99,7 +99,7 @@ def write(path: Path, data: bytes, sha256: str, modified_ns: int) -> None:
 
 
 def make() -> Any:
-    """The app."""
+    """Return the app."""
     url, directory = os.environ["BENCH_DATABASE"], os.environ.get("BENCH_DIRECTORY")
     source = FromSqlite(url.partition("///")[2]) if url.startswith("sqlite") else FromPostgres(url)
 

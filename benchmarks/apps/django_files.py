@@ -1,6 +1,6 @@
-"""django-binary-database-files in a Django app of its own: `python -m benchmarks.apps.django_files DIRECTORY` fills it.
+"""django-binary-database-files in a Django app. `python -m benchmarks.apps.django_files DIRECTORY` stores files in it.
 
-`BENCH_PLACE` holds its database and its media.
+`BENCH_PLACE` is the directory of its database and media.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ settings.configure(
 )
 django.setup()
 
-from binary_database_files.models import File  # noqa: E402 - Django wants to be set up first
+from binary_database_files.models import File  # noqa: E402 - Django has to be set up first
 from binary_database_files.views import serve_mixed  # noqa: E402
 from django.core.management import call_command  # noqa: E402
 from django.core.wsgi import get_wsgi_application  # noqa: E402

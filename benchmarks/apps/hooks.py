@@ -1,4 +1,4 @@
-"""Changes that a measurement makes inside the process of a server: `BENCH_HOOKS="slow=0.02 nosync count"`."""
+"""Changes of the server process for a measurement: `BENCH_HOOKS="slow=0.02 nosync count"`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTS: Counter[str] = Counter()
 
 
 def install(hooks: str) -> None:
-    """Install what is named."""
+    """Install the named hooks."""
     for hook in hooks.split():
         name, _, value = hook.partition("=")
         if name == "slow":
@@ -28,7 +28,7 @@ def install(hooks: str) -> None:
 
 
 def make_slow(seconds: float) -> None:
-    """A disk that takes so long for every open and read below `slow/`, of which nothing is in memory."""
+    """Make every open and read below `slow/` take `seconds`, as on a slow disk with an empty page cache."""
     opened, opened_cached, read_again = UploadsDirectory.open, UploadsDirectory.open_cached, UploadsDirectory.read_again
     read, read_waiting = OpenFile.read, OpenFile.read_waiting
 
@@ -59,7 +59,7 @@ def make_slow(seconds: float) -> None:
 
 
 def count_blob_reads() -> None:
-    """Count how often the bytes of a blob are read from the database."""
+    """Count how often a blob is read from the database."""
     real = Blobs.read
 
     def read(self: Blobs, *arguments: Any) -> AsyncGenerator[bytes, None]:

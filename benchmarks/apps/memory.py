@@ -1,4 +1,4 @@
-"""Files held in memory, each sent in one message: what uvicorn leaves to any app that serves files, and no more."""
+"""Files in memory, each sent in one message: the maximum that an app can reach on uvicorn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREFIX = "/static/uploads/"
 
 
 def make() -> Any:
-    """The files of a directory, read once, with the headers that nobody can do without."""
+    """Return an app that reads the files of a directory once, and sends only the necessary headers."""
     directory = Path(os.environ["BENCH_DIRECTORY"])
     files = {PREFIX + str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.jpg")}
 

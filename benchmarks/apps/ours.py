@@ -10,7 +10,7 @@ from . import hooks, plain
 
 
 def make() -> SelfHealMiddleware:
-    """The app, with the hooks that `BENCH_HOOKS` names."""
+    """Return the app, with the hooks that `BENCH_HOOKS` names."""
     hooks.install(os.environ.get("BENCH_HOOKS", ""))
     plain.state = hooks.COUNTS
     return SelfHealMiddleware(plain.plain, UploadStore(os.environ["BENCH_DIRECTORY"], os.environ["BENCH_DATABASE"]))

@@ -1,4 +1,4 @@
-"""The least a middleware can be, with all that selfheal loads: an app with a database has it loaded anyway."""
+"""An empty middleware that imports all that selfheal imports, as an app with a database does anyway."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOADED = (aiosqlite, sqlalchemy.ext.asyncio, selfheal.SelfHealMiddleware, selfhe
 
 
 def make() -> Any:
-    """The app in it."""
+    """Return the app in the empty middleware."""
 
     async def passing(scope: Any, receive: Any, send: Any) -> None:
         await plain(scope, receive, send)

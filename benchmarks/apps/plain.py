@@ -1,4 +1,4 @@
-"""The least an ASGI app can be: `/` says hello, `/state` says what the hooks counted, everything else is a 404."""
+"""A minimal ASGI app: `/` answers hello, `/state` the counts of the hooks, every other path a 404."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ state: dict[str, object] = {}
 
 
 async def plain(scope: Any, receive: Any, send: Any) -> None:
-    """The app."""
+    """Answer a request."""
     if scope["type"] == "lifespan":
         while (await receive())["type"] != "lifespan.shutdown":
             await send({"type": "lifespan.startup.complete"})
@@ -23,5 +23,5 @@ async def plain(scope: Any, receive: Any, send: Any) -> None:
 
 
 def make() -> Any:
-    """The app alone."""
+    """Return the app."""
     return plain

@@ -1,4 +1,4 @@
-"""ServeStatic, as an ASGI app that knows its files from the start."""
+"""ServeStatic, as an ASGI app that lists its files at the start."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from .plain import plain
 
 
 def make() -> Any:
-    """The app."""
+    """Return the app."""
     return ServeStaticASGI(plain, root=os.environ["BENCH_DIRECTORY"], prefix="static/uploads/")

@@ -1,4 +1,4 @@
-"""Starlette's own static files."""
+"""The static files of Starlette."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from starlette.staticfiles import StaticFiles
 
 
 def make() -> Starlette:
-    """The app."""
+    """Return the app."""
     return Starlette(routes=[Mount("/static/uploads", StaticFiles(directory=os.environ["BENCH_DIRECTORY"]))])
