@@ -28,8 +28,8 @@ from selfheal.content.sources import CHUNK
 from selfheal.db import GRACE
 from selfheal.errors import Unsettled
 from selfheal.sql.models import SmallFile
-from tests.conftest import PostgresServer
 from tests.support import environment
+from tests.support.postgres import PostgresServer
 from tests.support.sides import sql
 
 LARGE = WRITE_AT_ONCE * CHUNK + 12345

@@ -32,8 +32,9 @@ from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
 from selfheal.disk import syscalls
 from selfheal.events import Kind
-from tests.conftest import eventually, make_socket
 from tests.support.asgi import Answer, Wrapped, ask, ask_and_leave, ask_scope, scope_of
+from tests.support.sockets import make_socket
+from tests.support.waiting import eventually
 
 PREFIX = "/static/uploads"
 SECONDS = 1_700_000_000

@@ -10,7 +10,7 @@ from sqlalchemy.engine import make_url
 
 from selfheal import Settings, SettingsError, UploadStore
 from selfheal.settings import check_prefix, database_url, is_in_memory, sqlite_file
-from tests.conftest import PostgresServer
+from tests.support.postgres import PostgresServer
 
 VARIABLES = ("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SELFHEAL_PREFIX")
 LIBPQ = {

@@ -43,7 +43,6 @@ from selfheal.disk.directory import MARKER
 from selfheal.disk.staged_file import TEMPORARY
 from selfheal.events import Event
 from selfheal.sql.models import SmallFile
-from tests.conftest import eventually, free_port
 from tests.support.sides import (
     BrokenDisk,
     brought_back,
@@ -60,6 +59,8 @@ from tests.support.sides import (
     on_disk,
     pieces_of,
 )
+from tests.support.sockets import free_port
+from tests.support.waiting import eventually
 
 NAME = "cats/tom.jpg"
 OLD, NEW = b"the old bytes", b"the new bytes, which are others"

@@ -28,7 +28,7 @@ from selfheal.blobs.database import READ_AT_ONCE, WRITE_AT_ONCE
 from selfheal.content.digests import Digests, chunk_digest
 from selfheal.content.sources import CHUNK, Source
 from selfheal.errors import Unsettled
-from tests.conftest import PostgresServer
+from tests.support.postgres import PostgresServer
 from tests.support.sides import resize, sql
 
 LARGE = WRITE_AT_ONCE * CHUNK + 12345

@@ -38,9 +38,9 @@ from selfheal.disk import listing, syscalls
 from selfheal.disk.listing import Listing
 from selfheal.healing import batch_restore as landing
 from selfheal.names import to_path
-from tests.conftest import make_socket
 from tests.support.asgi import Wrapped, ask
 from tests.support.sides import resize
+from tests.support.sockets import make_socket
 
 bulk_restore = import_module("selfheal.bulk.restore")  # the package has a function of that name
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from selfheal import SelfHealMiddleware, UploadStore, bulk
 from selfheal.bulk.outcomes import Outcome
-from tests.conftest import needs
 from tests.support import environment
 from tests.support.asgi import Wrapped, ask
 from tests.support.fuzzing import TARGETS, Headers, Paths, Records, Target
+from tests.support.requirements import needs
 from tests.support.sides import execute
 
 TIMES = {Paths: (2_000, 100_000), Headers: (4_000, 200_000), Records: (300, 20_000)}

@@ -16,7 +16,6 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
-from tests.conftest import PostgresServer, needs
 from tests.support.crowd import Crowd, kill_one, workers
 from tests.support.faulty_app import Faults
 from tests.support.killing import (
@@ -37,6 +36,8 @@ from tests.support.killing import (
     names_at,
 )
 from tests.support.one_shot import Deed
+from tests.support.postgres import PostgresServer
+from tests.support.requirements import needs
 from tests.support.serving import command
 from tests.support.sides import execute, files_below, noise
 

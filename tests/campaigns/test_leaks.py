@@ -20,11 +20,12 @@ from sqlalchemy.engine import make_url
 
 from selfheal import UploadStore, bulk
 from selfheal.content.sources import CHUNK
-from tests.conftest import PostgresServer, eventually
 from tests.support.faulty_app import Faults
 from tests.support.heartbeat import Control, Stall, stall_of, with_heart
+from tests.support.postgres import PostgresServer
 from tests.support.serving import PREFIX, SECONDS, Request, Server, serving
 from tests.support.sides import files_below, in_database, noise
+from tests.support.waiting import eventually
 
 AT_ONCE = 32
 SMALL, MEDIUM, LARGE = 1000, 3 * CHUNK + 77, 17 * 2**20 + 77

@@ -30,9 +30,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from selfheal import CorruptBlob, NotStored, SelfHealMiddleware, UploadStore, bulk
 from selfheal.bulk.outcomes import Outcome
 from selfheal.disk.open_file import Identity, identity_of
-from tests.conftest import eventually
 from tests.support.asgi import Wrapped, ask
 from tests.support.sides import execute, files_below, in_quarantine, pieces_of, resize
+from tests.support.waiting import eventually
 
 SIZES = {
     "CHUNK": 64,

@@ -19,11 +19,14 @@ from sqlalchemy.engine import make_url
 
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
-from tests.conftest import PostgresServer, eventually, make_socket, needs
 from tests.support.faulty_app import Faults
+from tests.support.postgres import PostgresServer
 from tests.support.proxy import Proxy
+from tests.support.requirements import needs
 from tests.support.serving import Answer, CommitsUnheard, Gate, Server, command, outcomes, serving
 from tests.support.sides import execute, files_below, in_database, in_quarantine, locked, noise, on_both_sides, on_disk
+from tests.support.sockets import make_socket
+from tests.support.waiting import eventually
 
 NAME = "cats/tom.jpg"
 SMALL, MEDIUM, LARGE = 1000, 3 * CHUNK + 77, 20 * 2**20 + 77

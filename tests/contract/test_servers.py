@@ -19,9 +19,9 @@ from urllib.parse import quote
 import pytest
 
 from selfheal import UploadStore
-from tests.conftest import make_socket
 from tests.support.served import DEAD, LIVE
 from tests.support.servers import COMMANDS, Reply, Server, all_running, parse
+from tests.support.sockets import make_socket
 
 SECRET = b"nobody may ever read this"
 PICTURE = random.Random(1).randbytes(5000)

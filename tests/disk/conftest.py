@@ -16,11 +16,11 @@ import pytest
 from selfheal.disk import directory as directory_module
 from selfheal.disk import syscalls
 from selfheal.disk.directory import UploadsDirectory
-from tests.conftest import needs
 from tests.support.descriptors import assert_no_more_than, open_descriptors
 from tests.support.disk_files import SECRET
 from tests.support.mounts import Mount, mounts
 from tests.support.os_errors import no_unnamed_files
+from tests.support.requirements import needs
 from tests.support.staging import WAYS, Root, open_root
 
 

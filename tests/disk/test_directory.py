@@ -17,10 +17,10 @@ from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.open_file import OpenFile, identity_of
 from selfheal.errors import NotAFile
-from tests.conftest import make_socket
 from tests.support.descriptors import assert_no_more_than, open_descriptors
 from tests.support.disk_files import ABSURD_TIMES, MODIFIED, OTHER, PICTURE, contents_below, put, read
 from tests.support.os_errors import fails
+from tests.support.sockets import make_socket
 from tests.support.special_files import dangling_link, device, link_to_a_file, link_to_itself
 
 Uploads = Callable[..., UploadsDirectory]

@@ -14,9 +14,9 @@ import pytest
 from selfheal.disk.directory import MARKER, QUARANTINE, UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.staged_file import TEMPORARY
-from tests.conftest import make_socket
 from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import MODIFIED, PICTURE, contents_below, put, read, write_file
+from tests.support.sockets import make_socket
 from tests.support.special_files import device
 
 Uploads = Callable[..., UploadsDirectory]

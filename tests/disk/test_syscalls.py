@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from selfheal.disk import syscalls
-from tests.conftest import needs
+from tests.support.requirements import needs
 from tests.support.special_files import dangling_link
 
 SECRET = b"not for visitors"

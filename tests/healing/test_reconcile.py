@@ -19,7 +19,6 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.errors import NotStored, Unsettled
-from tests.conftest import eventually
 from tests.support.sides import (
     BrokenDisk,
     execute,
@@ -35,6 +34,7 @@ from tests.support.sides import (
     resize,
     statements,
 )
+from tests.support.waiting import eventually
 
 NAME = "cats/tom.jpg"
 OTHER = "dogs/rex.jpg"

@@ -27,7 +27,7 @@ import pytest
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
 from tests.bulk.test_bulk import flip, lay, litter, noise, tree
-from tests.conftest import free_port
+from tests.support.sockets import free_port
 
 MODULES = {
     "migrate": "selfheal.scripts.migrate_images",

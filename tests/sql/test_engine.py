@@ -43,10 +43,11 @@ from selfheal.sql import transactions
 from selfheal.sql.engine import Engine, wal_is_safe
 from selfheal.sql.models import Record, SmallFile
 from selfheal.sql.schema import SCHEMA_VERSION
-from tests.conftest import PostgresServer, free_port, start_postgres
 from tests.support import environment
+from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.proxy import Mode, Proxy
 from tests.support.sides import sql
+from tests.support.sockets import free_port
 
 TIMEOUT = 1.0
 SLACK = 8.0

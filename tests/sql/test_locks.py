@@ -16,7 +16,7 @@ from selfheal import DatabaseUnavailable, ImageStorage
 from selfheal.blobs.database import LARGE_UPLOADS_AT_ONCE, WRITE_AT_ONCE
 from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
-from tests.conftest import PostgresServer
+from tests.support.postgres import PostgresServer
 from tests.support.sides import noise, pieces_of, somebody_waits, sql
 
 LARGE = 2 * WRITE_AT_ONCE * CHUNK + 12345

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from selfheal.sql import postgresql as module
 from selfheal.sql.postgresql import KEPT_AT_MOST, Readers
 from selfheal.sql.statements import DeadConnection
-from tests.conftest import PostgresServer
+from tests.support.postgres import PostgresServer
 from tests.support.sides import sql
 
 POOL = 3

@@ -17,7 +17,8 @@ from sqlalchemy.schema import CreateTable
 
 from selfheal import ImageStorage, SchemaError, UploadStore, define_tables
 from selfheal.sql.schema import SCHEMA_VERSION
-from tests.conftest import PostgresServer, needs
+from tests.support.postgres import PostgresServer
+from tests.support.requirements import needs
 from tests.support.sides import sql
 
 COLUMNS = {

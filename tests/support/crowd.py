@@ -18,11 +18,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.conftest import free_port
 from tests.support import environment
 from tests.support.faulty_app import Faults
 from tests.support.serving import SECONDS, Answer, Server
 from tests.support.sides import files_below, noise
+from tests.support.sockets import free_port
 
 WORKERS = 4
 

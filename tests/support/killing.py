@@ -28,9 +28,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from selfheal import SelfHealError, UploadStore, bulk
-from tests.conftest import PostgresServer
 from tests.support import environment
 from tests.support.one_shot import Deed, do
+from tests.support.postgres import PostgresServer
 from tests.support.sides import execute, files_below, in_database, in_quarantine, on_disk
 
 SECONDS = 40.0

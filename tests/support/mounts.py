@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import needs
+from tests.support.requirements import needs
 
 
 class Mount:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image, features
 
-from tests.conftest import needs
+from tests.support.requirements import needs
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 

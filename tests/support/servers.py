@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import free_port
 from tests.support import environment
+from tests.support.sockets import free_port
 
 COMMANDS = {
     "uvicorn-h11": "uvicorn --factory {app} --http h11 --host 127.0.0.1 --port {port} --no-access-log",

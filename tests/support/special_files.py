@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from tests.conftest import needs
+from tests.support.requirements import needs
 
 
 def device(path: Path) -> None:

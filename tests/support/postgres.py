@@ -1,0 +1,88 @@
+"""A real PostgreSQL server on the loopback interface, with its data in a temporary directory."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.requirements import needs
+from tests.support.sockets import free_port
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A PostgreSQL server that asks for no password."""
+
+    port: int
+    data: Path
+    programs: Path
+    user: str | None
+
+    def url(self, database: str, port: int | None = None) -> str:
+        """Return the URL of one of its databases; `port` is that of a proxy in front of the server."""
+        return f"postgresql+asyncpg://postgres@127.0.0.1:{port or self.port}/{database}"
+
+    def sql(self, statement: str, database: str = "postgres") -> str:
+        """Run a statement with psql and return what it prints, without headers and padding."""
+        command = [str(self.programs / "psql"), "-XAtq", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres"]
+        done = subprocess.run([*command, "-d", database, "-c", statement], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def control(self, *arguments: str) -> None:
+        """Run pg_ctl, for instance `restart -m immediate`.
+
+        Its output goes to the file `run/said`: a pipe would stay open as long as the server that pg_ctl starts.
+        """
+        command = [str(self.programs / "pg_ctl"), "-D", str(self.data), "-w", *arguments]
+        with (self.data.parent / "run" / "said").open("w+") as said:
+            done = subprocess.run(command, user=self.user, stdout=said, stderr=said, cwd="/")
+            said.seek(0)
+            assert done.returncode == 0, f"pg_ctl {' '.join(arguments)}: {said.read()}"
+
+
+def start_postgres(base: Path) -> PostgresServer:
+    """Make and start a PostgreSQL server with its data below `base`; it runs as an unprivileged user if we are root."""
+    programs = _programs()
+    if programs is None:
+        needs("PostgreSQL", "apt-get install postgresql")
+        raise AssertionError
+    user = None
+    if os.geteuid() == 0:
+        user = next((name for name in ("postgres", "nobody") if _has_user(name)), None)
+    data, run = base / "data", base / "run"
+    for directory in (data, run):
+        directory.mkdir(parents=True)
+        if user is not None:
+            shutil.chown(directory, user)
+    if user is not None:
+        for parent in (base, *base.parents):
+            if parent.owner() == "root" and parent != Path("/") and not parent.stat().st_mode & 0o001:
+                parent.chmod(parent.stat().st_mode | 0o011)
+    port = free_port()
+    initdb = [str(programs / "initdb"), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync", "-D", str(data)]
+    subprocess.run(initdb, user=user, check=True, capture_output=True, cwd="/")
+    options = f"-h 127.0.0.1 -p {port} -k {run} -c fsync=off -c max_connections=200"
+    server = PostgresServer(port, data, programs, user)
+    server.control("-l", str(run / "log"), "-o", options, "start")
+    return server
+
+
+def _programs() -> Path | None:
+    """Return the directory of the newest PostgreSQL's programs; None if none is installed."""
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+    if versions:
+        return versions[-1]
+    found = shutil.which("initdb")
+    return Path(found).parent if found else None
+
+
+def _has_user(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
