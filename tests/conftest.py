@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import signal
+import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfheal import UploadStore
 from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.requirements import NOT_INSTALLED
+from tests.support.sides import BrokenDisk
+from tests.support.waiting import eventually
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore SIGINT, and child processes inherit that; some tests interrupt theirs.
@@ -105,3 +110,54 @@ async def sqlite_store(directory: Path, sqlite_url: str) -> AsyncIterator[Upload
     async with UploadStore(directory, sqlite_url) as store:
         await store.database.create_tables()
         yield store
+
+
+@pytest.fixture
+async def other_store(store: UploadStore, tmp_path: Path) -> AsyncIterator[UploadStore]:
+    """Another node's store: a directory of its own, and the database of `store`."""
+    async with UploadStore(tmp_path / "elsewhere" / "uploads", store.database.url) as other:
+        yield other
+
+
+@pytest.fixture
+async def engine(store: UploadStore) -> AsyncIterator[AsyncEngine]:
+    """The app's own engine, for the database of `store`."""
+    engine = create_async_engine(store.database.url)
+    yield engine
+    await engine.dispose()
+
+
+# -- a disk and a database that fail ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_disk(monkeypatch: pytest.MonkeyPatch) -> BrokenDisk:
+    """A disk whose system calls a test can make fail or wait."""
+    return BrokenDisk(monkeypatch)
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port that refuses connections; it is bound, so that no other process takes it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def broken_store(
+    request: pytest.FixtureRequest, directory: Path, tmp_path: Path, dead_port: int
+) -> AsyncIterator[UploadStore]:
+    """A store whose database cannot be reached, of every kind."""
+    url = {
+        "sqlite": f"sqlite+aiosqlite:///{tmp_path}/no/such/directory/a.db",
+        "postgres": f"postgresql+asyncpg://nobody@127.0.0.1:{dead_port}/none",
+    }[request.param]
+    async with UploadStore(directory, url) as store:
+        yield store
+    await eventually(_no_driver_threads)
+
+
+def _no_driver_threads() -> bool:
+    """Return whether all threads of aiosqlite have ended: after a failed connect one still calls the event loop."""
+    return not any("_connection_worker_thread" in thread.name for thread in threading.enumerate())

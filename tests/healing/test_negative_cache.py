@@ -1,0 +1,104 @@
+"""Names that the database said do not exist: remembered for 2 s, never longer, and never by mistake."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from selfheal import DatabaseUnavailable, UploadStore
+from selfheal.healing.negative_cache import ABSENT_FOR
+from tests.support.sides import brought_back, locked, statements
+from tests.support.uploads import NAME, NEW, OLD, save_and_lose
+
+
+async def test_an_absent_name_is_remembered_for_a_moment(store: UploadStore, other_store: UploadStore) -> None:
+    """A second request does not ask the database; a name that another node saves is present within 2 s."""
+    assert await brought_back(store, NAME) is None
+    with statements() as seen:
+        assert await asyncio.gather(*(brought_back(store, NAME) for _ in range(100))) == [None] * 100
+    assert seen == []
+    await other_store.save(NAME, NEW)
+    end = time.monotonic() + ABSENT_FOR + 1
+    while (data := await brought_back(store, NAME)) is None:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+    assert data == NEW
+    assert ABSENT_FOR <= 2
+
+
+async def test_a_save_makes_a_name_present_at_once(store: UploadStore, engine: AsyncEngine) -> None:
+    """A name that was absent is present as soon as this node saves it, also in the app's own transaction."""
+    assert await brought_back(store, "own.jpg") is None
+    assert await brought_back(store, "within.jpg") is None
+    await store.save("own.jpg", OLD)
+    store.disk.path_of("own.jpg").unlink()
+    async with engine.begin() as connection:
+        await store.save("within.jpg", NEW, connection=connection)
+    assert await brought_back(store, "own.jpg") == OLD
+    assert await brought_back(store, "within.jpg") == NEW
+
+
+async def test_an_undone_deletion_is_present_at_once(store: UploadStore) -> None:
+    """A deleted name that was requested is present as soon as its deletion is undone."""
+    saved = await store.save(NAME, OLD)
+    await store.delete(NAME)
+    assert await brought_back(store, NAME) is None
+    await store.undo(NAME)
+    saved.path.unlink()
+    assert await brought_back(store, NAME) == OLD
+
+
+async def test_absent_names_take_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache holds a limited number of names, however many absent ones are requested."""
+    monkeypatch.setattr("selfheal.healing.negative_cache.ABSENT_AT_MOST", 50)
+    names = [f"{number}.jpg" for number in range(300)]
+    for _ in range(2):
+        with statements() as seen:
+            assert set(await asyncio.gather(*(brought_back(sqlite_store, name) for name in names))) == {None}
+        found = [name for name in names if any(name in re.findall(r"\d+\.jpg", statement) for statement in seen)]
+        assert len(found) >= 250
+
+
+async def test_a_flood_of_absent_names_leaves_turns_of_the_loop_to_others(sqlite_store: UploadStore) -> None:
+    """However many callers of absent names there are, every other turn of the event loop answers one of them."""
+    names = [f"absent-{index}.jpg" for index in range(20)]
+    for name in names:
+        assert await sqlite_store.bring_back(name) is None
+    answered = [0] * 1000  # by turn of the event loop
+
+    async def call(name: str) -> None:
+        assert await sqlite_store.bring_back(name) is None
+        answered[turn] += 1
+
+    callers = [asyncio.create_task(call(name)) for name in names]
+    turn = 0
+    while not all(task.done() for task in callers):
+        turn += 1
+        await asyncio.sleep(0)
+        if turn == 1:  # a cancelled caller delays no other, whether it was its turn or not
+            callers[0].cancel()
+            callers[10].cancel()
+    assert sum(answered) == 18
+    assert max(answered) == 1
+    assert turn >= 18 * 2
+
+
+async def test_an_unanswered_question_is_not_remembered_as_absent(store: UploadStore) -> None:
+    """A question without an answer is not cached: as soon as the database answers again, so does the store."""
+    data = await save_and_lose(store, 1000)
+    async with UploadStore(store.disk.path, store.database.url, deadline=0.5) as hurried:
+        async with locked(store):
+            with pytest.raises(DatabaseUnavailable):
+                await hurried.bring_back(NAME)
+        end = time.monotonic() + 10
+        while True:
+            try:
+                assert await brought_back(hurried, NAME) == data
+            except DatabaseUnavailable:  # a slow machine
+                assert time.monotonic() < end
+            else:
+                break

@@ -1,0 +1,65 @@
+"""A disk that takes no file: the client is served from the database, and the disk is tried again later."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import anyio
+import pytest
+
+from selfheal import DiskUnwritable, UploadStore
+from tests.support.sides import BrokenDisk, brought_back, files_below, in_database, noise, nothing_is_held_open, on_disk
+from tests.support.uploads import NAME, RESTORED_SIZES, save_and_lose
+
+
+@pytest.mark.parametrize("size", RESTORED_SIZES.values(), ids=RESTORED_SIZES)
+async def test_an_unwritable_disk_is_left_alone_for_30_seconds(
+    directory: Path, sqlite_url: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and ranges come from the database and nothing is written; after the 30 s (here 10 ms) the disk heals."""
+    async with UploadStore(directory, sqlite_url, require_marker=True) as store:
+        await store.database.create_tables()
+        data = noise(size)
+        await store.database.store_image(NAME, data)
+        directory.mkdir(parents=True)  # the mount point that a lost mount leaves
+        assert await brought_back(store, NAME) == data
+        store.disk.mark()
+        assert await brought_back(store, NAME) == data
+        assert await brought_back(store, NAME, size // 3, size // 2) == data[size // 3 : size // 2]
+        assert [name for name in files_below(directory) if not name.startswith(".")] == []
+        monkeypatch.setattr("selfheal.disk.directory.REFUSED_FOR", 0.01)
+        await anyio.sleep(0.02)
+        assert await brought_back(store, NAME) == data
+        await store.tasks.settle(30)
+        assert on_disk(store, NAME) == data
+
+
+REFUSALS = {
+    "ENOSPC": "pwrite",
+    "EDQUOT": "pwrite",
+    "EFBIG": "pwrite",
+    "EIO": "fsync",
+    "EROFS": "open",
+    "EACCES": "open",
+}
+
+
+@pytest.mark.parametrize(("error", "call"), REFUSALS.items(), ids=REFUSALS)
+async def test_every_refusal_of_the_disk_is_served_from_the_database(
+    sqlite_store: UploadStore, broken_disk: BrokenDisk, error: str, call: str
+) -> None:
+    """The bytes come from the database, none of them are on disk, and a caller that wants a file gets an error."""
+    for size in RESTORED_SIZES.values():
+        name = f"{size}.jpg"
+        data = await save_and_lose(sqlite_store, size, name)
+        if not size and call == "pwrite":
+            continue  # nothing is written
+        broken_disk.fail(call, getattr(errno, error))
+        assert await brought_back(sqlite_store, name) == data
+        with pytest.raises(DiskUnwritable):
+            await sqlite_store.is_on_disk_again(name)
+        assert files_below(sqlite_store.disk.path) == []
+        broken_disk.mend()
+    assert await in_database(sqlite_store, "1000.jpg") == noise(1000)
+    await nothing_is_held_open(sqlite_store.disk.path)
