@@ -48,6 +48,12 @@ def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     return lambda quick, campaign: campaign if is_campaign else quick
 
 
+@pytest.fixture(params=[True, False], ids=["serve", "hand on"])
+def serve(request: pytest.FixtureRequest) -> bool:
+    """Both values of the middleware's option `serve`."""
+    return bool(request.param)
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     """Async tests run on asyncio."""

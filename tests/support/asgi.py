@@ -1,4 +1,4 @@
-"""What a server does, without a server: one request into an ASGI app, and its answer checked against the protocol."""
+"""Send one request to an ASGI app without a server, and check its answer against the protocol."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Lines = Iterable[tuple[str, str]]
 
 @dataclass
 class Answer:
-    """An answer as a client sees it. Header names are lower case; none of them may come twice."""
+    """An answer as a client sees it. Header names must be lower case, and each may appear only once."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
 
     def take(self, message: Message) -> None:
-        """Add a message of the app; anything out of order is an error of the app."""
+        """Add a message of the app; assert that the order of messages is right."""
         kind = message["type"]
         if kind == "http.response.start":
             assert not self.status, "a second start"
@@ -39,20 +39,23 @@ class Answer:
 
     @property
     def body(self) -> bytes:
-        """All that came of it."""
+        """The bytes of all body messages so far."""
         return b"".join(message.get("body", b"") for message in self.messages)
 
     @property
     def is_over(self) -> bool:
-        """Whether the app has said all."""
+        """Whether the last message ends the answer."""
         last = self.messages[-1] if self.messages else {"type": ""}
         return last["type"] == "http.response.pathsend" or (
             last["type"] == "http.response.body" and not last.get("more_body", False)
         )
 
 
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
 def scope_of(target: str, *, method: str = "GET", headers: Lines = (), **more: Any) -> Scope:
-    """The scope that a server makes of a request's target (percent-encoded) and its header lines."""
+    """Return the scope that a server makes of a request's target (percent-encoded) and its header lines."""
     path, _, query = target.partition("?")
     return {
         "type": "http",
@@ -72,12 +75,12 @@ def scope_of(target: str, *, method: str = "GET", headers: Lines = (), **more: A
 
 
 async def ask(app: ASGIApp, target: str, *, method: str = "GET", headers: Lines = (), **more: Any) -> Answer:
-    """One request of a client that waits for the whole answer."""
+    """Send a request as a client that waits for the whole answer, and return the answer."""
     return await ask_scope(app, scope_of(target, method=method, headers=headers, **more))
 
 
 async def ask_scope(app: ASGIApp, scope: Scope) -> Answer:
-    """As `ask`, for a scope of one's own."""
+    """Do as `ask`, with a scope that the test made."""
     answer, over = Answer(), asyncio.Event()
 
     async def send(message: Message) -> None:
@@ -92,17 +95,20 @@ async def ask_scope(app: ASGIApp, scope: Scope) -> Answer:
 
 
 async def ask_and_leave(app: ASGIApp, scope: Scope, *, after: int, fails: bool = False) -> Answer:
-    """A client that hangs up once `after` bytes of the body have come: quietly, or (`fails`) so that `send` raises."""
-    answer, came, gone = Answer(), 0, asyncio.Event()
+    """Send a request as a client that disconnects after `after` bytes of the body; return what it has received.
+
+    After that `send` does nothing, as in ASGI 2.3, or with `fails` raises `OSError`, as in ASGI 2.4.
+    """
+    answer, received, gone = Answer(), 0, asyncio.Event()
 
     async def send(message: Message) -> None:
-        nonlocal came
+        nonlocal received
         if gone.is_set() and fails:
             raise OSError("the client is gone")
         if not gone.is_set():
             answer.take(message)
-        came += len(message.get("body", b""))
-        if answer.status and came >= after:
+        received += len(message.get("body", b""))
+        if answer.status and received >= after:
             gone.set()
         await asyncio.sleep(0)  # a server waits here for its socket
 
@@ -110,13 +116,20 @@ async def ask_and_leave(app: ASGIApp, scope: Scope, *, after: int, fails: bool =
     return answer
 
 
+async def no_message() -> Message:
+    """Wait for ever: the `receive` of a client that stays connected and sends nothing."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 def _request_then(gone: asyncio.Event) -> Receive:
-    asked = False
+    """Return a `receive` that gives an empty request body and, once `gone` is set, the disconnect."""
+    is_received = False
 
     async def receive() -> Message:
-        nonlocal asked
-        if not asked:
-            asked = True
+        nonlocal is_received
+        if not is_received:
+            is_received = True
             return {"type": "http.request", "body": b"", "more_body": False}
         await gone.wait()
         return {"type": "http.disconnect"}
@@ -125,16 +138,19 @@ def _request_then(gone: asyncio.Event) -> Receive:
 
 
 def _check(answer: Answer, method: str) -> None:
-    """What HTTP asks of every answer: the length that was promised, and no body where there is none."""
+    """Assert what HTTP demands of every answer: the promised length, and no body where none is allowed."""
     is_path = answer.messages[-1]["type"] == "http.response.pathsend"
     if method == "HEAD" or answer.status in (204, 304):
-        assert answer.body == b"", "a body where there is none"
+        assert answer.body == b"", "a body where none is allowed"
     elif not is_path and "content-length" in answer.headers:
         assert len(answer.body) == int(answer.headers["content-length"]), "not the promised length"
 
 
+# -- the wrapped app --------------------------------------------------------------------------------------------------
+
+
 class Wrapped:
-    """An app that answers everything alike, and remembers what it was asked."""
+    """An app that gives every request the same answer, and records the scopes."""
 
     def __init__(self, status: int = 404, headers: Lines = (), body: bytes = b"wrapped") -> None:
         self.status = status
