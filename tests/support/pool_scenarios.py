@@ -1,4 +1,7 @@
-"""Scenarios of several processes at work, each run by an interpreter of its own: `python pieces.py SCENARIO PLACE`."""
+"""Scenarios of a process pool, each run by an interpreter of its own: `python -m … SCENARIO DIRECTORY`.
+
+The processes report to the test with files in the directory.
+"""
 
 from __future__ import annotations
 
@@ -14,48 +17,54 @@ from selfheal.bulk.process_pool import Processes
 
 
 class Tool:
-    """Writes down which process had it, and that it was closed."""
+    """The tool of each process: it writes a file that names its process when it is made, and one when it is closed."""
 
     def __init__(self) -> None:
-        self.place = Path(sys.argv[2])
-        (self.place / f"begun-{os.getpid()}").touch()
+        self.directory = Path(sys.argv[2])
+        (self.directory / f"begun-{os.getpid()}").touch()
 
     async def close(self) -> None:
-        """Say so."""
-        (self.place / f"closed-{os.getpid()}").touch()
+        """Write the second file."""
+        (self.directory / f"closed-{os.getpid()}").touch()
+
+
+# -- the work ---------------------------------------------------------------------------------------------------------
 
 
 async def square(_tool: Tool, number: int, *, wait: float = 0.0) -> tuple[int, int]:
-    """Who did it, and what came of it."""
+    """Return the process id and the square of a number."""
     await asyncio.sleep(wait)
     return os.getpid(), number * number
 
 
 async def fail(_tool: Tool) -> None:
-    """As a piece does that the database gives no answer to."""
+    """Raise the error of a database that gives no answer."""
     raise DatabaseUnavailable("it is down")
 
 
 async def die(_tool: Tool) -> None:
-    """As the kernel does when memory runs out."""
+    """Kill this process, as the kernel does when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def linger(tool: Tool) -> None:
-    """Says that it has begun, and that it has come to its end."""
-    (tool.place / "working").touch()
-    time.sleep(1)  # busy, as with a disk
-    (tool.place / "worked").touch()
+async def block(tool: Tool) -> None:
+    """Block the process for a second, as a slow disk does; write a file before and after."""
+    (tool.directory / "working").touch()
+    time.sleep(1)
+    (tool.directory / "worked").touch()
+
+
+# -- the scenarios ----------------------------------------------------------------------------------------------------
 
 
 async def share(workers: Processes) -> None:
-    """Print, for each piece, its result; and how many processes had a part."""
+    """Print the results of ten calls, and how many processes took part."""
     done = await asyncio.gather(*(workers.run(square, number, wait=0.05) for number in range(10)))
     print([result for _, result in done], len({pid for pid, _ in done}))
 
 
 async def go_on(workers: Processes) -> None:
-    """An error, and then work for every process."""
+    """Print an error, then do as `share`."""
     try:
         await workers.run(fail)
     except DatabaseUnavailable as error:
@@ -64,13 +73,13 @@ async def go_on(workers: Processes) -> None:
 
 
 async def lose_one(workers: Processes) -> None:
-    """A process is killed at its work."""
+    """Let a process be killed during its work."""
     await workers.run(die)
 
 
 async def wait_long(workers: Processes) -> None:
-    """Work that takes its time."""
-    await workers.run(linger)
+    """Wait for work that takes a second."""
+    await workers.run(block)
 
 
 if __name__ == "__main__":
