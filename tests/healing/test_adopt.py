@@ -155,12 +155,13 @@ def settled_after(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("settled_after")
 async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore) -> None:
     """Adopting a file that is replaced at this moment raises `Unsettled`, and nothing is stored."""
-    path = replace_file(sqlite_store, noise(64 * CHUNK), time.time_ns() - A_DAY_NS)
+    data = noise(64 * CHUNK)
+    path = replace_file(sqlite_store, data, time.time_ns() - A_DAY_NS)
     adopting = asyncio.create_task(sqlite_store.adopt(NAME))
     for number in range(200):
         if adopting.done():
             break
-        replace_file(sqlite_store, noise(64 * CHUNK + number + 1), time.time_ns() - A_DAY_NS)
+        replace_file(sqlite_store, data + bytes(number + 1), time.time_ns() - A_DAY_NS)
         await asyncio.sleep(0)
     with pytest.raises(Unsettled):
         await adopting
