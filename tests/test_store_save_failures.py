@@ -146,7 +146,7 @@ FAILING = {
 async def test_a_disk_that_fails_does_not_fail_the_save(
     sqlite_store: UploadStore, broken_disk: BrokenDisk, call: str, number: int
 ) -> None:
-    """Whatever the disk refuses, the upload is saved in the database, no temporary file stays, and it heals later."""
+    """If the disk refuses a call, the upload is saved in the database, no temporary file stays, and it heals later."""
     sqlite_store.disk.path.mkdir(parents=True)
     broken_disk.fail(call, number)
     for size in (10, 17 * CHUNK):

@@ -54,7 +54,7 @@ HOSTILE_NAMES = [
 
 
 async def test_the_clients_file_name_is_never_a_path(sqlite_store: UploadStore, tmp_path: Path) -> None:
-    """Whatever the client calls the file, its name is a UUID in the uploads directory, or refused (CVE-2021-28658)."""
+    """For every file name of the client, the upload gets a UUID as its name or is refused (CVE-2021-28658)."""
     saved = []
     for filename in HOSTILE_NAMES:
         try:

@@ -1,4 +1,4 @@
-"""What all three bulk runs have in common: everything is restored, nothing is guessed, a second run changes nothing."""
+"""Properties of all three bulk runs: everything is restored, nothing is guessed, a second run changes nothing."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ async def _append_on_a_server_whose_clock_is_ahead(path: Path) -> None:
 async def test_a_file_is_not_adopted_while_it_is_being_written(
     sqlite_store: UploadStore, write: Callable[[Path], Coroutine[Any, Any, None]], is_new: bool
 ) -> None:
-    """However often the file is requested during its write, only the whole file becomes a generation."""
+    """A file may be requested many times during its write; only the whole file becomes a generation."""
     if not is_new:
         await sqlite_store.save(NAME, OLD)
     before = await generation_of(sqlite_store)
@@ -209,7 +209,7 @@ async def test_large_bytes_are_adopted_while_they_are_saved(store: UploadStore) 
 
 @pytest.mark.usefixtures("settled_after")
 async def test_many_large_files_are_adopted_at_once(sqlite_store: UploadStore) -> None:
-    """However many files wait for the database's one writer, few of them are in memory; all are stored in the end."""
+    """If many files wait for the database's one writer, few of them are in memory; all are stored in the end."""
     old = time.time_ns() - A_DAY_NS
     files = {f"{number}.png": noise(30 * CHUNK + number) for number in range(8)}
     for name, data in files.items():

@@ -65,7 +65,7 @@ async def test_a_change_in_a_long_transaction_is_followed(
 ) -> None:
     """A change is found however long before its commit its transaction began, whatever was followed in between."""
     if store.database.url.get_backend_name() == "sqlite":
-        pytest.skip("one writer at a time: nothing is changed meanwhile")
+        pytest.skip("SQLite has one writer at a time: no other change can be committed first")
     async with engine.begin() as connection:
         await other_store.save(NAME, NEW, connection=connection)
         await other_store.save(OTHER_NAME, THIRD)

@@ -64,7 +64,7 @@ async def test_absent_names_take_bounded_memory(sqlite_store: UploadStore, monke
 
 
 async def test_a_flood_of_absent_names_leaves_turns_of_the_loop_to_others(sqlite_store: UploadStore) -> None:
-    """However many callers of absent names there are, every other turn of the event loop answers one of them."""
+    """With many callers of absent names, every other turn of the event loop answers one of them."""
     names = [f"absent-{index}.jpg" for index in range(20)]
     for name in names:
         assert await sqlite_store.bring_back(name) is None

@@ -97,7 +97,7 @@ async def test_a_damaged_body_is_never_sent_whole(
     await nothing_is_held_open(sqlite_store.disk.path)
 
 
-async def test_damage_found_on_a_disk_that_fills_up_meanwhile(store: UploadStore, broken_disk: BrokenDisk) -> None:
+async def test_damage_found_on_a_disk_that_fills_up(store: UploadStore, broken_disk: BrokenDisk) -> None:
     """No damaged body is sent whole, even if the disk is full half way and the rest comes from the database."""
     await save_and_lose(store, STREAMED)
     last = (STREAMED - 1) // CHUNK

@@ -1,4 +1,4 @@
-"""What commands share: their event loop and the store on it."""
+"""The event loop of every command, and the store on it."""
 
 from __future__ import annotations
 
