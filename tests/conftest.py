@@ -15,9 +15,9 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfheal import UploadStore
+from tests.support.faults import BrokenDisk
 from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.requirements import NOT_INSTALLED
-from tests.support.sides import BrokenDisk
 from tests.support.waiting import eventually
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

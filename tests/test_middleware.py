@@ -27,7 +27,7 @@ from tests.support.middleware import (
     static_over,
     wrapping,
 )
-from tests.support.sides import sql
+from tests.support.raw_sql import sql
 from tests.support.waiting import eventually
 
 # -- present and absent -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from selfheal import UploadStore
 from tests.support.asgi import Wrapped, ask
 from tests.support.middleware import LARGE, PREFIX, put, wrapping
-from tests.support.sides import sql
+from tests.support.raw_sql import sql
 
 HIDDEN = (f"{PREFIX}/absent.png", f"{PREFIX}/%2e%2e/x", f"{PREFIX}/.hidden", f"{PREFIX}/", f"{PREFIX}//a")
 

@@ -19,18 +19,12 @@ from selfheal.content.sources import CHUNK
 from selfheal.disk.directory import MARKER
 from selfheal.disk.staged_file import TEMPORARY
 from selfheal.events import Event
-from tests.support.sides import (
-    BrokenDisk,
-    brought_back,
-    execute,
-    files_below,
-    held_open,
-    locked,
-    noise,
-    nothing_is_held_open,
-    on_both_sides,
-    on_disk,
-)
+from tests.support.faults import BrokenDisk, locked_database
+from tests.support.open_files import assert_nothing_open_below, open_below
+from tests.support.raw_sql import execute
+from tests.support.sample_data import noise
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD, small_png
 from tests.support.waiting import eventually
 
@@ -76,7 +70,7 @@ async def test_the_deadline_bounds_the_database_too(store: UploadStore) -> None:
     """A query without an answer ends before the deadline, so that the caller gets the reason."""
     async with UploadStore(store.disk.path, store.database.url, deadline=0.7) as hurried:
         await hurried.database.count()
-        async with locked(store):
+        async with locked_database(store):
             started = time.monotonic()
             with pytest.raises(DatabaseUnavailable):
                 await hurried.database.find(NAME)
@@ -92,9 +86,9 @@ async def test_a_store_works_without_being_opened_and_after_being_closed(directo
     await store.database.create_tables()
     await store.save(NAME, OLD)
     await store.close()
-    assert await on_both_sides(store, NAME) == OLD
+    assert await on_disk_and_in_database(store, NAME) == OLD
     await store.close()
-    await nothing_is_held_open(directory)
+    await assert_nothing_open_below(directory)
 
 
 async def test_the_apps_own_engine_is_used_and_left_open(store: UploadStore, engine: AsyncEngine) -> None:
@@ -103,7 +97,7 @@ async def test_the_apps_own_engine_is_used_and_left_open(store: UploadStore, eng
         await second.save(NAME, OLD)
     async with engine.connect() as connection:
         assert (await connection.execute(text("SELECT count(*) FROM image_storage"))).scalar_one() == 1
-    assert await on_both_sides(store, NAME) == OLD
+    assert await on_disk_and_in_database(store, NAME) == OLD
 
 
 async def test_a_store_sweeps_when_it_opens(directory: Path, sqlite_url: str) -> None:
@@ -123,14 +117,14 @@ async def test_a_closed_store_holds_nothing(directory: Path, sqlite_url: str, br
         saved = await store.save(NAME, noise(3 * CHUNK))
         saved.path.unlink()
         held = broken_disk.hold("fsync")
-        caller = asyncio.create_task(brought_back(store, NAME))
+        caller = asyncio.create_task(restored_bytes(store, NAME))
         await held.met()
         caller.cancel()
         asyncio.get_running_loop().call_later(0.05, held.release)
     assert saved.path.read_bytes() == noise(3 * CHUNK)
 
     def nothing_is_left() -> bool:
-        return set(threading.enumerate()) <= before and not held_open(directory.parent.parent.parent)
+        return set(threading.enumerate()) <= before and not open_below(directory.parent.parent.parent)
 
     await eventually(nothing_is_left)
 
@@ -158,12 +152,12 @@ async def test_every_change_is_one_event_with_its_size(
         await store.delete(NAME)
         await store.delete(NAME)
         assert new_events() == [("saved", NAME, len(OLD)), ("saved", NAME, len(NEW)), ("deleted", NAME, 0)]
-        assert await brought_back(store, NAME) is None
+        assert await restored_bytes(store, NAME) is None
         await store.undo(NAME)
         assert new_events() == [("absent", NAME, 0), ("undone", NAME, len(NEW))]
         for size in (1000, 3 * CHUNK):
             (await store.save(NAME, noise(size))).path.unlink()
-            await brought_back(store, NAME)
+            await restored_bytes(store, NAME)
             assert new_events() == [("saved", NAME, size), ("restored", NAME, size)]
         path.write_bytes(b"bytes that were never saved")
         os.utime(path, ns=(0, 0))
@@ -177,7 +171,7 @@ async def test_every_change_is_one_event_with_its_size(
         assert new_events() == [("removed", "new.jpg", 0)]
         broken_disk.fill_after(0)
         await store.save("full.jpg", OLD)
-        await brought_back(store, "full.jpg")
+        await restored_bytes(store, "full.jpg")
         assert new_events() == [("streamed", "full.jpg", 13), ("saved", "full.jpg", 13), ("streamed", "full.jpg", 13)]
         broken_disk.mend()
         await execute(store, "UPDATE image_chunk SET data = digest")

@@ -16,7 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from selfheal import DatabaseUnavailable, NotStored, UploadStore
 from selfheal.content.digests import Digests
 from selfheal.sql.models import SmallFile
-from tests.support.sides import BrokenDisk, brought_back, in_quarantine, looked_behind, on_both_sides, on_disk
+from tests.support.faults import BrokenDisk
+from tests.support.store_requests import hit_and_settle, restored_bytes
+from tests.support.store_state import in_quarantine, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD
 
 
@@ -48,7 +50,7 @@ async def test_delete_of_what_is_missing_on_disk(sqlite_store: UploadStore) -> N
     saved = await sqlite_store.save(NAME, OLD)
     saved.path.unlink()
     assert await sqlite_store.delete(NAME) is True
-    assert await brought_back(sqlite_store, NAME) is None
+    assert await restored_bytes(sqlite_store, NAME) is None
 
 
 async def test_delete_of_what_is_only_on_disk_can_be_undone(store: UploadStore) -> None:
@@ -59,7 +61,7 @@ async def test_delete_of_what_is_only_on_disk_can_be_undone(store: UploadStore) 
     assert await store.delete(NAME) is True
     assert not path.exists()
     await store.undo(NAME)
-    assert await on_both_sides(store, NAME) == OLD
+    assert await on_disk_and_in_database(store, NAME) == OLD
 
 
 async def test_delete_of_what_the_app_overwrote_keeps_its_bytes(store: UploadStore) -> None:
@@ -70,7 +72,7 @@ async def test_delete_of_what_the_app_overwrote_keeps_its_bytes(store: UploadSto
     assert on_disk(store, NAME) is None
     assert in_quarantine(store) == [NEW]
     await store.undo(NAME)
-    assert await on_both_sides(store, NAME) == OLD
+    assert await on_disk_and_in_database(store, NAME) == OLD
 
 
 async def test_delete_of_bytes_that_cannot_be_read_keeps_them(
@@ -139,7 +141,7 @@ async def _adopt(store: UploadStore) -> None:
 
 
 async def _request(store: UploadStore) -> None:
-    assert await brought_back(store, NAME) is None
+    assert await restored_bytes(store, NAME) is None
     assert await store.is_on_disk_again(NAME) is False
 
 
@@ -175,8 +177,8 @@ async def test_deleted_stays_deleted(
         assert record is not None
         assert record.is_deleted
         assert on_disk(node, NAME) is None
-    assert await brought_back(store, NAME) is None
-    assert await brought_back(other_store, NAME) is None
+    assert await restored_bytes(store, NAME) is None
+    assert await restored_bytes(other_store, NAME) is None
 
 
 async def test_a_save_makes_a_deleted_name_live_again(store: UploadStore) -> None:
@@ -185,7 +187,7 @@ async def test_a_save_makes_a_deleted_name_live_again(store: UploadStore) -> Non
         await store.save(NAME, OLD)
         await store.delete(NAME)
         await store.save(NAME, data)
-        assert await on_both_sides(store, NAME) == data
+        assert await on_disk_and_in_database(store, NAME) == data
         record = await store.database.find(NAME)
         assert record is not None
         assert not record.is_deleted
@@ -202,7 +204,7 @@ async def test_a_copy_of_a_deleted_file_is_removed_after_its_first_hit(store: Up
     saved.path.write_bytes(OLD)
     if keeps_time:
         os.utime(saved.path, ns=(saved.modified_ns, saved.modified_ns))
-    await looked_behind(store, NAME)
+    await hit_and_settle(store, NAME)
     assert on_disk(store, NAME) is None
     assert in_quarantine(store) == []
 
@@ -212,10 +214,10 @@ async def test_a_copy_on_another_node_is_removed_after_its_first_hit(
 ) -> None:
     """A node whose disk still has a file that was deleted elsewhere removes it after its first hit."""
     await store.save(NAME, OLD)
-    assert await brought_back(other_store, NAME) == OLD
+    assert await restored_bytes(other_store, NAME) == OLD
     await store.delete(NAME)
     assert on_disk(other_store, NAME) == OLD
-    await looked_behind(other_store, NAME)
+    await hit_and_settle(other_store, NAME)
     assert on_disk(other_store, NAME) is None
 
 
@@ -224,11 +226,11 @@ async def test_the_very_same_file_is_removed_every_time(sqlite_store: UploadStor
     saved = await sqlite_store.save(NAME, OLD)
     kept = tmp_path / "kept.jpg"
     os.link(saved.path, kept)
-    await looked_behind(sqlite_store, NAME)
+    await hit_and_settle(sqlite_store, NAME)
     await sqlite_store.delete(NAME)
     for _ in range(2):
         os.link(kept, saved.path)
-        await looked_behind(sqlite_store, NAME)
+        await hit_and_settle(sqlite_store, NAME)
         assert on_disk(sqlite_store, NAME) is None
 
 
@@ -237,7 +239,7 @@ async def test_bytes_unknown_to_the_history_are_set_aside(sqlite_store: UploadSt
     saved = await sqlite_store.save(NAME, OLD)
     await sqlite_store.delete(NAME)
     saved.path.write_bytes(NEW)
-    await looked_behind(sqlite_store, NAME)
+    await hit_and_settle(sqlite_store, NAME)
     assert on_disk(sqlite_store, NAME) is None
     assert in_quarantine(sqlite_store) == [NEW]
     record = await sqlite_store.database.find(NAME)

@@ -10,7 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from selfheal import CorruptBlob, DiskUnwritable, NotStored, UploadStore
 from selfheal.content.sources import CHUNK
-from tests.support.sides import BrokenDisk, brought_back, files_below, hit, in_database, noise, on_both_sides, on_disk
+from tests.support.faults import BrokenDisk
+from tests.support.sample_data import noise
+from tests.support.store_requests import hit, restored_bytes
+from tests.support.store_state import files_below, in_database, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD, SIZES
 from tests.support.waiting import eventually
 
@@ -25,7 +28,7 @@ async def test_a_missing_file_is_restored(store: UploadStore) -> None:
         saved.path.unlink()
         restored = await store.restore(f"{size}.jpg")
         after = restored.path.stat()
-        assert await on_both_sides(store, f"{size}.jpg") == noise(size)
+        assert await on_disk_and_in_database(store, f"{size}.jpg") == noise(size)
         assert (after.st_mtime_ns, after.st_mode, after.st_size) == (before.st_mtime_ns, before.st_mode, size)
 
 
@@ -60,7 +63,7 @@ async def test_restore_of_a_file_that_only_the_disk_has(sqlite_store: UploadStor
 
 async def test_restore_of_a_name_in_the_negative_cache(store: UploadStore, other_store: UploadStore) -> None:
     """A name in the negative cache that another node has just saved is not reported as restored."""
-    assert await brought_back(store, NAME) is None
+    assert await restored_bytes(store, NAME) is None
     await other_store.save(NAME, NEW)
     with pytest.raises(NotStored):
         await store.restore(NAME)
@@ -110,7 +113,7 @@ async def test_a_file_that_is_only_on_disk_is_adopted(store: UploadStore) -> Non
         os.utime(path, ns=(10**18 + 7, 10**18 + 7))
         before = path.stat()
         adopted = await store.adopt(f"{size}.jpg")
-        assert await on_both_sides(store, f"{size}.jpg") == noise(size)
+        assert await on_disk_and_in_database(store, f"{size}.jpg") == noise(size)
         assert (adopted.modified_ns, adopted.generation, adopted.content_type) == (10**18 + 7, 1, "image/jpeg")
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 

@@ -20,18 +20,11 @@ from starlette.datastructures import UploadFile
 
 from selfheal import InvalidName, UploadStore
 from selfheal.content.sources import CHUNK
-from tests.support.sides import (
-    BrokenDisk,
-    files_below,
-    in_database,
-    in_quarantine,
-    looked_behind,
-    noise,
-    nothing_is_held_open,
-    on_both_sides,
-    on_disk,
-    pieces_of,
-)
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.sample_data import noise, pieces_of
+from tests.support.store_requests import hit_and_settle
+from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD, SIZES, row_counts
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -71,7 +64,7 @@ async def test_every_kind_of_source(store: UploadStore, tmp_path: Path, kind: st
             source.close()
         elif kind == "upload-file":
             await source.close()
-        assert await on_both_sides(store, f"{size}.jpg") == data
+        assert await on_disk_and_in_database(store, f"{size}.jpg") == data
         assert (saved.size, saved.sha256, saved.generation) == (size, sha256(data).hexdigest(), 1)
 
 
@@ -149,8 +142,8 @@ async def test_a_cancelled_save_closes_the_file_it_reads(sqlite_store: UploadSto
         await asyncio.gather(saving, return_exceptions=True)
     await sqlite_store.tasks.settle(30)
     del saving
-    await nothing_is_held_open(source)
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(source)
+    await assert_nothing_open_below(sqlite_store.disk.path)
 
 
 # -- a name that exists -----------------------------------------------------------------------------------------------
@@ -160,7 +153,7 @@ async def test_an_overwrite(store: UploadStore) -> None:
     """The next generation is on disk and in the database; the one before is in the history, with its bytes."""
     first = await store.save(NAME, OLD)
     second = await store.save(NAME, NEW)
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
     assert (first.generation, second.generation) == (1, 2)
     assert store.disk.path_of(NAME).stat().st_mtime_ns == second.modified_ns
     (version,) = await store.database.history(NAME)
@@ -184,7 +177,7 @@ async def test_the_same_bytes_again_restore_a_missing_file(sqlite_store: UploadS
     saved = await sqlite_store.save(NAME, OLD)
     saved.path.unlink()
     await sqlite_store.save(NAME, OLD)
-    assert await on_both_sides(sqlite_store, NAME) == OLD
+    assert await on_disk_and_in_database(sqlite_store, NAME) == OLD
     assert saved.path.stat().st_mtime_ns == saved.modified_ns
 
 
@@ -194,7 +187,7 @@ async def test_the_same_bytes_again_mend_a_damaged_database_copy(store: UploadSt
     async with engine.begin() as connection:
         await connection.execute(text("UPDATE image_chunk SET data = :data WHERE position = 1"), {"data": b"x" * CHUNK})
     await store.save(NAME, noise(2 * CHUNK))
-    assert await on_both_sides(store, NAME) == noise(2 * CHUNK)
+    assert await on_disk_and_in_database(store, NAME) == noise(2 * CHUNK)
 
 
 async def test_equal_bytes_are_stored_once(store: UploadStore, engine: AsyncEngine) -> None:
@@ -203,7 +196,7 @@ async def test_equal_bytes_are_stored_once(store: UploadStore, engine: AsyncEngi
     await store.save("b.jpg", OLD)
     assert await row_counts(engine) == {"image_storage": 2, "image_blob": 1, "image_chunk": 1, "image_history": 0}
     await store.delete("a.jpg")
-    assert await on_both_sides(store, "b.jpg") == OLD
+    assert await on_disk_and_in_database(store, "b.jpg") == OLD
 
 
 async def test_a_file_that_only_the_disk_has_is_not_lost_by_a_save(sqlite_store: UploadStore) -> None:
@@ -212,7 +205,7 @@ async def test_a_file_that_only_the_disk_has_is_not_lost_by_a_save(sqlite_store:
     path.parent.mkdir(parents=True)
     path.write_bytes(OLD)
     await sqlite_store.save(NAME, NEW)
-    assert await on_both_sides(sqlite_store, NAME) == NEW
+    assert await on_disk_and_in_database(sqlite_store, NAME) == NEW
     assert in_quarantine(sqlite_store) == [OLD]
 
 
@@ -233,7 +226,7 @@ async def test_parallel_saves_of_one_name(store: UploadStore, other_store: Uploa
     known = {version.sha256 for version in await store.database.history(NAME)} | {record.sha256}
     assert known == {sha256(data).hexdigest() for data in bodies}
     for node in (store, other_store):
-        await looked_behind(node, NAME)
+        await hit_and_settle(node, NAME)
         assert on_disk(node, NAME) == final
 
 
@@ -248,4 +241,4 @@ async def test_a_save_that_is_overtaken_between_commit_and_file(store: UploadSto
         await faster.save(NAME, NEW)
         held.release()
         await saving
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW

@@ -17,19 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from selfheal import DatabaseUnavailable, UploadStore
 from selfheal.content.sources import CHUNK
-from tests.support.sides import (
-    BrokenDisk,
-    brought_back,
-    files_below,
-    in_database,
-    in_quarantine,
-    looked_behind,
-    noise,
-    nothing_is_held_open,
-    on_both_sides,
-    on_disk,
-    pieces_of,
-)
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.sample_data import noise, pieces_of
+from tests.support.store_requests import hit_and_settle, restored_bytes
+from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD
 
 # -- no database ------------------------------------------------------------------------------------------------------
@@ -50,7 +42,7 @@ async def test_no_server_no_file(directory: Path, dead_port: int) -> None:
             with pytest.raises(DatabaseUnavailable):
                 await store.save(NAME, pieces_of(noise(size)))
         assert files_below(directory) == []
-    await nothing_is_held_open(directory)
+    await assert_nothing_open_below(directory)
 
 
 async def test_a_failing_overwrite_leaves_the_old_file(store: UploadStore, engine: AsyncEngine) -> None:
@@ -62,7 +54,7 @@ async def test_a_failing_overwrite_leaves_the_old_file(store: UploadStore, engin
         await store.save(NAME, NEW)
     async with engine.begin() as connection:
         await connection.execute(text("ALTER TABLE image_chunk_away RENAME TO image_chunk"))
-    assert await on_both_sides(store, NAME) == OLD
+    assert await on_disk_and_in_database(store, NAME) == OLD
     assert files_below(store.disk.path) == [NAME]
 
 
@@ -79,13 +71,13 @@ async def test_a_source_that_fails_leaves_nothing(sqlite_store: UploadStore, siz
 
     with pytest.raises(ConnectionResetError):
         await sqlite_store.save(NAME, source())
-    assert await on_both_sides(sqlite_store, NAME) is None
+    assert await on_disk_and_in_database(sqlite_store, NAME) is None
     await sqlite_store.save(NAME, OLD)
     with pytest.raises(ConnectionResetError):
         await sqlite_store.save(NAME, source())
-    assert await on_both_sides(sqlite_store, NAME) == OLD
+    assert await on_disk_and_in_database(sqlite_store, NAME) == OLD
     assert files_below(sqlite_store.disk.path) == [NAME]
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(sqlite_store.disk.path)
 
 
 @pytest.mark.parametrize("size", [10, 19 * CHUNK])
@@ -103,12 +95,12 @@ async def test_cancelled_uploads_leave_nothing_and_damage_nothing(store: UploadS
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await store.tasks.settle(30)
-        assert await on_both_sides(store, f"{number}.jpg") in (None, data)
-        assert await on_both_sides(store, "old.jpg") in (OLD, data)
+        assert await on_disk_and_in_database(store, f"{number}.jpg") in (None, data)
+        assert await on_disk_and_in_database(store, "old.jpg") in (OLD, data)
         await store.save("old.jpg", OLD)
     whole = [name for name in files_below(store.disk.path) if name != "old.jpg"]
     assert await store.database.count() == len(whole) + 1
-    await nothing_is_held_open(store.disk.path)
+    await assert_nothing_open_below(store.disk.path)
 
 
 # -- no space on disk -------------------------------------------------------------------------------------------------
@@ -127,9 +119,9 @@ async def test_disk_full_in_the_middle_of_an_upload(store: UploadStore, broken_d
     assert files_below(store.disk.path) == []
     assert await in_database(store, NAME) == data
     broken_disk.mend()
-    assert await brought_back(store, NAME) == data
-    assert await on_both_sides(store, NAME) == data
-    await nothing_is_held_open(store.disk.path)
+    assert await restored_bytes(store, NAME) == data
+    assert await on_disk_and_in_database(store, NAME) == data
+    await assert_nothing_open_below(store.disk.path)
 
 
 FAILING = {
@@ -154,8 +146,8 @@ async def test_a_disk_that_fails_does_not_fail_the_save(
     assert files_below(sqlite_store.disk.path) == []
     broken_disk.mend()
     for size in (10, 17 * CHUNK):
-        assert await brought_back(sqlite_store, f"cats/{size}.jpg") == noise(size)
-        assert await on_both_sides(sqlite_store, f"cats/{size}.jpg") == noise(size)
+        assert await restored_bytes(sqlite_store, f"cats/{size}.jpg") == noise(size)
+        assert await on_disk_and_in_database(sqlite_store, f"cats/{size}.jpg") == noise(size)
 
 
 @pytest.mark.parametrize("was_hit_before", [False, True])
@@ -165,16 +157,16 @@ async def test_an_overwrite_on_a_full_disk_is_healed_later(
     """The old file on the full disk is replaced as soon as there is space."""
     await store.save(NAME, OLD)
     if was_hit_before:
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
     broken_disk.fill_after(0)
     await store.save(NAME, NEW)
     broken_disk.mend()
     assert await in_database(store, NAME) == NEW
     if on_disk(store, NAME) is None:
-        assert await brought_back(store, NAME) == NEW
+        assert await restored_bytes(store, NAME) == NEW
     else:
-        await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == NEW
+        await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
@@ -193,7 +185,7 @@ async def test_a_full_disk_serves_no_older_file(
     await store.save(NAME, NEW)
     assert on_disk(store, NAME) is None
     assert in_quarantine(store) == ([] if is_known else [OLD])
-    assert await brought_back(store, NAME) == NEW
+    assert await restored_bytes(store, NAME) == NEW
     broken_disk.fail("unlink", errno.EROFS)
     await store.save(NAME, OLD)  # though no file can be removed
     assert await in_database(store, NAME) == OLD
@@ -204,20 +196,20 @@ async def test_an_old_file_that_could_not_be_removed_is_replaced_later(
 ) -> None:
     """If the disk refuses the new file and the removal of the old one, the next hit compares them again."""
     saved = await sqlite_store.save(NAME, OLD)
-    await looked_behind(sqlite_store, NAME)
+    await hit_and_settle(sqlite_store, NAME)
     broken_disk.fail("pwrite", errno.ENOSPC)
     broken_disk.fail("unlink", errno.EIO)
     await sqlite_store.save(NAME, NEW)
     assert saved.path.read_bytes() == OLD
     broken_disk.mend()
-    await looked_behind(sqlite_store, NAME)
-    assert await on_both_sides(sqlite_store, NAME) == NEW
-    await looked_behind(sqlite_store, NAME)
+    await hit_and_settle(sqlite_store, NAME)
+    assert await on_disk_and_in_database(sqlite_store, NAME) == NEW
+    await hit_and_settle(sqlite_store, NAME)
     broken_disk.fail("unlink", errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         await sqlite_store.delete(NAME)
     broken_disk.mend()
-    await looked_behind(sqlite_store, NAME)
+    await hit_and_settle(sqlite_store, NAME)
     assert on_disk(sqlite_store, NAME) is None
 
 
@@ -228,6 +220,6 @@ async def test_out_of_descriptors_is_not_a_full_disk(sqlite_store: UploadStore, 
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
         await sqlite_store.save(NAME, OLD)
     broken_disk.mend()
-    assert await on_both_sides(sqlite_store, NAME) is None
+    assert await on_disk_and_in_database(sqlite_store, NAME) is None
     await sqlite_store.save(NAME, OLD)
-    assert await on_both_sides(sqlite_store, NAME) == OLD
+    assert await on_disk_and_in_database(sqlite_store, NAME) == OLD

@@ -7,7 +7,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
-from tests.support.sides import brought_back, in_quarantine, looked_behind, noise, on_both_sides, on_disk
+from tests.support.sample_data import noise
+from tests.support.store_requests import hit_and_settle, restored_bytes
+from tests.support.store_state import in_quarantine, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD, row_counts
 
 
@@ -22,8 +24,8 @@ async def test_save_within_a_transaction_that_commits(
         assert on_disk(store, NAME) is None
         await connection.commit()
     assert on_disk(store, NAME) is None
-    assert await brought_back(store, NAME) == noise(size)
-    assert await on_both_sides(store, NAME) == noise(size)
+    assert await restored_bytes(store, NAME) == noise(size)
+    assert await on_disk_and_in_database(store, NAME) == noise(size)
     assert saved.path.stat().st_mtime_ns == saved.modified_ns
 
 
@@ -37,7 +39,7 @@ async def test_save_within_a_transaction_that_rolls_back(
         await store.save(NAME, noise(size), connection=connection)
         await connection.rollback()
     assert await row_counts(engine) == {"image_storage": 0, "image_blob": 0, "image_chunk": 0, "image_history": 0}
-    assert await brought_back(store, NAME) is None
+    assert await restored_bytes(store, NAME) is None
     assert on_disk(store, NAME) is None
 
 
@@ -47,8 +49,8 @@ async def test_an_overwrite_that_rolls_back_leaves_the_old(store: UploadStore, e
     async with engine.connect() as connection:
         await store.save(NAME, NEW, connection=connection)
         await connection.rollback()
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == OLD
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == OLD
     assert await store.database.history(NAME) == []
 
 
@@ -59,9 +61,9 @@ async def test_an_overwrite_within_a_transaction_reaches_the_disk(
     """The first hit replaces the old file in the background, also if this process has served it before."""
     await store.save(NAME, OLD)
     if was_hit_before:
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
     async with engine.begin() as connection:
         await store.save(NAME, NEW, connection=connection)
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == NEW
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == NEW
     assert in_quarantine(store) == []

@@ -9,7 +9,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from selfheal import CorruptBlob, NotStored, UploadStore
 from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
-from tests.support.sides import BrokenDisk, brought_back, files_below, in_quarantine, noise, on_both_sides, on_disk
+from tests.support.faults import BrokenDisk
+from tests.support.sample_data import noise
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, in_quarantine, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, OLD
 
 
@@ -19,7 +22,7 @@ async def test_an_overwrite_is_undone(store: UploadStore, size: int) -> None:
     before = await store.save(NAME, noise(size))
     await store.save(NAME, NEW)
     undone = await store.undo(NAME)
-    assert await on_both_sides(store, NAME) == noise(size)
+    assert await on_disk_and_in_database(store, NAME) == noise(size)
     assert (undone.generation, undone.modified_ns) == (3, before.modified_ns)
     assert undone.path.stat().st_mtime_ns == before.modified_ns
     assert in_quarantine(store) == []
@@ -30,9 +33,9 @@ async def test_a_deletion_is_undone(store: UploadStore) -> None:
     before = await store.save(NAME, OLD)
     await store.delete(NAME)
     undone = await store.undo(NAME)
-    assert await on_both_sides(store, NAME) == OLD
+    assert await on_disk_and_in_database(store, NAME) == OLD
     assert undone.path.stat().st_mtime_ns == before.modified_ns
-    assert await brought_back(store, NAME) == OLD
+    assert await restored_bytes(store, NAME) == OLD
 
 
 async def test_undo_to_any_generation(store: UploadStore) -> None:
@@ -40,9 +43,9 @@ async def test_undo_to_any_generation(store: UploadStore) -> None:
     for number in range(4):
         await store.save(NAME, noise(100 + number))
     await store.undo(NAME, 2)
-    assert await on_both_sides(store, NAME) == noise(101)
+    assert await on_disk_and_in_database(store, NAME) == noise(101)
     await store.undo(NAME)
-    assert await on_both_sides(store, NAME) == noise(103)
+    assert await on_disk_and_in_database(store, NAME) == noise(103)
 
 
 async def test_there_must_be_something_to_undo(store: UploadStore) -> None:
@@ -55,7 +58,7 @@ async def test_there_must_be_something_to_undo(store: UploadStore) -> None:
     await store.save(NAME, NEW)
     with pytest.raises(NotStored):
         await store.undo(NAME, 7)
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 async def test_undo_to_damaged_bytes_changes_nothing(store: UploadStore, engine: AsyncEngine) -> None:
@@ -70,7 +73,7 @@ async def test_undo_to_damaged_bytes_changes_nothing(store: UploadStore, engine:
         )
     with pytest.raises(CorruptBlob):
         await store.undo(NAME)
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
     record = await store.database.find(NAME)
     assert record is not None
     assert record.generation == 2
@@ -84,10 +87,10 @@ async def test_undo_on_a_full_disk_is_healed_later(sqlite_store: UploadStore, br
     await sqlite_store.undo(NAME)
     assert files_below(sqlite_store.disk.path) == []
     broken_disk.mend()
-    assert await brought_back(sqlite_store, NAME) == OLD
-    assert await on_both_sides(sqlite_store, NAME) == OLD
+    assert await restored_bytes(sqlite_store, NAME) == OLD
+    assert await on_disk_and_in_database(sqlite_store, NAME) == OLD
     await sqlite_store.save(NAME, NEW)
     broken_disk.fill_after(0)
     await sqlite_store.undo(NAME)
     assert on_disk(sqlite_store, NAME) is None
-    assert await brought_back(sqlite_store, NAME) == OLD
+    assert await restored_bytes(sqlite_store, NAME) == OLD

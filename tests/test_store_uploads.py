@@ -19,7 +19,8 @@ from selfheal import (
     UploadTypeRefused,
 )
 from selfheal.content.sources import CHUNK
-from tests.support.sides import files_below, nothing_is_held_open, on_both_sides
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.store_state import files_below, on_disk_and_in_database
 from tests.support.uploads import small_png
 
 UUID4_NAME = re.compile(r"[0-9a-f]{12}4[0-9a-f]{3}[89ab][0-9a-f]{15}\.png")
@@ -42,7 +43,7 @@ async def test_an_upload_is_saved_under_a_uuid_with_its_extension(store: UploadS
     again = await store.save_uploaded_file(upload_of(small_png(), "Tom the CAT.PNG"), folder="cats/2024")
     assert again.name.startswith("cats/2024/")
     assert UUID4_NAME.fullmatch(again.name.removeprefix("cats/2024/"))
-    assert await on_both_sides(store, again.name) == small_png()
+    assert await on_disk_and_in_database(store, again.name) == small_png()
 
 
 HOSTILE_NAMES = [
@@ -97,4 +98,4 @@ async def test_a_refused_upload_leaves_nothing(
         assert raised.value.status == status
         assert await store.database.count() == 0
         assert files_below(directory) == []
-    await nothing_is_held_open(directory)
+    await assert_nothing_open_below(directory)

@@ -14,10 +14,11 @@ from selfheal import DatabaseUnavailable, SelfHealMiddleware, UploadStore, bulk
 from selfheal.content.sources import CHUNK
 from selfheal.names import to_path
 from tests.support.asgi import Wrapped, ask
+from tests.support.constants import set_constants
 from tests.support.damage import LARGE, SMALL, DamagedDisk, damage_record, sha256_of
 from tests.support.files import MODIFIED_NS, noise, own_files_below, snapshot_of, write_file
+from tests.support.raw_sql import execute
 from tests.support.runs import SQL, quarantine_of, remove_tree, report_of, rows
-from tests.support.sides import execute, resize
 
 # -- everything is restored -------------------------------------------------------------------------------------------
 
@@ -117,8 +118,8 @@ async def test_equal_bytes_are_stored_once(store: UploadStore, directory: Path, 
 
 async def test_many_batches_and_pages(store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more files than a batch or page holds, every run reports each file once."""
-    resize(monkeypatch, FILES_AT_ONCE=8, ENTRIES_AT_ONCE=8, NAMES_AT_ONCE=20, LISTED_AT_MOST=9)
-    resize(monkeypatch, SMALL_AT_ONCE=3 * CHUNK, LARGE_AT_ONCE=3 * CHUNK)
+    set_constants(monkeypatch, FILES_AT_ONCE=8, ENTRIES_AT_ONCE=8, NAMES_AT_ONCE=20, LISTED_AT_MOST=9)
+    set_constants(monkeypatch, SMALL_AT_ONCE=3 * CHUNK, LARGE_AT_ONCE=3 * CHUNK)
     for index in range(90):
         write_file(directory / f"{index % 7}/{index:02}.png", noise(index % 50 + CHUNK * (index % 9 == 0), index))
     assert (await report_of(bulk.migrate(store))).counts == {"migrated": 90}

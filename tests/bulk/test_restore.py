@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from selfheal import UploadStore, bulk
+from tests.support.constants import set_constants
 from tests.support.damage import (
     BLOCKED,
     BYTES_DAMAGED,
@@ -26,7 +27,6 @@ from tests.support.damage import (
 )
 from tests.support.files import MODIFIED_NS, contents_of, flip_a_bit, noise, own_files_below, snapshot_of
 from tests.support.runs import SQL, after_listing, outcomes, quarantine_of, remove_tree, report_of, rows
-from tests.support.sides import resize
 
 # -- damage on disk ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ async def test_restore_keeps_both_if_both_are_damaged(
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of one file, so that something can happen between two files."""
-    resize(monkeypatch, FILES_AT_ONCE=1)
+    set_constants(monkeypatch, FILES_AT_ONCE=1)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

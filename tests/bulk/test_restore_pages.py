@@ -12,9 +12,9 @@ import pytest
 
 from selfheal import UploadStore, bulk
 from selfheal.disk import syscalls
+from tests.support.constants import set_constants
 from tests.support.files import noise, write_file
 from tests.support.runs import SQL, report_of
-from tests.support.sides import resize
 from tests.support.sockets import make_socket
 
 # -- pages of names ---------------------------------------------------------------------------------------------------
@@ -32,8 +32,8 @@ async def test_pages_of_any_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With pages of any length each name is compared once: missing files are written, deleted ones removed."""
-    resize(monkeypatch, NAMES_AT_ONCE=names_at_once)
-    resize(monkeypatch, RANGES_AT_ONCE=ranges_at_once)
+    set_constants(monkeypatch, NAMES_AT_ONCE=names_at_once)
+    set_constants(monkeypatch, RANGES_AT_ONCE=ranges_at_once)
     names = [f"{folder}{number}.png" for folder in ("", "a/", "a/b/", "日本/") for number in range(4)]
     for name in names:
         await store.save(name, noise(50, name))
@@ -91,7 +91,7 @@ async def test_a_name_that_is_saved_during_the_comparison(
     sqlite_store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that is saved between the names of a page during its comparison pushes none of them out."""
-    resize(monkeypatch, NAMES_AT_ONCE=2)
+    set_constants(monkeypatch, NAMES_AT_ONCE=2)
     for name in ("a.png", "c.png", "d.png"):
         await sqlite_store.save(name, noise(50, name))
         (directory / name).unlink()
@@ -194,8 +194,8 @@ async def test_a_folder_that_changes_during_the_run(
     sqlite_store: UploadStore, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An early listing of a folder does not decide about names that are compared later."""
-    resize(monkeypatch, NAMES_AT_ONCE=2)
-    resize(monkeypatch, RANGES_AT_ONCE=1)
+    set_constants(monkeypatch, NAMES_AT_ONCE=2)
+    set_constants(monkeypatch, RANGES_AT_ONCE=1)
     names = [f"cats/{number:02}.png" for number in range(20)]
     for name in names:
         await sqlite_store.save(name, noise(50, name))

@@ -1,7 +1,7 @@
-"""One bit at a time: of a file, of its chunks, of their digests, of its record. No visitor ever gets a wrong byte of it
-from the database, `verify` finds it on either side, and no run writes it.
+"""One flipped bit, in a file, its chunks, their digests or its record: no visitor gets a wrong byte from the database,
+`verify` reports the name, and no bulk run writes the damaged bytes.
 
-Many files are damaged together, each in a bit of its own, and every one of them must be told. Chunks are made small.
+A round flips one bit in each of many files, and every one of them must be reported. Chunks are small.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from selfheal import CorruptBlob, SelfHealMiddleware, UploadStore, bulk
 from selfheal.bulk.outcomes import Outcome
 from selfheal.settings import sqlite_file
 from tests.support.asgi import Answer, Wrapped, scope_of
-from tests.support.sides import files_below, in_quarantine, resize
+from tests.support.constants import set_constants
+from tests.support.store_state import files_below, in_quarantine
 
 SMALL = 4096
 LARGE = 40_000
 CHUNK = 16_384
-"""So that a large file is three of them."""
+"""A large file has three of them."""
 Times = Callable[[int, int], int]
 Record = Callable[[str, object], None]
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """Files that are on both sides, each with bytes of its own."""
+class StoredFiles:
+    """Files with different bytes, all on disk and in the database."""
 
     store: UploadStore
     files: dict[str, bytes]
 
-    async def asked(self, name: str) -> tuple[int, bytes]:
-        """The status and bytes that a visitor gets; an answer that breaks off has the status 0."""
+    async def get(self, name: str) -> tuple[int, bytes]:
+        """Return the status and bytes that a visitor gets; the status is 0 if the answer breaks off."""
         answer = Answer()
 
         async def send(message: Message) -> None:
             answer.take(message)
 
         async def receive() -> Message:
-            await asyncio.Event().wait()  # nobody hangs up
+            await asyncio.Event().wait()  # the client stays
             return {}
 
         try:
@@ -61,24 +62,25 @@ class Shelf:
         return answer.status, answer.body
 
     async def run(self, run: Any) -> dict[str, Outcome]:
-        """What a bulk run says of each name."""
+        """Return the outcome of a bulk run for each name."""
         return {result.name: result.outcome async for result in run}
 
     def path(self, name: str) -> Path:
+        """Return the path of a name's file."""
         return self.store.disk.path_of(name)
 
-    def lose(self) -> None:
-        """The whole disk."""
+    def lose_disk(self) -> None:
+        """Delete the whole uploads directory."""
         shutil.rmtree(self.store.disk.path, ignore_errors=True)
 
     def flip_on_disk(self, name: str, bit: int) -> None:
-        """Nothing but the bit changes: not the size, not the time."""
+        """Flip one bit of a file, and keep its size and time."""
         measured = self.path(name).stat()
         self.path(name).write_bytes(flipped(self.files[name], bit))
         os.utime(self.path(name), ns=(measured.st_mtime_ns, measured.st_mtime_ns))
 
     def column(self, table: str, column: str, position: int = 0) -> dict[str, tuple[int, Any]]:
-        """What a column holds of each name, and the number of its row."""
+        """Return the row id and the value of a column for each name."""
         join = "" if table == "image_storage" else f"JOIN {table} ON {table}.sha256 = image_storage.sha256"
         where = f"WHERE position = {position}" if table == "image_chunk" else ""
         with closing(self._connect()) as connection:
@@ -86,7 +88,7 @@ class Shelf:
             return {name: (row, value) for name, row, value in connection.execute(query)}
 
     def write(self, table: str, column: str, values: Sequence[tuple[Any, int]]) -> None:
-        """Change a column behind everybody's back: (value, number of the row)."""
+        """Overwrite a column without the store; each item is a value and a row id."""
         with closing(self._connect()) as connection, connection:
             connection.executemany(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", values)
 
@@ -97,28 +99,28 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf_of(directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a shelf of so many files of such a size."""
-    resize(monkeypatch, CHUNK=CHUNK, READ_AT_ONCE=2, SETTLED_AFTER=0.0)
+def stored_files(directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A context manager that stores `count` files of one size."""
+    set_constants(monkeypatch, CHUNK=CHUNK, READ_AT_ONCE=2, SETTLED_AFTER=0.0)
 
     @asynccontextmanager
-    async def make(count: int, size: int, **options: Any) -> AsyncIterator[Shelf]:
+    async def make(count: int, size: int, **options: Any) -> AsyncIterator[StoredFiles]:
         async with UploadStore(directory, sqlite_url) as store:
             await store.database.create_tables()
             files = {f"{number:04}.jpg": random.Random(number).randbytes(size) for number in range(count)}
             directory.mkdir(parents=True)
             for name, data in files.items():
                 (directory / name).write_bytes(data)
-            assert set((await Shelf(store, files).run(bulk.migrate(store))).values()) == {Outcome.MIGRATED}
-        # a machine that starves for 5 s is no damage
+            assert set((await StoredFiles(store, files).run(bulk.migrate(store))).values()) == {Outcome.MIGRATED}
+        # a busy machine must not cause a timeout
         async with UploadStore(directory, sqlite_url, deadline=60.0, **options) as store:
-            yield Shelf(store, files)
+            yield StoredFiles(store, files)
 
     return make
 
 
 def flipped(value: Any, bit: int) -> Any:
-    """A value with one bit the other way round."""
+    """Return a value with one bit flipped."""
     if isinstance(value, bytes):
         data = bytearray(value)
         data[bit // 8] ^= 1 << bit % 8
@@ -129,7 +131,7 @@ def flipped(value: Any, bit: int) -> Any:
 
 
 def bits_of(size: int, how_many: int) -> list[int]:
-    """As many different bits of `size` bytes as that, in no order; all of them, if there are no more."""
+    """Return random bits of `size` bytes, each once if there are enough."""
     every = range(size * 8)
     if how_many <= len(every):
         return random.Random(size).sample(every, how_many)
@@ -137,7 +139,7 @@ def bits_of(size: int, how_many: int) -> list[int]:
 
 
 def rounds(bits: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, int]]:
-    """A bit for each name, until every bit had its turn."""
+    """Yield a bit for each name, until every bit was used."""
     for start in range(0, len(bits), len(names)):
         yield dict(zip(names, bits[start:], strict=False))
 
@@ -147,34 +149,34 @@ def rounds(bits: Sequence[int], names: Sequence[str]) -> Iterator[dict[str, int]
 
 @pytest.mark.parametrize(("size", "quick", "campaign"), [(SMALL, 768, SMALL * 8), (LARGE, 768, 100_000)])
 async def test_bits_of_files(
-    shelf_of: Any, times: Times, record_property: Record, size: int, quick: int, campaign: int
+    stored_files: Any, times: Times, record_property: Record, size: int, quick: int, campaign: int
 ) -> None:
-    """Every damaged file is found by `verify`, by its name, though nothing but one bit of it changed."""
+    """`verify` reports every file of which one bit is flipped, by its name."""
     bits = bits_of(size, times(quick, campaign))
-    async with shelf_of(256, size) as shelf:
-        everything = dict.fromkeys(shelf.files, Outcome.OK)
-        for bit_of in rounds(bits, list(shelf.files)):
+    async with stored_files(256, size) as stored:
+        all_ok = dict.fromkeys(stored.files, Outcome.OK)
+        for bit_of in rounds(bits, list(stored.files)):
             for name, bit in bit_of.items():
-                shelf.flip_on_disk(name, bit)
-            assert await shelf.run(bulk.verify(shelf.store)) == everything | dict.fromkeys(bit_of, Outcome.DIFFERS)
+                stored.flip_on_disk(name, bit)
+            assert await stored.run(bulk.verify(stored.store)) == all_ok | dict.fromkeys(bit_of, Outcome.DIFFERS)
             for name in bit_of:
-                shelf.path(name).write_bytes(shelf.files[name])
+                stored.path(name).write_bytes(stored.files[name])
     record_property("bits flipped", f"{len(bits):,}")
 
 
-async def test_bits_of_files_are_healed(shelf_of: Any, times: Times) -> None:
-    """A restore that verifies brings every damaged file back as it was, and keeps the damaged copies aside."""
-    async with shelf_of(64, SMALL) as shelf:
-        for bit_of in rounds(bits_of(SMALL, times(64, 1024)), list(shelf.files)):
-            before = {name: shelf.path(name).stat().st_mtime_ns for name in bit_of}
+async def test_bits_of_files_are_healed(stored_files: Any, times: Times) -> None:
+    """`restore --verify` restores every damaged file with its time, and sets the damaged copies aside."""
+    async with stored_files(64, SMALL) as stored:
+        for bit_of in rounds(bits_of(SMALL, times(64, 1024)), list(stored.files)):
+            before = {name: stored.path(name).stat().st_mtime_ns for name in bit_of}
             for name, bit in bit_of.items():
-                shelf.flip_on_disk(name, bit)
-            assert set((await shelf.run(bulk.restore(shelf.store, verify=True))).values()) == {Outcome.RESTORED}
-            assert {name: shelf.path(name).read_bytes() for name in shelf.files} == shelf.files
-            assert {name: shelf.path(name).stat().st_mtime_ns for name in bit_of} == before
-            aside = sorted(in_quarantine(shelf.store))
-            assert aside == sorted(flipped(shelf.files[name], bit) for name, bit in bit_of.items())
-            shutil.rmtree(shelf.store.disk.quarantine_path)
+                stored.flip_on_disk(name, bit)
+            assert set((await stored.run(bulk.restore(stored.store, verify=True))).values()) == {Outcome.RESTORED}
+            assert {name: stored.path(name).read_bytes() for name in stored.files} == stored.files
+            assert {name: stored.path(name).stat().st_mtime_ns for name in bit_of} == before
+            aside = sorted(in_quarantine(stored.store))
+            assert aside == sorted(flipped(stored.files[name], bit) for name, bit in bit_of.items())
+            shutil.rmtree(stored.store.disk.quarantine_path)
 
 
 # -- the bytes in the database ----------------------------------------------------------------------------------------
@@ -186,78 +188,78 @@ WAYS = {
 }
 
 
-async def is_never_served(shelf: Shelf, names: Sequence[str]) -> None:
-    """Of these names, which are damaged in the database and lost on the disk, nobody gets anything whole."""
+async def check_never_served(stored: StoredFiles, names: Sequence[str]) -> None:
+    """Fail if a visitor gets one of these names whole: they are damaged in the database and missing on disk."""
     for name in names:
-        status, body = await shelf.asked(name)
+        status, body = await stored.get(name)
         if status:
             assert (status, body) == (500, b"Internal Server Error\n"), name
         else:
-            assert len(body) < len(shelf.files[name])
-            assert shelf.files[name].startswith(body), name
-    assert files_below(shelf.store.disk.path) == []
+            assert len(body) < len(stored.files[name])
+            assert stored.files[name].startswith(body), name
+    assert files_below(stored.store.disk.path) == []
 
 
-async def is_found_and_never_written(shelf: Shelf, names: Sequence[str]) -> None:
-    """`verify` tells each of these damaged names, and so does `restore`, which brings back all the others."""
+async def check_reported_and_never_written(stored: StoredFiles, names: Sequence[str]) -> None:
+    """Fail unless `verify` and `restore` report exactly these damaged names, and `restore` restores all others."""
     corrupt = dict.fromkeys(names, Outcome.CORRUPT_IN_DATABASE)
-    missing = dict.fromkeys(shelf.files, Outcome.MISSING_ON_DISK)
-    assert await shelf.run(bulk.verify(shelf.store)) == missing | corrupt
-    if not shelf.store.disk.require_marker:
-        assert await shelf.run(bulk.restore(shelf.store)) == dict.fromkeys(shelf.files, Outcome.RESTORED) | corrupt
-        assert files_below(shelf.store.disk.path) == sorted(shelf.files.keys() - corrupt.keys())
-        shelf.lose()
+    missing = dict.fromkeys(stored.files, Outcome.MISSING_ON_DISK)
+    assert await stored.run(bulk.verify(stored.store)) == missing | corrupt
+    if not stored.store.disk.require_marker:
+        assert await stored.run(bulk.restore(stored.store)) == dict.fromkeys(stored.files, Outcome.RESTORED) | corrupt
+        assert files_below(stored.store.disk.path) == sorted(stored.files.keys() - corrupt.keys())
+        stored.lose_disk()
 
 
-async def test_bits_of_a_small_file_in_the_database(shelf_of: Any, times: Times, record_property: Record) -> None:
-    """A record of one chunk with any bit of its bytes the other way round: found, refused, and not written."""
+async def test_bits_of_a_small_file_in_the_database(stored_files: Any, times: Times, record_property: Record) -> None:
+    """A file of one chunk with any bit flipped in the database is reported, never served and never written."""
     bits = bits_of(SMALL, times(256, SMALL * 8))
-    async with shelf_of(128, SMALL) as shelf:
-        shelf.lose()
-        good = shelf.column("image_chunk", "data")
-        for bit_of in rounds(bits, list(shelf.files)):
-            shelf.write("image_chunk", "data", [(flipped(good[n][1], bit), good[n][0]) for n, bit in bit_of.items()])
-            await is_never_served(shelf, list(bit_of))
-            await is_found_and_never_written(shelf, list(bit_of))
-            shelf.write("image_chunk", "data", [(value, row) for row, value in good.values()])
+    async with stored_files(128, SMALL) as stored:
+        stored.lose_disk()
+        good = stored.column("image_chunk", "data")
+        for bit_of in rounds(bits, list(stored.files)):
+            stored.write("image_chunk", "data", [(flipped(good[n][1], bit), good[n][0]) for n, bit in bit_of.items()])
+            await check_never_served(stored, list(bit_of))
+            await check_reported_and_never_written(stored, list(bit_of))
+            stored.write("image_chunk", "data", [(value, row) for row, value in good.values()])
     record_property("bits flipped", f"{len(bits):,}")
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_bits_of_large_files_in_the_database(
-    shelf_of: Any, times: Times, record_property: Record, monkeypatch: pytest.MonkeyPatch, way: str
+    stored_files: Any, times: Times, record_property: Record, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """A record of many chunks with any bit the other way round never comes whole, in whatever way it would come."""
+    """A file of many chunks with any bit flipped in the database is never served whole, whatever the way."""
     sizes, options = WAYS[way]
     bits = bits_of(LARGE, times(340, 34_000))
-    async with shelf_of(20, LARGE, **options) as shelf:
-        resize(monkeypatch, **sizes)
-        shelf.lose()
-        good = [shelf.column("image_chunk", "data", position) for position in range(3)]
-        for bit_of in rounds(bits, list(shelf.files)):
+    async with stored_files(20, LARGE, **options) as stored:
+        set_constants(monkeypatch, **sizes)
+        stored.lose_disk()
+        good = [stored.column("image_chunk", "data", position) for position in range(3)]
+        for bit_of in rounds(bits, list(stored.files)):
             where = [(name, *divmod(bit, CHUNK * 8)) for name, bit in bit_of.items()]
             damaged = [(flipped(good[at][name][1], bit), good[at][name][0]) for name, at, bit in where]
-            shelf.write("image_chunk", "data", damaged)
-            await is_never_served(shelf, list(bit_of))
-            await is_found_and_never_written(shelf, list(bit_of))
-            shelf.write("image_chunk", "data", [(good[at][name][1], good[at][name][0]) for name, at, _ in where])
+            stored.write("image_chunk", "data", damaged)
+            await check_never_served(stored, list(bit_of))
+            await check_reported_and_never_written(stored, list(bit_of))
+            stored.write("image_chunk", "data", [(good[at][name][1], good[at][name][0]) for name, at, _ in where])
     record_property("bits flipped", f"{len(bits):,}")
 
 
-async def test_bits_in_the_database_while_the_disk_is_good(shelf_of: Any, times: Times) -> None:
-    """While the disk has a good copy it is served, and a migration mends the database from it."""
-    async with shelf_of(64, SMALL) as shelf:
-        good = shelf.column("image_chunk", "data")
-        for bit_of in rounds(bits_of(SMALL, times(64, 4096)), list(shelf.files)):
-            shelf.write("image_chunk", "data", [(flipped(good[n][1], bit), good[n][0]) for n, bit in bit_of.items()])
+async def test_bits_in_the_database_while_the_disk_is_good(stored_files: Any, times: Times) -> None:
+    """A good copy on disk is served, and `migrate` mends the database from it."""
+    async with stored_files(64, SMALL) as stored:
+        good = stored.column("image_chunk", "data")
+        for bit_of in rounds(bits_of(SMALL, times(64, 4096)), list(stored.files)):
+            stored.write("image_chunk", "data", [(flipped(good[n][1], bit), good[n][0]) for n, bit in bit_of.items()])
             for name in bit_of:
-                assert await shelf.asked(name) == (200, shelf.files[name])
-            assert set((await shelf.run(bulk.migrate(shelf.store))).values()) == {Outcome.MIGRATED}
-            assert shelf.column("image_chunk", "data") == good
-            assert set((await shelf.run(bulk.verify(shelf.store))).values()) == {Outcome.OK}
+                assert await stored.get(name) == (200, stored.files[name])
+            assert set((await stored.run(bulk.migrate(stored.store))).values()) == {Outcome.MIGRATED}
+            assert stored.column("image_chunk", "data") == good
+            assert set((await stored.run(bulk.verify(stored.store))).values()) == {Outcome.OK}
 
 
-# -- what is written beside the bytes ---------------------------------------------------------------------------------
+# -- the columns beside the bytes -------------------------------------------------------------------------------------
 
 COLUMNS = [
     ("image_chunk", "digest", range(32 * 8)),
@@ -275,36 +277,36 @@ COLUMNS = [
     ("table", "column", "bits"), COLUMNS, ids=lambda value: value if isinstance(value, str) else ""
 )
 async def test_bits_of_columns(
-    shelf_of: Any, times: Times, record_property: Record, table: str, column: str, bits: range, size: int
+    stored_files: Any, times: Times, record_property: Record, table: str, column: str, bits: range, size: int
 ) -> None:
-    """What says how the bytes are to be checked is damaged itself: found by `verify`; only right bytes are served."""
+    """If a digest, key, position or size is damaged, `verify` reports the name, and only right bytes are served."""
     every = random.Random(0).sample(bits, min(len(bits), times(64, 512)))
-    async with shelf_of(64, size) as shelf:
-        shelf.lose()
-        good = shelf.column(table, column)
-        for bit_of in rounds(every, list(shelf.files)):
-            shelf.write(table, column, [(flipped(good[name][1], bit), good[name][0]) for name, bit in bit_of.items()])
-            found = await shelf.run(bulk.verify(shelf.store))
+    async with stored_files(64, size) as stored:
+        stored.lose_disk()
+        good = stored.column(table, column)
+        for bit_of in rounds(every, list(stored.files)):
+            stored.write(table, column, [(flipped(good[name][1], bit), good[name][0]) for name, bit in bit_of.items()])
+            found = await stored.run(bulk.verify(stored.store))
             assert {name for name in bit_of if found[name] != Outcome.CORRUPT_IN_DATABASE} == set()
             for name in bit_of:
-                status, body = await shelf.asked(name)
-                is_right = status == 200 and body == shelf.files[name]
-                assert is_right or status == 500 or (status == 0 and shelf.files[name].startswith(body))
-            shelf.lose()
-            await shelf.run(bulk.restore(shelf.store))
-            for name in files_below(shelf.store.disk.path):
-                assert shelf.path(name).read_bytes() == shelf.files[name]
-            shelf.lose()
-            shelf.write(table, column, [(value, row) for row, value in good.values()])
+                status, body = await stored.get(name)
+                is_right = status == 200 and body == stored.files[name]
+                assert is_right or status == 500 or (status == 0 and stored.files[name].startswith(body))
+            stored.lose_disk()
+            await stored.run(bulk.restore(stored.store))
+            for name in files_below(stored.store.disk.path):
+                assert stored.path(name).read_bytes() == stored.files[name]
+            stored.lose_disk()
+            stored.write(table, column, [(value, row) for row, value in good.values()])
     record_property("bits flipped", f"{len(every):,}")
 
 
-async def test_bits_of_the_time(shelf_of: Any) -> None:
-    """A record whose time is damaged, in any bit, is answered with the right bytes; no digest is over the time."""
-    async with shelf_of(64, SMALL) as shelf:
-        shelf.lose()
-        good = shelf.column("image_storage", "modified_ns")
+async def test_bits_of_the_time(stored_files: Any) -> None:
+    """A record with any bit of its time flipped is answered with the right bytes: no digest covers the time."""
+    async with stored_files(64, SMALL) as stored:
+        stored.lose_disk()
+        good = stored.column("image_storage", "modified_ns")
         damaged = [(flipped(value, bit), row) for bit, (row, value) in enumerate(good.values())]
-        shelf.write("image_storage", "modified_ns", damaged)
-        for name, data in shelf.files.items():
-            assert await shelf.asked(name) == (200, data)
+        stored.write("image_storage", "modified_ns", damaged)
+        for name, data in stored.files.items():
+            assert await stored.get(name) == (200, data)

@@ -1,4 +1,4 @@
-"""Random paths, headers and records: Hypothesis throws bytes at them quickly, atheris is guided by coverage."""
+"""Random paths, headers and records: Hypothesis generates bytes quickly, atheris is guided by coverage."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from selfheal import SelfHealMiddleware, UploadStore, bulk
 from selfheal.bulk.outcomes import Outcome
 from tests.support import environment
 from tests.support.asgi import Wrapped, ask
-from tests.support.fuzzing import TARGETS, Headers, Paths, Records, Target
+from tests.support.fuzz_targets import TARGETS, Headers, Paths, Records, Target
+from tests.support.raw_sql import execute
 from tests.support.requirements import needs
-from tests.support.sides import execute
 
 TIMES = {Paths: (2_000, 100_000), Headers: (4_000, 200_000), Records: (300, 20_000)}
-DRIVE = """
+FUZZ = """
 import sys, atheris
 with atheris.instrument_imports(include=["selfheal"]):
-    from tests.support import fuzzing
-fuzzing.fuzz(sys.argv)
+    from tests.support import fuzz_targets
+fuzz_targets.fuzz(sys.argv)
 """
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """One target after the other."""
+    """Every target."""
     with closing(TARGETS[request.param]()) as target:
         yield target
 
 
-@pytest.mark.timeout(7200)  # a failure is made small before it is told
-def test_whatever_comes(target: Target, times: Callable[[int, int], int], caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever bytes decide, every answer keeps to the contract, and no file is written that is not a record's own."""
+@pytest.mark.timeout(7200)  # Hypothesis shrinks a failure before it reports it
+def test_random_bytes(target: Target, times: Callable[[int, int], int], caplog: pytest.LogCaptureFixture) -> None:
+    """Every answer to a random request obeys the contract, and only the files of right records are written."""
     caplog.set_level(logging.CRITICAL, "selfheal")
     many = times(*TIMES[type(target)])
 
     @given(st.binary(max_size=40) | st.binary(min_size=40, max_size=200))
     @settings(max_examples=many, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    def play(data: bytes) -> None:
-        target.play(data)
+    def check(data: bytes) -> None:
+        target.check(data)
 
-    play()
+    check()
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_whatever_leads_further(
+def test_bytes_guided_by_coverage(
     name: str,
     tmp_path: Path,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The same holds of bytes that a fuzzer makes of those that reached new lines of selfheal."""
+    """The same holds for bytes that a fuzzer derives from those that reached new lines of selfheal."""
     seconds = times(0, 900)
     if not seconds:
-        pytest.skip("a campaign's work: pytest --campaign")
+        pytest.skip("only in a campaign: pytest --campaign")
     if importlib.util.find_spec("atheris") is None:
         needs("atheris", "pip install atheris (Linux on x86-64)")
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            DRIVE,
+            FUZZ,
             name,
             f"-max_total_time={seconds}",
             "-max_len=400",
@@ -91,7 +91,7 @@ def test_whatever_leads_further(
 
 
 async def outcomes(store: UploadStore) -> list[dict[str, Outcome]]:
-    """What `verify` and `restore` say of each name."""
+    """Return the outcomes of `verify` and of `restore` by name."""
     return [{one.name: one.outcome async for one in run(store)} for run in (bulk.verify, bulk.restore)]
 
 
@@ -113,7 +113,7 @@ async def outcomes(store: UploadStore) -> list[dict[str, Outcome]]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 async def test_a_record_of_another_type(sqlite_store: UploadStore, change: str, expected: dict[str, Outcome]) -> None:
-    """SQLite keeps values of any type: what cannot be a record is told by name, and all others are brought back."""
+    """SQLite keeps values of any type: a row that cannot be a record is reported by name, all others are restored."""
     for name in ("a.jpg", "b.jpg"):
         await sqlite_store.database.store_image(name, name.encode())
     await execute(sqlite_store, f"UPDATE image_storage SET {change} WHERE name = 'a.jpg'")
@@ -130,7 +130,7 @@ async def test_a_record_of_another_type(sqlite_store: UploadStore, change: str, 
     + ["digest = 'some text'", "digest = 5", "position = 'first'"],
 )
 async def test_a_chunk_of_another_type(sqlite_store: UploadStore, change: str) -> None:
-    """A chunk that is no bytes is damage: a 500 or the right bytes, told by `verify`; it ends no run, nor a request."""
+    """A chunk of another type is damage: `verify` reports it, and a request gets a 500 or the right bytes."""
     await sqlite_store.database.store_image("a.jpg", b"a picture")
     await execute(sqlite_store, f"UPDATE image_chunk SET {change}")
     assert (await outcomes(sqlite_store))[0] == {"a.jpg": Outcome.CORRUPT_IN_DATABASE}

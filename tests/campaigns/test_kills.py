@@ -1,5 +1,5 @@
-"""A process that is killed, or refused, at any of its system calls: every name stays absent or whole, what was
-acknowledged stays, what was deleted stays deleted, and the next run mends the rest.
+"""A process is killed, or gets an error, at any of its system calls: every name stays absent or whole, acknowledged
+saves and deletions last, and the next run mends the rest.
 """
 
 from __future__ import annotations
@@ -16,47 +16,37 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
-from tests.support.crowd import Crowd, kill_one, workers
-from tests.support.faulty_app import Faults
-from tests.support.killing import (
-    CHANGES,
-    MESSAGES,
-    QUESTIONS,
-    ROUTINE,
-    Call,
-    Doer,
-    Fate,
-    Judge,
-    Story,
-    Tally,
-    Worlds,
-    commits_at,
-    damage,
-    named_unsynced,
-    names_at,
-)
-from tests.support.one_shot import Deed
+from tests.support.crash_checks import CrashChecker, CrashReport, damage
+from tests.support.crash_scenarios import DeploymentTemplate, ExpectedBytes, Scenario
+from tests.support.load import LoadClients
+from tests.support.operation_runner import OperationRunner
+from tests.support.operations import Operation
 from tests.support.postgres import PostgresServer
+from tests.support.process_faults import Faults
+from tests.support.raw_sql import execute
 from tests.support.requirements import needs
-from tests.support.serving import command
-from tests.support.sides import execute, files_below, noise
+from tests.support.run_script import run_script
+from tests.support.sample_data import noise
+from tests.support.store_state import files_below
+from tests.support.strace import CHANGES, FREQUENT, MESSAGES, READS, Call, commits_at, named_before_synced, names_at
+from tests.support.workers import kill_a_worker, running_workers
 
 NAME = "cats/tom.jpg"
 OLD, NEW = noise(1000), noise(1001)
 MIDDLE, LARGE = noise(3 * CHUNK + 77), noise(4 * 2**20 + CHUNK + 78)
-"""Several chunks; more chunks than one transaction takes."""
+"""Several chunks; more chunks than one transaction writes."""
 MANY = {f"cats/{number}.jpg": noise(2000 + number) for number in range(5)} | {"dogs/rex.jpg": MIDDLE}
 
 
-# -- stories --------------------------------------------------------------------------------------------------------
+# -- the states before ----------------------------------------------------------------------------------------------
 
 
 async def nothing(store: UploadStore) -> None:
-    """An empty world: not even the directory is there."""
+    """Leave everything empty: there is no uploads directory."""
 
 
 def saved(*versions: bytes, is_on_disk: bool = True) -> Callable[[UploadStore], Any]:
-    """The name, saved once or several times."""
+    """Return a function that saves the name once or several times."""
 
     async def prepare(store: UploadStore) -> None:
         for version in versions:
@@ -68,34 +58,34 @@ def saved(*versions: bytes, is_on_disk: bool = True) -> Callable[[UploadStore], 
 
 
 async def saved_and_deleted(store: UploadStore) -> None:
-    """A tombstone."""
+    """Leave a tombstone."""
     await store.save(NAME, OLD)
     await store.delete(NAME)
 
 
 async def only_in_database(store: UploadStore) -> None:
-    """Many files, and all of them lost."""
+    """Save many files, and lose the whole disk."""
     for name, data in MANY.items():
         await store.save(name, data)
     shutil.rmtree(store.disk.path)
 
 
-async def deleted_and_laid_back(store: UploadStore) -> None:
-    """A tombstone, and its file on the disk all the same."""
+async def deleted_and_on_disk(store: UploadStore) -> None:
+    """Leave a tombstone whose file is on the disk again."""
     await saved_and_deleted(store)
     store.disk.path_of(NAME).write_bytes(OLD)
 
 
-async def spoiled_on_disk(store: UploadStore) -> None:
-    """Many files, two of which have other bytes on the disk."""
+async def differing_on_disk(store: UploadStore) -> None:
+    """Save many files, and overwrite two of them on the disk."""
     for name, data in MANY.items():
         await store.save(name, data)
-    for name in SPOILED:
+    for name in DIFFERING:
         store.disk.path_of(name).write_bytes(bytes(len(MANY[name])))
 
 
 async def only_on_disk(store: UploadStore) -> None:
-    """Many files that nobody has saved, a large one among them; and one that is deleted, laid back."""
+    """Put many files on the disk without a save, one of them large, and one of them deleted before."""
     await store.save(NAME, OLD)
     await store.delete(NAME)
     for name, data in (MANY | {"large.jpg": LARGE, NAME: OLD}).items():
@@ -103,20 +93,20 @@ async def only_on_disk(store: UploadStore) -> None:
         store.disk.path_of(name).write_bytes(data)
 
 
-async def spoiled_in_database(store: UploadStore) -> None:
-    """A good file, and a damaged record of it."""
+async def damaged_in_database(store: UploadStore) -> None:
+    """Save a file, and damage its bytes in the database."""
     await store.save(NAME, MIDDLE)
     await damage(store, NAME)
 
 
 async def one_on_disk(store: UploadStore) -> None:
-    """A file that nobody has saved."""
+    """Put one file on the disk without a save."""
     store.disk.path_of(NAME).parent.mkdir(parents=True)
     store.disk.path_of(NAME).write_bytes(MIDDLE)
 
 
 async def full_of_leftovers(store: UploadStore) -> None:
-    """Names overwritten and deleted, and an upload that never came to its end."""
+    """Overwrite and delete names, and leave the chunks of an upload that broke off."""
     await saved(OLD, MIDDLE, NEW)(store)
     await store.save("dogs/rex.jpg", MIDDLE + b"!")
     await store.delete("dogs/rex.jpg")
@@ -129,237 +119,253 @@ async def full_of_leftovers(store: UploadStore) -> None:
     )
 
 
-LOOKS = ("openat", "openat2", "newfstatat", "stat", "lstat", "statx", "getdents64")
+# -- the scenarios --------------------------------------------------------------------------------------------------
 
 
-def story(title: str, action: str, fate: Fate, prepare: Any, *, how: str = "") -> Story:
-    """A story about the one name."""
-    size = len(fate.after or b"")
-    return Story(title, Deed(action, "", "", NAME, size, how), {NAME: fate}, prepare)
+def scenario(title: str, action: str, expected: ExpectedBytes, prepare: Any, *, variant: str = "") -> Scenario:
+    """Return a scenario with one name."""
+    size = len(expected.after or b"")
+    return Scenario(title, Operation(action, "", "", NAME, size, variant), {NAME: expected}, prepare)
 
 
-def story_of_many(title: str, action: str, prepare: Any, more: dict[str, Fate]) -> Story:
-    """A story about many names."""
-    fates = {name: Fate(data, data) for name, data in MANY.items()}
-    return Story(
-        title, Deed(action, "", ""), fates | {name.replace("_", "/"): fate for name, fate in more.items()}, prepare
-    )
+def scenario_of_many(title: str, action: str, prepare: Any, more: dict[str, ExpectedBytes]) -> Scenario:
+    """Return a scenario with many names."""
+    expected = {name: ExpectedBytes(data, data) for name, data in MANY.items()}
+    return Scenario(title, Operation(action, "", ""), expected | more, prepare)
 
 
-SAME_OLD, SAME_MIDDLE, SAME_LARGE, GONE = Fate(OLD, OLD), Fate(MIDDLE, MIDDLE), Fate(LARGE, LARGE), Fate(OLD, None)
-SPOILED = {name: Fate(MANY[name], MANY[name], bytes(len(MANY[name]))) for name in ("cats/1.jpg", "dogs/rex.jpg")}
+SAME_OLD, SAME_MIDDLE, SAME_LARGE = ExpectedBytes(OLD, OLD), ExpectedBytes(MIDDLE, MIDDLE), ExpectedBytes(LARGE, LARGE)
+NEW_FILE, OVERWRITTEN, DELETED = ExpectedBytes(None, NEW), ExpectedBytes(OLD, NEW), ExpectedBytes(OLD, None)
+DELETED_ON_DISK = ExpectedBytes(None, None, OLD)
+DIFFERING = {
+    name: ExpectedBytes(MANY[name], MANY[name], bytes(len(MANY[name]))) for name in ("cats/1.jpg", "dogs/rex.jpg")
+}
 
-STORIES = [
-    story("save", "save", Fate(None, NEW), nothing),
-    story("save over", "save", Fate(OLD, NEW), saved(OLD)),
-    story("save large", "save", Fate(None, LARGE), nothing),
-    story("save large over", "save", Fate(MIDDLE, LARGE), saved(MIDDLE)),
-    story("save, no unnamed files", "save", Fate(None, MIDDLE), nothing, how="named"),
-    story("save over, no unnamed files", "save", Fate(OLD, NEW), saved(OLD), how="named"),
-    story("save what was deleted", "save", Fate(None, NEW), saved_and_deleted),
-    story("restore", "restore", SAME_OLD, saved(OLD, is_on_disk=False)),
-    story("restore chunks", "restore", SAME_MIDDLE, saved(MIDDLE, is_on_disk=False)),
-    story("restore, no unnamed files", "restore", SAME_MIDDLE, saved(MIDDLE, is_on_disk=False), how="named"),
-    story("visit", "visit", SAME_OLD, saved(NEW, OLD, is_on_disk=False)),
-    story("visit large", "visit", SAME_MIDDLE, saved(MIDDLE, is_on_disk=False), how="streamed"),
-    story("delete", "delete", GONE, saved(OLD)),
-    story("delete what is only on disk", "delete", Fate(MIDDLE, None), one_on_disk),
-    story("undo an overwrite", "undo", Fate(NEW, OLD), saved(OLD, NEW)),
-    story("undo a deletion", "undo", Fate(None, OLD), saved_and_deleted),
-    story("adopt", "adopt", SAME_MIDDLE, one_on_disk),
-    story("purge", "purge", Fate(NEW, NEW), full_of_leftovers),
-    story("migrate damage away", "migrate", SAME_MIDDLE, spoiled_in_database),
-    story_of_many("restore all", "restore all", only_in_database, {}),
-    story_of_many("heal all", "heal all", spoiled_on_disk, SPOILED),
-    story_of_many("migrate", "migrate", only_on_disk, {"large.jpg": SAME_LARGE, NAME: Fate(None, None, OLD)}),
+SCENARIOS = [
+    scenario("save", "save", NEW_FILE, nothing),
+    scenario("save over", "save", OVERWRITTEN, saved(OLD)),
+    scenario("save large", "save", ExpectedBytes(None, LARGE), nothing),
+    scenario("save large over", "save", ExpectedBytes(MIDDLE, LARGE), saved(MIDDLE)),
+    scenario("save, no unnamed files", "save", ExpectedBytes(None, MIDDLE), nothing, variant="named"),
+    scenario("save over, no unnamed files", "save", OVERWRITTEN, saved(OLD), variant="named"),
+    scenario("save what was deleted", "save", NEW_FILE, saved_and_deleted),
+    scenario("restore", "restore", SAME_OLD, saved(OLD, is_on_disk=False)),
+    scenario("restore chunks", "restore", SAME_MIDDLE, saved(MIDDLE, is_on_disk=False)),
+    scenario("restore, no unnamed files", "restore", SAME_MIDDLE, saved(MIDDLE, is_on_disk=False), variant="named"),
+    scenario("visit", "visit", SAME_OLD, saved(NEW, OLD, is_on_disk=False)),
+    scenario("visit large", "visit", SAME_MIDDLE, saved(MIDDLE, is_on_disk=False), variant="streamed"),
+    scenario("delete", "delete", DELETED, saved(OLD)),
+    scenario("delete what is only on disk", "delete", ExpectedBytes(MIDDLE, None), one_on_disk),
+    scenario("undo an overwrite", "undo", ExpectedBytes(NEW, OLD), saved(OLD, NEW)),
+    scenario("undo a deletion", "undo", ExpectedBytes(None, OLD), saved_and_deleted),
+    scenario("adopt", "adopt", SAME_MIDDLE, one_on_disk),
+    scenario("purge", "purge", ExpectedBytes(NEW, NEW), full_of_leftovers),
+    scenario("migrate damage away", "migrate", SAME_MIDDLE, damaged_in_database),
+    scenario_of_many("restore all", "restore all", only_in_database, {}),
+    scenario_of_many("heal all", "heal all", differing_on_disk, DIFFERING),
+    scenario_of_many("migrate", "migrate", only_on_disk, {"large.jpg": SAME_LARGE, NAME: DELETED_ON_DISK}),
 ]
-REMOVE = story("remove what was deleted", "heal all", Fate(None, None, OLD), deleted_and_laid_back)
-OVER_A_SOCKET = [one for one in STORIES if one.title in ("save large over", "delete", "undo an overwrite", "migrate")]
+REMOVE = scenario("remove what was deleted", "heal all", DELETED_ON_DISK, deleted_and_on_disk)
+WITH_POSTGRES = [one for one in SCENARIOS if one.title in ("save large over", "delete", "undo an overwrite", "migrate")]
+LOOKUPS = ("openat", "openat2", "newfstatat", "stat", "lstat", "statx", "getdents64")
+"""The calls that tell whether a file exists."""
 
 
 # -- fixtures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def doer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doer]:
-    """Who does the deeds."""
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperationRunner]:
+    """A runner of operations under strace."""
     if shutil.which("strace") is None:
         needs("strace", "apt-get install strace")
-    with Doer(tmp_path_factory.mktemp("doer")) as doer:
-        yield doer
+    with OperationRunner(tmp_path_factory.mktemp("runner")) as runner:
+        yield runner
 
 
 @pytest.fixture(scope="module")
-def in_all() -> Tally:
-    """What all the tests of this file did."""
-    return Tally()
+def total() -> CrashReport:
+    """The figures of all tests of this module."""
+    return CrashReport()
 
 
 @pytest.fixture
-def worlds(tmp_path: Path) -> Worlds:
-    """Worlds with SQLite."""
-    return Worlds(tmp_path)
+def template(tmp_path: Path) -> DeploymentTemplate:
+    """A deployment with SQLite."""
+    return DeploymentTemplate(tmp_path)
 
 
 @pytest.fixture
-def distant_worlds(tmp_path: Path, postgres: PostgresServer) -> Worlds:
-    """Worlds with PostgreSQL."""
-    return Worlds(tmp_path, postgres)
+def postgres_template(tmp_path: Path, postgres: PostgresServer) -> DeploymentTemplate:
+    """A deployment with PostgreSQL."""
+    return DeploymentTemplate(tmp_path, postgres)
 
 
 def some_of(calls: list[Call], most: int) -> list[Call]:
-    """As many calls as are wanted; first of all those of which there are few."""
+    """Return at most `most` calls, two thirds of them rare ones."""
     calls = [call for call in calls if not call.arguments.startswith(("0<", "1<", "2<"))]
     if len(calls) <= most:
         return calls
-    rare = [call for call in calls if call.name not in ROUTINE]
+    rare = [call for call in calls if call.name not in FREQUENT]
     chosen = random.sample(rare, min(len(rare), most * 2 // 3))
     left = [call for call in calls if call not in set(chosen)]
     return chosen + random.sample(left, most - len(chosen))
 
 
-def told(tally: Tally, in_all: Tally) -> str:
-    """The figures of one test, and of all up to now."""
-    in_all.kills += tally.kills
-    in_all.refusals += tally.refusals
-    return f"{tally.kills} kills, {tally.refusals} errors; {tally} (in all {in_all.kills} and {in_all.refusals})"
+def figures(report: CrashReport, total: CrashReport) -> str:
+    """Add the figures of one test to the total, and return both as text."""
+    total.kills += report.kills
+    total.errors += report.errors
+    return f"{report.kills} kills, {report.errors} errors; {report} (in all {total.kills} and {total.errors})"
 
 
 # -- kills ----------------------------------------------------------------------------------------------------------
 
 
-async def kill_at_calls(doer: Doer, worlds: Worlds, story: Story, most: int, calls: str) -> tuple[Tally, int]:
-    """Kill at so many calls, and judge after each; the tally, and how many calls there are."""
-    tally = Tally()
-    await story.begin(worlds)
-    with worlds.copy() as world:
-        all_calls, _ = doer.watch(story.deed_in(world), calls)
+async def kill_at_calls(
+    runner: OperationRunner, template: DeploymentTemplate, scenario: Scenario, most: int, calls: str
+) -> tuple[CrashReport, int]:
+    """Kill the operation at up to `most` of its calls and check after each; return a report and the number of calls."""
+    report = CrashReport()
+    await scenario.set_up(template)
+    with template.copy() as deployment:
+        all_calls, _ = runner.trace(scenario.operation_in(deployment), calls)
     for number, call in enumerate(some_of(all_calls, most)):
-        with worlds.copy() as world:
-            ending = doer.spoil(story.deed_in(world), call, "signal=KILL")
-            tally.kills += ending.is_killed
-            assert ending.is_killed or ending.is_acknowledged, ending
-            await Judge(story, world, ending, tally, f"killed before {call}").judge(again_first=number % 2 == 0)
-    return tally, len(all_calls)
+        with template.copy() as deployment:
+            result = runner.run_with_fault(scenario.operation_in(deployment), call, "signal=KILL")
+            report.kills += result.is_killed
+            assert result.is_killed or result.is_acknowledged, result
+            checker = CrashChecker(scenario, deployment, result, report, f"killed before {call}")
+            await checker.check(repeat_first=number % 2 == 0)
+    return report, len(all_calls)
 
 
-@pytest.mark.parametrize("story", [*STORIES, REMOVE], ids=str)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, REMOVE], ids=str)
 async def test_a_kill_at_any_step_leaves_every_name_absent_or_whole_and_the_next_run_mends_the_rest(
-    story: Story,
-    doer: Doer,
-    worlds: Worlds,
-    in_all: Tally,
+    scenario: Scenario,
+    runner: OperationRunner,
+    template: DeploymentTemplate,
+    total: CrashReport,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """SIGKILL before any call that changes or syncs anything: no name is torn, nothing acknowledged is lost, nothing
-    deleted comes back, nothing is left lying about, and running it again mends all.
+    """After a SIGKILL before any call that changes or syncs something, no name is torn, nothing acknowledged is lost,
+    nothing deleted comes back, no litter stays, and a repetition mends everything.
     """
-    tally, steps = await kill_at_calls(doer, worlds, story, times(1, 90), CHANGES)
-    record_property(f"of {steps} steps", told(tally, in_all))
-    assert tally.found == ""
+    report, steps = await kill_at_calls(runner, template, scenario, times(1, 90), CHANGES)
+    record_property(f"of {steps} steps", figures(report, total))
+    assert report.text == ""
 
 
-@pytest.mark.parametrize("story", OVER_A_SOCKET, ids=str)
-async def test_a_kill_at_any_step_is_survived_with_a_database_elsewhere(
-    story: Story,
-    doer: Doer,
-    distant_worlds: Worlds,
-    in_all: Tally,
+@pytest.mark.parametrize("scenario", WITH_POSTGRES, ids=str)
+async def test_a_kill_at_any_step_is_survived_with_postgres(
+    scenario: Scenario,
+    runner: OperationRunner,
+    postgres_template: DeploymentTemplate,
+    total: CrashReport,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The same with PostgreSQL, whose every message is a step."""
-    tally, steps = await kill_at_calls(doer, distant_worlds, story, times(2, 60), MESSAGES)
-    record_property(f"of {steps} steps", told(tally, in_all))
-    assert tally.found == ""
+    """The same holds with PostgreSQL, where every message to the server is a step as well."""
+    report, steps = await kill_at_calls(runner, postgres_template, scenario, times(2, 60), MESSAGES)
+    record_property(f"of {steps} steps", figures(report, total))
+    assert report.text == ""
 
 
 # -- order ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("story", [one for one in STORIES if "large" not in one.title], ids=str)
-async def test_no_file_has_its_name_before_the_disk_has_its_bytes(story: Story, doer: Doer, worlds: Worlds) -> None:
-    """What a kill cannot show, but a power cut would: every file is synced after its last write and before its name."""
-    await story.begin(worlds)
-    with worlds.copy() as world:
-        calls, _ = doer.watch(story.deed_in(world))
-        assert named_unsynced(calls, world.directory) == []
+@pytest.mark.parametrize("scenario", [one for one in SCENARIOS if "large" not in one.title], ids=str)
+async def test_no_file_has_its_name_before_the_disk_has_its_bytes(
+    scenario: Scenario, runner: OperationRunner, template: DeploymentTemplate
+) -> None:
+    """Every file is synced after its last write and before it gets its name: a power cut, unlike a kill, needs this."""
+    await scenario.set_up(template)
+    with template.copy() as deployment:
+        calls, _ = runner.trace(scenario.operation_in(deployment))
+        assert named_before_synced(calls, deployment.directory) == []
 
 
 @pytest.mark.parametrize("title", ["save", "save over", "delete", "undo an overwrite", "undo a deletion"])
-async def test_the_record_is_committed_before_the_name_appears_or_goes(title: str, doer: Doer, worlds: Worlds) -> None:
-    """The catalogue is the one commit point: the disk follows it, and nothing is committed after that."""
-    story = next(one for one in STORIES if one.title == title)
-    await story.begin(worlds)
-    with worlds.copy() as world:
-        calls, _ = doer.watch(story.deed_in(world))
+async def test_the_record_is_committed_before_the_name_appears_or_goes(
+    title: str, runner: OperationRunner, template: DeploymentTemplate
+) -> None:
+    """The last commit comes before the file appears or goes: the record is the one commit point."""
+    scenario = next(one for one in SCENARIOS if one.title == title)
+    await scenario.set_up(template)
+    with template.copy() as deployment:
+        calls, _ = runner.trace(scenario.operation_in(deployment))
     assert names_at(calls, NAME)
     assert commits_at(calls)
     assert max(commits_at(calls)) < min(names_at(calls, NAME))
 
 
 @pytest.mark.parametrize("title", ["save", "save, no unnamed files", "restore", "restore chunks", "restore all"])
-async def test_a_file_that_could_not_be_synced_never_gets_its_name(title: str, doer: Doer, worlds: Worlds) -> None:
-    """EIO from fsync or syncfs: nobody knows what the disk holds, so the file is thrown away."""
-    story = next(one for one in STORIES if one.title == title)
-    await story.begin(worlds)
-    with worlds.copy() as world:
-        calls, _ = doer.watch(story.deed_in(world))
-        syncs = [call for call in calls if "sync" in call.name and str(world.directory) in call.arguments]
+async def test_a_file_that_could_not_be_synced_never_gets_its_name(
+    title: str, runner: OperationRunner, template: DeploymentTemplate
+) -> None:
+    """A file is thrown away if fsync or syncfs fails with EIO, because its bytes on the disk are then unknown."""
+    scenario = next(one for one in SCENARIOS if one.title == title)
+    await scenario.set_up(template)
+    with template.copy() as deployment:
+        calls, _ = runner.trace(scenario.operation_in(deployment))
+        syncs = [call for call in calls if "sync" in call.name and str(deployment.directory) in call.arguments]
     assert syncs
     for sync in syncs:
-        with worlds.copy() as world:
-            ending = doer.spoil(story.deed_in(world), sync, "error=EIO")
-            assert ending.is_clean
-            left = files_below(world.directory)
-            assert set(left) < set(story.fates)
+        with template.copy() as deployment:
+            result = runner.run_with_fault(scenario.operation_in(deployment), sync, "error=EIO")
+            assert result.is_clean
+            left = files_below(deployment.directory)
+            assert set(left) < set(scenario.expected)
             assert NAME not in left
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("story", STORIES, ids=str)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 async def test_an_error_of_any_call_ends_in_success_or_in_a_clean_error(
-    story: Story,
-    doer: Doer,
-    worlds: Worlds,
-    in_all: Tally,
+    scenario: Scenario,
+    runner: OperationRunner,
+    template: DeploymentTemplate,
+    total: CrashReport,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """A full, broken, protected or busy disk, too many open files: a right answer or an error, never a torn file, a
-    wrong answer, a hang, or "no such name"; and afterwards the laws hold as after a kill.
+    """On a full, broken, read-only or busy disk, or with too many open files, an operation returns a right answer or
+    raises an error: never a torn file, a wrong answer, a hang or "no such name". Afterwards the laws hold as after a
+    kill.
     """
-    tally = Tally()
-    await story.begin(worlds)
-    with worlds.copy() as world:
-        calls, right = doer.watch(story.deed_in(world), f"{CHANGES},{QUESTIONS}")
+    report = CrashReport()
+    await scenario.set_up(template)
+    with template.copy() as deployment:
+        calls, right = runner.trace(scenario.operation_in(deployment), f"{CHANGES},{READS}")
     for number, call in enumerate(some_of([call for call in calls if call.errors], times(1, 80))):
         error = random.choice(call.errors)
-        with worlds.copy() as world:
-            ending = doer.spoil(story.deed_in(world), call, f"error={error}")
-            tally.refusals += 1
-            judge = Judge(story, world, ending, tally, f"{error} from {call}")
-            judge.judge_answer(ending, right)
-            await judge.judge(again_first=number % 2 == 0)
-    record_property(f"of {len(calls)} calls", told(tally, in_all))
-    assert tally.found == ""
+        with template.copy() as deployment:
+            result = runner.run_with_fault(scenario.operation_in(deployment), call, f"error={error}")
+            report.errors += 1
+            checker = CrashChecker(scenario, deployment, result, report, f"{error} from {call}")
+            checker.check_answer(result, right)
+            await checker.check(repeat_first=number % 2 == 0)
+    record_property(f"of {len(calls)} calls", figures(report, total))
+    assert report.text == ""
 
 
-async def test_a_deleted_file_that_cannot_be_looked_at_is_reported(doer: Doer, worlds: Worlds) -> None:
-    """A restore that could not tell whether a deleted name is still on the disk says so; it is not "all is well"."""
-    await REMOVE.begin(worlds)
-    with worlds.copy() as world:
-        calls, _ = doer.watch(REMOVE.deed_in(world), f"{CHANGES},{QUESTIONS}")
-    looks = [call for call in calls if call.name in LOOKS and f"{world.directory}" in call.arguments]
-    assert looks
-    for look in looks:
-        with worlds.copy() as world:
-            said = doer.spoil(REMOVE.deed_in(world), look, "error=EIO").said
-            if files_below(world.directory):
-                assert "raised" in said or any(is_problem for _, _, is_problem in said["done"])
+async def test_a_deleted_file_that_cannot_be_looked_at_is_reported(
+    runner: OperationRunner, template: DeploymentTemplate
+) -> None:
+    """A restore reports a problem if it cannot tell whether the file of a deleted name is still on the disk."""
+    await REMOVE.set_up(template)
+    with template.copy() as deployment:
+        calls, _ = runner.trace(REMOVE.operation_in(deployment), f"{CHANGES},{READS}")
+    lookups = [call for call in calls if call.name in LOOKUPS and f"{deployment.directory}" in call.arguments]
+    assert lookups
+    for lookup in lookups:
+        with template.copy() as deployment:
+            output = runner.run_with_fault(REMOVE.operation_in(deployment), lookup, "error=EIO").output
+            if files_below(deployment.directory):
+                assert "raised" in output or any(is_problem for _, _, is_problem in output["answer"])
 
 
 # -- workers --------------------------------------------------------------------------------------------------------
@@ -372,25 +378,26 @@ async def test_workers_that_die_under_load_take_nothing_acknowledged_with_them(
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Four workers, one of them killed again and again, and the disk wiped meanwhile: every acknowledged upload stays
-    readable to the byte, every acknowledged deletion stays, and no answer is wrong.
+    """While workers are killed again and again and the disk is wiped, every acknowledged upload stays readable to the
+    byte, every acknowledged deletion stays, and no answer is wrong.
     """
     async with UploadStore(directory, database_url) as store:
         await store.database.create_tables()
     kills = 0
-    async with workers(tmp_path, Faults(directory=str(directory), database=database_url)) as server:
-        crowd = Crowd(server, directory)
-        async with crowd.at_work():
+    async with running_workers(tmp_path, Faults(directory=str(directory), database=database_url)) as server:
+        clients = LoadClients(server, directory)
+        journal = clients.journal
+        async with clients.running():
             while kills < times(4, 220):
                 await asyncio.sleep(random.uniform(0.2, 0.8))
-                kills += kill_one(server)
-                assert crowd.book.breaches == []
-        await asyncio.sleep(2.5)  # a worker remembers for 2 s that a name is not there
-        await crowd.look_at_everything()
-    record_property("kills", f"{kills}; {dict(crowd.book.done)}; breaches {len(crowd.book.breaches)}")
-    assert crowd.book.breaches == []
-    assert crowd.book.done["saved"] > kills // 4
-    assert command("restore_images", "--verify", directory=directory, database=database_url)[0] == 0
-    code, report = command("test_image_storage", directory=directory, database=database_url)
+                kills += kill_a_worker(server)
+                assert journal.violations == []
+        await asyncio.sleep(2.5)  # the negative cache of a worker keeps a name for 2 s
+        await clients.check_every_name()
+    record_property("kills", f"{kills}; {dict(journal.counts)}; violations {len(journal.violations)}")
+    assert journal.violations == []
+    assert journal.counts["saved"] > kills // 4
+    assert run_script("restore_images", "--verify", directory=directory, database=database_url)[0] == 0
+    code, report = run_script("test_image_storage", directory=directory, database=database_url)
     assert (code, report["problems"]) == (0, [])
-    assert set(files_below(directory)) <= set(crowd.book.entries)
+    assert set(files_below(directory)) <= set(journal.names)

@@ -1,4 +1,4 @@
-"""Clients that hang up at any moment leave nothing behind, and no large file holds the event loop up."""
+"""Clients that disconnect at any moment leave nothing open, and no large file blocks the event loop."""
 
 from __future__ import annotations
 
@@ -20,118 +20,119 @@ from sqlalchemy.engine import make_url
 
 from selfheal import UploadStore, bulk
 from selfheal.content.sources import CHUNK
-from tests.support.faulty_app import Faults
-from tests.support.heartbeat import Control, Stall, stall_of, with_heart
+from tests.support.faulty_server import PREFIX, SECONDS, FaultyServer, Request, running_server
+from tests.support.latency import ControlProcess, Latency, latency_during, measure_latency
 from tests.support.postgres import PostgresServer
-from tests.support.serving import PREFIX, SECONDS, Request, Server, serving
-from tests.support.sides import files_below, in_database, noise
+from tests.support.process_faults import Faults
+from tests.support.sample_data import noise
+from tests.support.store_state import files_below, in_database
 from tests.support.waiting import eventually
 
 AT_ONCE = 32
 SMALL, MEDIUM, LARGE = 1000, 3 * CHUNK + 77, 17 * 2**20 + 77
 """Bytes of a file of one chunk, of several, and of one that is sent while it is restored."""
 KEPT = {f"kept/{number}.jpg": size for number, size in enumerate([SMALL, SMALL + 1, MEDIUM, MEDIUM + 1, LARGE])}
-"""Names that nobody changes; their files are lost again and again."""
+"""Names that do not change; their files are lost again and again."""
 LARGEST = max(KEPT, key=lambda name: KEPT[name])
 CHANGED = [f"changed/{number}.jpg" for number in range(40)]
 
 
 @pytest.fixture
-def control() -> Iterator[Control]:
-    """A process that keeps time."""
-    with Control() as control:
+def control() -> Iterator[ControlProcess]:
+    """An idle process that measures how late the machine is."""
+    with ControlProcess() as control:
         yield control
 
 
-# -- clients that hang up -------------------------------------------------------------------------------------------
+# -- clients that disconnect ----------------------------------------------------------------------------------------
 
 
-class Impatient:
-    """Clients, each of whom goes away before it was served to the end."""
+class DisconnectingClients:
+    """Clients that disconnect before their answer is complete."""
 
-    def __init__(self, server: Server, directory: Path) -> None:
-        self.seen: Counter[str] = Counter()
+    def __init__(self, server: FaultyServer, directory: Path) -> None:
+        self.counts: Counter[str] = Counter()
         self._server = server
         self._directory = directory
-        self._moods: list[Callable[[], Awaitable[None]]] = [
-            self._says_nothing,
-            self._says_half,
-            self._asks_and_goes,
-            self._reads_a_little,
-            self._reads_a_little,
-            self._asks_for_a_lost_file,
-            self._asks_for_a_lost_file,
-            self._reads_a_little_of_a_lost_file,
-            self._asks_for_nothing,
-            self._sends_half,
-            self._sends_all_and_goes,
-            self._deletes_and_goes,
+        self._behaviours: list[Callable[[], Awaitable[None]]] = [
+            self._send_nothing,
+            self._send_half_a_head,
+            self._get,
+            self._get_and_read_a_little,
+            self._get_and_read_a_little,
+            self._get_lost_file,
+            self._get_lost_file,
+            self._get_lost_file_and_read_a_little,
+            self._get_absent_name,
+            self._upload_half,
+            self._upload_all,
+            self._delete,
         ]
 
-    async def come(self, number: int) -> None:
-        """So many of them, some at once."""
+    async def run(self, number: int) -> None:
+        """Run `number` clients, 32 at once."""
         left = iter(range(number))
 
-        async def queue() -> None:
+        async def clients() -> None:
             for _ in left:
-                mood = random.choice(self._moods)
-                self.seen[mood.__name__.strip("_").replace("_", " ")] += 1
+                behaviour = random.choice(self._behaviours)
+                self.counts[behaviour.__name__.strip("_").replace("_", " ")] += 1
                 with contextlib.suppress(ConnectionError):
-                    await mood()
+                    await behaviour()
 
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
-                group.create_task(queue())
+                group.create_task(clients())
 
-    async def _says_nothing(self) -> None:
-        async with self._raw() as client:
-            await self._a_moment(client)
+    async def _send_nothing(self) -> None:
+        async with self._connection() as client:
+            await self._pause(client)
 
-    async def _says_half(self) -> None:
-        async with self._raw() as client:
+    async def _send_half_a_head(self) -> None:
+        async with self._connection() as client:
             client.writer.write(f"GET {PREFIX}/kept/0.jpg HTTP/1.1\r\nHost: te"[: random.randrange(60)].encode())
-            await self._a_moment(client)
+            await self._pause(client)
 
-    async def _asks_and_goes(self) -> None:
+    async def _get(self) -> None:
         async with self._server.visit(self._kept(), *self._range()) as client:
-            await self._a_moment(client)
+            await self._pause(client)
 
-    async def _reads_a_little(self) -> None:
-        name = random.choice((LARGEST, self._kept()))  # no buffer of the kernel takes the large one whole
+    async def _get_and_read_a_little(self) -> None:
+        name = random.choice((LARGEST, self._kept()))  # the kernel buffers small files whole, but not the large one
         async with self._server.visit(name, buffer=4096) as client:
             await client.read(random.randrange(1, 100_000))
 
-    async def _asks_for_a_lost_file(self) -> None:
+    async def _get_lost_file(self) -> None:
         async with self._server.visit(self._lost(), *self._range()) as client:
-            await self._a_moment(client)
+            await self._pause(client)
 
-    async def _reads_a_little_of_a_lost_file(self) -> None:
+    async def _get_lost_file_and_read_a_little(self) -> None:
         async with self._server.visit(self._lost(), buffer=4096) as client:
             await client.read(random.randrange(1, 100_000))
 
-    async def _asks_for_nothing(self) -> None:
+    async def _get_absent_name(self) -> None:
         async with self._server.visit(f"no/{random.random()}.jpg") as client:
-            await self._a_moment(client)
+            await self._pause(client)
 
-    async def _sends_half(self) -> None:
+    async def _upload_half(self) -> None:
         data = self._data()
         async with self._upload(len(data)) as client:
             client.writer.write(data[: random.randrange(len(data))])
-            await self._a_moment(client)
+            await self._pause(client)
 
-    async def _sends_all_and_goes(self) -> None:
+    async def _upload_all(self) -> None:
         data = self._data()
         async with self._upload(len(data)) as client:
             client.writer.write(data)
             await client.writer.drain()
-            await self._a_moment(client)
+            await self._pause(client)
 
-    async def _deletes_and_goes(self) -> None:
+    async def _delete(self) -> None:
         async with self._server.request(f"/upload/{random.choice(CHANGED)}", method="DELETE") as client:
-            await self._a_moment(client)
+            await self._pause(client)
 
     @contextlib.asynccontextmanager
-    async def _raw(self) -> AsyncIterator[Request]:
+    async def _connection(self) -> AsyncIterator[Request]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._server.port)
         async with Request(reader, writer) as request:
             yield request
@@ -140,15 +141,17 @@ class Impatient:
         target = f"/upload/{random.choice(CHANGED)}"
         return self._server.request(target, f"Content-Length: {size}", method="POST")
 
-    async def _a_moment(self, client: Request) -> None:
+    async def _pause(self, client: Request) -> None:
+        """Wait for up to 30 ms before the client disconnects."""
         await client.writer.drain()
         await asyncio.sleep(random.choice((0.0, 0.001, 0.003, 0.01, 0.03)) * random.random())
 
     def _kept(self) -> str:
-        """Seldom the large one: it takes a while."""
+        """Return a name; seldom that of the large file, which takes a while."""
         return random.choices(list(KEPT), [10, 10, 10, 10, 1])[0]
 
     def _lost(self) -> str:
+        """Delete the file of a name, and return the name."""
         name = self._kept()
         (self._directory / name).unlink(missing_ok=True)
         return name
@@ -161,16 +164,16 @@ class Impatient:
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What a server process holds on to: its connections to the database may stay, and are counted apart."""
+class Resources:
+    """The resources of a server process; its database connections may stay open, and are counted separately."""
 
     descriptors: Counter[str]
     tasks: int
     checked_out: int
     connections: int
 
-    def more_than(self, before: Holding) -> list[str]:
-        """What there is too much of, in words."""
+    def more_than(self, before: Resources) -> list[str]:
+        """Describe what there is too much of."""
         more = [f"{count} more of {kind}" for kind, count in (self.descriptors - before.descriptors).items()]
         if self.tasks > before.tasks:
             more.append(f"{self.tasks} tasks, not {before.tasks}")
@@ -181,9 +184,9 @@ class Holding:
         return more
 
 
-async def held_by(server: Server, postgres: PostgresServer | None) -> Holding:
-    """What the process holds now."""
-    state = json.loads((await server.ask("GET", "/holding")).body)
+async def resources_of(server: FaultyServer, postgres: PostgresServer | None) -> Resources:
+    """Return the resources of the process at this moment."""
+    state = json.loads((await server.ask("GET", "/resources")).body)
     url = make_url(server.faults.database)
     if postgres is None:
         connections = state["descriptors"].count(str(url.database))
@@ -193,16 +196,16 @@ async def held_by(server: Server, postgres: PostgresServer | None) -> Holding:
     kinds = Counter(_kind(path, server) for path in state["descriptors"])
     kinds["the database"] = 0
     kinds["socket"] -= connections if postgres is not None else 0
-    return Holding(kinds, state["tasks"], state["connections"], connections)
+    return Resources(kinds, state["tasks"], state["connections"], connections)
 
 
-def _kind(path: str, server: Server) -> str:
+def _kind(path: str, server: FaultyServer) -> str:
     if path.startswith(str(make_url(server.faults.database).database)):
         return "the database"
     return "socket" if path.startswith("socket:") else path.replace(server.faults.directory, "uploads")
 
 
-@pytest.mark.parametrize("cancels", [False, True], ids=["told", "cancelled"])
+@pytest.mark.parametrize("cancels", [False, True], ids=["reported", "cancelled"])
 async def test_clients_that_hang_up_leave_nothing_behind(
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -213,26 +216,26 @@ async def test_clients_that_hang_up_leave_nothing_behind(
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Hung up before, in and after a request, an upload or a restore, whether the server cancels it or not: no
-    descriptor, task, connection or temporary file more than before, and every name is served as if nothing had been.
+    """After clients that disconnect before, in and after a request, an upload or a restore, whether the server cancels
+    the request or not, the server has no descriptor, task, connection or temporary file more, and serves every name.
     """
     postgres = request.getfixturevalue("postgres") if database_url.startswith("postgres") else None
     for name, size in KEPT.items():
         await store.save(name, noise(size))
-    faults = Faults(directory=str(directory), database=database_url, notes_statements=False, cancels=cancels)
-    async with serving(tmp_path, faults) as server:
-        crowd = Impatient(server, directory)
-        await crowd.come(100)
+    faults = Faults(directory=str(directory), database=database_url, records_statements=False, cancels=cancels)
+    async with running_server(tmp_path, faults) as server:
+        clients = DisconnectingClients(server, directory)
+        await clients.run(100)
         await asyncio.sleep(1.5)
-        before = await held_by(server, postgres)
-        crowd.seen.clear()
-        began = time.monotonic()
-        await crowd.come(times(120, 2_500))
-        took = time.monotonic() - began
+        before = await resources_of(server, postgres)
+        clients.counts.clear()
+        start = time.monotonic()
+        await clients.run(times(120, 2_500))
+        seconds = time.monotonic() - start
         left: list[str] = []
 
         async def nothing_is_left() -> bool:
-            left[:] = (await held_by(server, postgres)).more_than(before)
+            left[:] = (await resources_of(server, postgres)).more_than(before)
             return not left
 
         try:
@@ -240,7 +243,7 @@ async def test_clients_that_hang_up_leave_nothing_behind(
         except AssertionError:
             raise AssertionError(f"left over: {left}") from None
         finally:
-            record_property(f"clients in {took:.0f} s", f"{crowd.seen.total()}; left over: {left}")
+            record_property(f"clients in {seconds:.0f} s", f"{clients.counts.total()}; left over: {left}")
         for name, size in KEPT.items():
             answer = await server.get(name)
             assert (answer.status, answer.body == noise(size)) == (200, True)
@@ -258,21 +261,21 @@ PIECE = noise(2**20)
 
 
 async def pieces(size: int) -> AsyncIterator[bytes]:
-    """So many bytes, made without work."""
+    """Yield `size` bytes that need no work to create."""
     for start in range(0, size, len(PIECE)):
         await asyncio.sleep(0)
         yield PIECE[: size - start]
 
 
 async def drain(results: Any) -> None:
-    """Take everything, and let nothing be wrong."""
+    """Read all results; fail if one is a problem."""
     async with aclosing(results):
         async for result in results:
             assert not result.is_problem
 
 
 async def streamed(store: UploadStore) -> None:
-    """What a server does for a missing file: read it while it comes."""
+    """Restore a missing file and read it meanwhile, as a server does."""
     body = await store.bring_back(NAME)
     assert body is not None
     size = 0
@@ -286,74 +289,74 @@ async def streamed(store: UploadStore) -> None:
     await store.tasks.settle(60)
 
 
-def judge(stalls: dict[str, Stall]) -> None:
-    """None of them may have been noticed."""
-    assert [title for title, stall in stalls.items() if stall.is_noticed] == []
-    if not all(stall.tries for stall in stalls.values()):
-        pytest.skip("this machine is too busy to keep time: even a process that does nothing came too late")
+def check_latencies(latencies: dict[str, Latency]) -> None:
+    """Fail if one of them is too high; skip the test if one could not be measured."""
+    assert [title for title, latency in latencies.items() if latency.is_too_high] == []
+    if not all(latency.tries for latency in latencies.values()):
+        pytest.skip("this machine is too busy to measure a latency: even an idle process was too late")
 
 
-async def test_no_large_file_holds_up_the_loop_it_is_worked_on_in(
+async def test_no_large_file_blocks_the_event_loop(
     sqlite_store: UploadStore,
     tmp_path: Path,
-    control: Control,
+    control: ControlProcess,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """While a large file is saved, restored, streamed, adopted, healed and verified, a task that sleeps 5 ms is never
-    more than 50 ms late.
+    """While a large file is saved, restored, streamed, migrated, healed or verified, a task that sleeps for 5 ms is
+    never more than 50 ms late.
     """
     store, size = sqlite_store, times(64, 512) * 2**20
     path = store.disk.path_of(NAME)
     copy = tmp_path / "copy"
 
-    async def again(prepare: Callable[[], object], work: Callable[[], Awaitable[object]]) -> float:
+    async def prepared(prepare: Callable[[], object], work: Callable[[], Awaitable[object]]) -> float:
         await asyncio.to_thread(prepare)
-        return await with_heart(work)
+        return await latency_during(work)
 
     def lost() -> None:
         path.unlink(missing_ok=True)
 
-    def spoiled() -> None:
+    def differing() -> None:
         with path.open("r+b") as file:
-            file.write(b"spoiled")
+            file.write(b"differs")
 
     works = {
-        "save": lambda: with_heart(lambda: store.save(NAME, pieces(size))),
-        "save a file": lambda: again(lambda: path.rename(copy), lambda: store.save(NAME, copy)),
-        "restore": lambda: again(lost, lambda: store.restore(NAME)),
-        "stream": lambda: again(lost, lambda: streamed(store)),
-        "restore all": lambda: again(lost, lambda: drain(bulk.restore(store))),
-        "verify": lambda: with_heart(lambda: drain(bulk.verify(store))),
-        "heal": lambda: again(spoiled, lambda: drain(bulk.restore(store, verify=True))),
-        "migrate": lambda: with_heart(lambda: drain(bulk.migrate(store))),
+        "save": lambda: latency_during(lambda: store.save(NAME, pieces(size))),
+        "save a file": lambda: prepared(lambda: path.rename(copy), lambda: store.save(NAME, copy)),
+        "restore": lambda: prepared(lost, lambda: store.restore(NAME)),
+        "stream": lambda: prepared(lost, lambda: streamed(store)),
+        "restore all": lambda: prepared(lost, lambda: drain(bulk.restore(store))),
+        "verify": lambda: latency_during(lambda: drain(bulk.verify(store))),
+        "heal": lambda: prepared(differing, lambda: drain(bulk.restore(store, verify=True))),
+        "migrate": lambda: latency_during(lambda: drain(bulk.migrate(store))),
     }
-    stalls = {title: await stall_of(work, control) for title, work in works.items()}
-    record_property(f"late at most, with {size >> 20} MiB", {title: str(stall) for title, stall in stalls.items()})
-    judge(stalls)
+    latencies = {title: await measure_latency(work, control) for title, work in works.items()}
+    record_property(f"latency with {size >> 20} MiB", {title: str(latency) for title, latency in latencies.items()})
+    check_latencies(latencies)
 
 
-async def test_no_large_file_holds_up_a_server(
+async def test_no_large_file_blocks_a_server(
     tmp_path: Path,
     directory: Path,
     sqlite_store: UploadStore,
     sqlite_url: str,
-    control: Control,
+    control: ControlProcess,
     times: Callable[[int, int], int],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The same in a server, which takes a large upload in, sends it, and sends it again while it is restored."""
+    """The same holds in a server that receives a large upload, sends it, and sends it while it is restored."""
     size = times(64, 512) * 2**20
     whole = sha256()
     async for piece in pieces(size):
         whole.update(piece)
-    faults = Faults(directory=str(directory), database=sqlite_url, notes_statements=False)
-    async with serving(tmp_path, faults) as server:
+    faults = Faults(directory=str(directory), database=sqlite_url, records_statements=False)
+    async with running_server(tmp_path, faults) as server:
 
-        async def beating(work: Callable[[], Awaitable[None]]) -> float:
-            await server.ask("POST", "/heart")
+        async def measured(work: Callable[[], Awaitable[None]]) -> float:
+            await server.ask("POST", "/latency")
             await work()
-            return float((await server.ask("GET", "/heart")).body)
+            return float((await server.ask("GET", "/latency")).body)
 
         async def upload() -> None:
             async with server.request(f"/upload/{NAME}", f"Content-Length: {size}", method="POST") as client:
@@ -371,15 +374,15 @@ async def test_no_large_file_holds_up_a_server(
             await download()
 
         works = {"upload": upload, "hit": download, "miss": download_lost}
-        stalls: dict[str, Stall] = {}
+        latencies: dict[str, Latency] = {}
         for title, work in works.items():
-            stalls[title] = await stall_of(lambda work=work: beating(work), control)  # type: ignore[misc]
-    record_property(f"late at most, with {size >> 20} MiB", {title: str(stall) for title, stall in stalls.items()})
-    judge(stalls)
+            latencies[title] = await measure_latency(lambda work=work: measured(work), control)  # type: ignore[misc]
+    record_property(f"latency with {size >> 20} MiB", {title: str(latency) for title, latency in latencies.items()})
+    check_latencies(latencies)
 
 
 async def read_digest(client: Request) -> tuple[int, str]:
-    """The size and the digest of an answer's body, of which no more than a piece is held."""
+    """Return the size and the digest of an answer's body, which is read in pieces."""
     digest, size = sha256(), 0
     async with asyncio.timeout(5 * SECONDS):
         head = await client.reader.readuntil(b"\r\n\r\n")
@@ -390,13 +393,13 @@ async def read_digest(client: Request) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-async def test_a_blocked_loop_would_be_noticed(control: Control) -> None:
-    """A fifth of a second in which the loop stands still is seen by the heart that the tests above trust."""
+async def test_a_blocked_loop_is_measured(control: ControlProcess) -> None:
+    """The monitor that the tests above use measures a block of 200 ms."""
 
     async def blocking() -> None:
         await asyncio.sleep(0.02)
         time.sleep(0.2)
 
-    stall = await stall_of(lambda: with_heart(blocking), control)
-    assert stall.is_noticed
-    assert stall.worst >= 0.19
+    latency = await measure_latency(lambda: latency_during(blocking), control)
+    assert latency.is_too_high
+    assert latency.worst >= 0.19

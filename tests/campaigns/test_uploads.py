@@ -1,6 +1,6 @@
-"""What strangers send through the form of real apps: too much, cut off, bombs, two formats in one, floods.
+"""Hostile uploads through the form of real apps: too large, cut off, bombs, two formats in one, floods of fields.
 
-What is refused is on neither side; what is taken is served so that it does no harm.
+A refused upload is neither on disk nor in the database; an accepted one is served so that it does no harm.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from starlette.types import Message
 from selfheal import InvalidName, SelfHealMiddleware, UploadStore
 from tests.support.asgi import scope_of
 from tests.support.example_apps import APPS, MIB, Server, serving
-from tests.support.sides import files_below
+from tests.support.store_state import files_below
 
 Times = Callable[[int, int], int]
 BOUNDARY = b"a-boundary"
@@ -39,7 +39,7 @@ SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'"
 
 @pytest.fixture(scope="module")
 def galleries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Server, Path]]]:
-    """Both galleries, each with a home of its own."""
+    """Both example apps, each with a directory of its own."""
     homes = {name: tmp_path_factory.mktemp(name) for name in APPS}
     with serving("examples.starlette_app:app", homes[APPS[0]]) as first:
         with serving("examples.fastapi_app:app", homes[APPS[1]]) as second:
@@ -48,18 +48,18 @@ def galleries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tu
 
 @pytest.fixture(params=APPS)
 def gallery(request: pytest.FixtureRequest, galleries: dict[str, tuple[Server, Path]]) -> Server:
-    """One gallery after the other."""
+    """Every example app."""
     return galleries[request.param][0]
 
 
 @pytest.fixture
 def home(gallery: Server, galleries: dict[str, tuple[Server, Path]]) -> Path:
-    """The directory that holds everything of a gallery."""
+    """The directory that holds everything of an app."""
     return next(home for server, home in galleries.values() if server is gallery)
 
 
 def picture(kind: str, size: int = 64) -> bytes:
-    """A picture that does not compress away, as Pillow writes it."""
+    """Return a picture of random pixels in a format of Pillow."""
     buffer = io.BytesIO()
     Image.frombytes("RGB", (size, size), random.Random(kind).randbytes(size * size * 3)).save(buffer, kind)
     return buffer.getvalue()
@@ -79,36 +79,36 @@ TYPES = {"jpg": "image/jpeg", "svg": "image/svg+xml", "ico": "image/x-icon"}
 
 
 def refused(answer: httpx.Response) -> dict[str, str]:
-    """The files that a page says were refused, and why."""
+    """Return the refused files that a page shows, and the reasons."""
     found = re.findall(r"<p role=alert><b>([^<]*)</b>: ([^<]*)", answer.text)
     return {name: why.strip() for name, why in found}
 
 
 def part(headers: bytes, data: bytes) -> bytes:
-    """One part of a form, its header lines as they are."""
+    """Return one part of a form with raw header lines."""
     return b"--" + BOUNDARY + b"\r\n" + headers + b"\r\n\r\n" + data + b"\r\n"
 
 
 def form(*parts: bytes) -> tuple[bytes, dict[str, str]]:
-    """The body and headers of a form that no client library would send."""
+    """Return the body and headers of a form that a client library would not send."""
     body = b"".join(parts) + b"--" + BOUNDARY + b"--\r\n"
     return body, {"content-type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}
 
 
 def file_part(filename: bytes, data: bytes, more: bytes = b"") -> bytes:
-    """A file, under a name of any bytes."""
+    """Return the part of a file whose name is any bytes."""
     return part(b'Content-Disposition: form-data; name="pictures"; filename=' + filename + more, data)
 
 
-# -- too much ---------------------------------------------------------------------------------------------------------
+# -- too large --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["no length", "a part that lies"])
+@pytest.mark.parametrize("way", ["no length", "a false length"])
 def test_bytes_are_counted(gallery: Server, way: str) -> None:
-    """Over 50 MiB is 413, though the body came without a length, or its part said that it has ten bytes."""
+    """A file over 50 MiB is a 413, even if the body has no length or its part claims to have ten bytes."""
     data = PICTURES["jpg"][:-2] + bytes(50 * MIB)
-    lie = b"\r\nContent-Length: 10" if way == "a part that lies" else b""
-    body, headers = form(file_part(b'"a.jpg"', data, lie))
+    false_length = b"\r\nContent-Length: 10" if way == "a false length" else b""
+    body, headers = form(file_part(b'"a.jpg"', data, false_length))
 
     def pieces() -> Iterator[bytes]:
         for start in range(0, len(body), MIB):
@@ -122,7 +122,7 @@ def test_bytes_are_counted(gallery: Server, way: str) -> None:
 
 
 async def test_a_client_that_goes_away(sqlite_store: UploadStore, tmp_path: Path) -> None:
-    """A form that breaks off before the length that was promised leaves nothing on either side."""
+    """A form that breaks off before its promised length leaves nothing on disk and nothing in the database."""
 
     async def upload(request: Request) -> Response:
         async with request.form() as fields:
@@ -130,13 +130,13 @@ async def test_a_client_that_goes_away(sqlite_store: UploadStore, tmp_path: Path
         return Response(status_code=204)
 
     body, headers = form(file_part(b'"a.png"', PICTURES["png"]))
-    come = [{"type": "http.request", "body": body[:-1], "more_body": True}, {"type": "http.disconnect"}]
+    messages = [{"type": "http.request", "body": body[:-1], "more_body": True}, {"type": "http.disconnect"}]
 
     async def receive() -> Message:
-        return come.pop(0)
+        return messages.pop(0)
 
     async def send(message: Message) -> None:
-        """Nobody is there to hear it."""
+        """Ignore the answer."""
 
     app = SelfHealMiddleware(Starlette(routes=[Route("/", upload, methods=["POST"])]), sqlite_store)
     scope = scope_of("/", method="POST", headers=[*headers.items(), ("content-length", str(len(body)))])
@@ -157,8 +157,8 @@ async def test_a_client_that_goes_away(sqlite_store: UploadStore, tmp_path: Path
     ids=["many fields", "many files", "a long field", "a long name"],
 )
 def test_a_flood_of_fields(gallery: Server, parts: list[bytes]) -> None:
-    """CVE-2024-47874, CVE-2023-30798: a form without end, in fields, files or bytes, is refused and costs no memory."""
-    assert gallery.browser.get("/").status_code == 200  # it has started
+    """A form with too many fields, files or bytes is refused, and costs no memory (CVE-2024-47874, CVE-2023-30798)."""
+    assert gallery.browser.get("/").status_code == 200  # the app has started
     before, peak = files_below(gallery.directory), gallery.peak()
     body, headers = form(*parts)
     assert gallery.browser.post("/upload", content=body, headers=headers).status_code in (400, 422)
@@ -174,7 +174,7 @@ def test_a_flood_of_fields(gallery: Server, parts: list[bytes]) -> None:
 def test_pictures_cut_off_anywhere(
     gallery: Server, kind: str, times: Times, record_property: Callable[[str, object], None]
 ) -> None:
-    """Wherever a picture of any kind is cut off, it is refused as not whole, and the whole one beside it is kept."""
+    """A picture of any kind that is cut off anywhere is refused as not whole; the whole one beside it is kept."""
     whole = PICTURES[kind]
     last = len(whole) if kind != "svg" else whole.rindex(b">")
     points = range(1, last)
@@ -184,9 +184,9 @@ def test_pictures_cut_off_anywhere(
         files = {f"{cut}.{kind}": whole[:cut] for cut in cuts[start : start + 100] if cut < last}
         answer = gallery.add((f"whole.{kind}", whole), *files.items())
         assert answer.status_code in (415, 422)
-        said = refused(answer)
-        assert said.keys() == files.keys()
-        for name, why in said.items():
+        reasons = refused(answer)
+        assert reasons.keys() == files.keys()
+        for name, why in reasons.items():
             is_headless = int(name.partition(".")[0]) < 100 and "are" in why
             assert is_headless or why == "the upload is not whole: its end is missing", (name, why)
         (added,) = gallery.shown() - before
@@ -199,13 +199,13 @@ def test_pictures_cut_off_anywhere(
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk with its length and its check."""
+    """Return a PNG chunk with its length and its checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @cache
 def png_bomb(side: int) -> bytes:
-    """A PNG of `side` by `side` black pixels, a thousandth of what it would be once it is decoded."""
+    """Return a PNG of `side` by `side` black pixels, a thousandth of its decoded size."""
     deflate, row = zlib.compressobj(9), bytes(1 + side // 8)
     rows = b"".join(deflate.compress(row) for _ in range(side)) + deflate.flush()
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
@@ -215,7 +215,7 @@ def png_bomb(side: int) -> bytes:
 
 @cache
 def text_bomb() -> bytes:
-    """A PNG whose comment is a quarter of a gigabyte of nothing, deflated twice."""
+    """Return a PNG whose comment is 256 MiB of zeros, compressed twice."""
     deflate = zlib.compressobj(9)
     text = b"".join(deflate.compress(bytes(MIB)) for _ in range(256)) + deflate.flush()
     comment = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(text))
@@ -224,7 +224,7 @@ def text_bomb() -> bytes:
 
 
 def svg_bomb() -> bytes:
-    """Entities of entities: a billion laughs, if anybody expanded them."""
+    """Return an SVG with nested entities that expand to a billion words."""
     entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 10))
     return f'<!DOCTYPE svg [<!ENTITY e0 "ha">{entities}]><svg xmlns="http://www.w3.org/2000/svg">&e9;</svg>'.encode()
 
@@ -234,7 +234,7 @@ BOMBS = {"pixels.png": lambda: png_bomb(50_000), "text.png": text_bomb, "laughs.
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_nothing_is_decoded(gallery: Server, name: str) -> None:
-    """A bomb is a small file: taken, lost, brought back and served, in no more time and memory than a small file."""
+    """A bomb is accepted, restored and served in the time and memory of a small file: nothing decodes it."""
     data = BOMBS[name]()
     gallery.added("warm.png", PICTURES["png"])
     peak, began = gallery.peak(), time.monotonic()
@@ -249,7 +249,7 @@ def test_nothing_is_decoded(gallery: Server, name: str) -> None:
 
 
 def archive() -> bytes:
-    """A ZIP with a page in it."""
+    """Return a ZIP with an HTML page in it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("index.html", "<script>alert(1)</script>")
@@ -295,7 +295,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", POLYGLOTS)
 def test_two_formats_in_one(gallery: Server, name: str) -> None:
-    """What is a picture and something else is served as a picture and nothing else, or refused (415) as none."""
+    """A file that is a picture and something else is served only as a picture, or refused with 415."""
     data, kind = POLYGLOTS[name], name.rpartition(".")[2]
     if name in REFUSED:
         assert gallery.add((name, data)).status_code == 415
@@ -336,7 +336,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[2:30])
 def test_names_on_the_wire(gallery: Server, home: Path, name: bytes) -> None:
-    """CVE-2021-28658, CVE-2021-31542: however a form writes a file's name, no file of that name is anywhere after."""
+    """No file name in a form becomes a file name on disk, however it is written (CVE-2021-28658, CVE-2021-31542)."""
     shown, before = gallery.shown(), set(files_below(home))
     body, headers = form(file_part(name, PICTURES["png"]))
     answer = gallery.browser.post("/upload", content=body, headers=headers)
@@ -351,7 +351,7 @@ def test_names_on_the_wire(gallery: Server, home: Path, name: bytes) -> None:
 
 @pytest.mark.parametrize("folder", ["..", "../../out", "/tmp", "a/../..", "a//b", ".hidden", "a\\b", "CON", "a\0b"])
 async def test_a_folder_is_no_way_out(sqlite_store: UploadStore, directory: Path, folder: str) -> None:
-    """CVE-2021-45452: a folder that leads elsewhere is refused before a byte is stored, on either side."""
+    """A folder outside the uploads is refused before a byte is stored on disk or in the database (CVE-2021-45452)."""
     upload = UploadFile(io.BytesIO(PICTURES["png"]), filename="a.png")
     with pytest.raises(InvalidName):
         await sqlite_store.save_uploaded_file(upload, folder=folder)

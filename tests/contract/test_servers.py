@@ -1,7 +1,7 @@
-"""What must hold on the wire: raw bytes to real servers (uvicorn with h11 and with httptools, granian, hypercorn).
+"""The contract on the wire: raw bytes to real servers (uvicorn with h11 and with httptools, granian, hypercorn).
 
-Below `/static/uploads` the database is down, so whatever asks it answers 503, and what is planted on the disk would
-answer 200: a 404 of the wrapped app proves that neither was touched. Below `/live/uploads` everything works.
+Below `/static/uploads` the database is down: a request that reaches it gets a 503, and one that reaches a planted file
+would get a 200. A 404 of the wrapped app proves that neither was touched. Below `/live/uploads` everything works.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -19,11 +19,13 @@ from urllib.parse import quote
 import pytest
 
 from selfheal import UploadStore
-from tests.support.served import DEAD, LIVE
-from tests.support.servers import COMMANDS, Reply, Server, all_running, parse
+from tests.support.servers import COMMANDS, HttpServer, all_running
 from tests.support.sockets import make_socket
+from tests.support.two_store_app import DEAD, LIVE
+from tests.support.waiting import wait_until
+from tests.support.wire import Reply, parse_reply
 
-SECRET = b"nobody may ever read this"
+SECRET = b"these bytes must never be sent"
 PICTURE = random.Random(1).randbytes(5000)
 FILM = random.Random(2).randbytes(20 * 1024 * 1024)
 MODIFIED_NS = 1_700_000_000_123_456_789
@@ -36,7 +38,7 @@ PLANTED = (
     "a%2fb.png", "a%2Fb.png", "%2e%2e", "a%5cb.png", "a%00.png", "a%252fb.png", ".selfheal-tmp/x.png",
     ".selfheal-quarantine/x.png", ".selfheal-marker", f"{LONG_PART}/{LONG_PART}/{LONG_PART}.png",
 )  # fmt: skip
-"""Names outside the grammar, each of them a file that stands in the uploads directory."""
+"""Names outside the grammar; each of them is a file in the uploads directory."""
 
 TRAVERSALS = (
     "/../secret.txt", "/../../secret.txt", "/cats/../../secret.txt", "/..", "/../", "/cats/..", "/cats/../good.png",
@@ -53,7 +55,7 @@ TRAVERSALS = (
     "/...", "/~/..", "/good.png::$DATA", "/good.png:$DATA", "/" + "x" * 256, "/" + "%C3%A9" * 128,
     "/" + "/".join(["y" * 100] * 6),
 )  # fmt: skip
-"""Targets, after the prefix, that trick their way to what is there, or to what is not."""
+"""Targets, after the prefix, that try to reach a file by a trick of naming."""
 
 OTHER_TARGETS = (
     "//static/uploads/good.png", "/static//uploads/good.png", "/static/./uploads/good.png", "/static/uploads",
@@ -98,7 +100,7 @@ HEADERS: dict[str, tuple[list[bytes], int, slice]] = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory with everything that the servers serve, and everything that they must not."""
+    """The directory with everything that the servers must serve, and everything that they must not."""
     base = tmp_path_factory.mktemp("served")
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, _fill_live(base)).result()
@@ -118,19 +120,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(base: Path) -> Iterator[dict[str, Server]]:
-    """Every server, running; the port of the dead database is taken, and nobody listens there."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        with all_running(base, taken.getsockname()[1]) as servers:
+def servers(base: Path) -> Iterator[dict[str, HttpServer]]:
+    """Every server, running; the port of the dead database is bound, and no process listens on it."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with all_running(base, unused.getsockname()[1]) as servers:
             for name in PLANTED:  # after the start, which sweeps the temporary directory
                 _write(base / "dead" / "uploads" / name, SECRET)
             yield servers
 
 
 @pytest.fixture(params=list(COMMANDS))
-def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
-    """Every server, one after the other."""
+def server(request: pytest.FixtureRequest, servers: dict[str, HttpServer]) -> HttpServer:
+    """Every server."""
     return servers[request.param]
 
 
@@ -149,13 +151,6 @@ def _write(path: Path, data: bytes) -> None:
     os.utime(path, ns=(MODIFIED_NS, MODIFIED_NS))
 
 
-def _eventually(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end, "it never came to hold"
-        time.sleep(0.05)
-
-
 def _without_date(reply: Reply) -> Reply:
     kept = {key: value for key, value in reply.headers.items() if key != "date"}
     return Reply(reply.status, kept, reply.body)
@@ -164,8 +159,8 @@ def _without_date(reply: Reply) -> Reply:
 # -- hostile paths ----------------------------------------------------------------------------------------------------
 
 
-def test_traps_are_set(base: Path, server: Server) -> None:
-    """A missing good name is a 503 here, a good name on disk a 200, and the planted files stand where they should."""
+def test_traps_are_set(base: Path, server: HttpServer) -> None:
+    """A missing good name is a 503, a good name on disk is a 200, and all planted files exist."""
     assert server.get(f"{DEAD}/absent.png".encode()).status == 503
     assert server.get(f"{DEAD}/good.png".encode()).body == b"good.png"
     uploads = base / "dead" / "uploads"
@@ -175,8 +170,8 @@ def test_traps_are_set(base: Path, server: Server) -> None:
 
 
 @pytest.mark.parametrize("target", HOSTILE)
-def test_hostile_path(servers: dict[str, Server], target: str) -> None:
-    """What is not in the grammar is the wrapped app's 404 on every server; neither disk nor database is touched.
+def test_hostile_path(servers: dict[str, HttpServer], target: str) -> None:
+    """A name outside the grammar gets the wrapped app's 404 on every server; neither disk nor database is touched.
 
     CVE-2023-29159 (prefix sibling), CVE-2021-45452 and CVE-2026-28414 (traversal, absolute path), CVE-2025-66221
     (device names).
@@ -191,8 +186,8 @@ def test_hostile_path(servers: dict[str, Server], target: str) -> None:
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_not_a_file(servers: dict[str, Server], name: str) -> None:
-    """Links, inward or outward, directories, FIFOs and sockets are the wrapped app's, at once (CVE-2024-23334)."""
+def test_not_a_file(servers: dict[str, HttpServer], name: str) -> None:
+    """A link, directory, FIFO or socket gets the wrapped app's 404 at once, wherever a link leads (CVE-2024-23334)."""
     for server in servers.values():
         reply = server.get(f"{DEAD}/{name}".encode())
         assert (reply.status, reply.body) == (404, b"wrapped"), server.kind
@@ -203,8 +198,8 @@ def test_not_a_file(servers: dict[str, Server], name: str) -> None:
     "target",
     [b"/good.png\x00", b"/\xff.png", b"/a b.png", b"/ctrl\x01.png", b"/\xc0\xae\xc0\xae/secret.txt", b"/a\tb.png"],
 )
-def test_bytes_that_no_target_may_hold(servers: dict[str, Server], target: bytes) -> None:
-    """What is not even HTTP is refused by the server, or is the wrapped app's 404; it is never a file."""
+def test_bytes_that_no_target_may_hold(servers: dict[str, HttpServer], target: bytes) -> None:
+    """A target that is not valid HTTP is refused by the server or gets the wrapped app's 404; it never gets a file."""
     for server in servers.values():
         reply = server.get(DEAD.encode() + target)
         assert reply.status in (0, 400) or (reply.status == 404 and reply.is_wrapped), server.kind
@@ -216,18 +211,18 @@ def test_bytes_that_no_target_may_hold(servers: dict[str, Server], target: bytes
                "http://test/static/uploads/.hidden.png", "http://test//static/uploads/good.png", "file:///etc/passwd",
                "http://test/static/uploads_private/good.png"],
 )  # fmt: skip
-def test_absolute_url_with_a_hostile_path(servers: dict[str, Server], target: str) -> None:
-    """An absolute URL opens no way around the grammar (CVE-2026-28414)."""
+def test_absolute_url_with_a_hostile_path(servers: dict[str, HttpServer], target: str) -> None:
+    """An absolute URL cannot bypass the grammar (CVE-2026-28414)."""
     for server in servers.values():
         reply = server.get(target.encode())
         assert reply.status == 400 or (reply.status == 404 and reply.is_wrapped), server.kind
         assert SECRET not in reply.body, server.kind
 
 
-def test_absolute_url_of_a_file(servers: dict[str, Server]) -> None:
-    """A server that hands the absolute form on as path gets the wrapped app's 404; one that strips it, the file.
+def test_absolute_url_of_a_file(servers: dict[str, HttpServer]) -> None:
+    """An absolute URL gets the file if the server strips scheme and host, or the wrapped app's 404 if it does not.
 
-    RFC 9112, section 3.2.2, asks servers to strip it; h11 and hypercorn do not.
+    RFC 9112, section 3.2.2, asks servers to strip them; h11 and hypercorn do not.
     """
     for server in servers.values():
         reply = server.get(b"http://test/static/uploads/good.png")
@@ -235,8 +230,8 @@ def test_absolute_url_of_a_file(servers: dict[str, Server]) -> None:
 
 
 @pytest.mark.parametrize("host", [b"test/static/uploads/good.png?", b"x/static/uploads", b"a@b/static/uploads/#"])
-def test_poisoned_host_makes_no_path(servers: dict[str, Server], host: bytes) -> None:
-    """The Host header is no part of the path: it neither makes a name nor unmakes one (CVE-2026-48710)."""
+def test_poisoned_host_is_no_path(servers: dict[str, HttpServer], host: bytes) -> None:
+    """The Host header is no part of the path: it neither creates a name nor hides one (CVE-2026-48710)."""
     for server in servers.values():
         elsewhere = server.get(b"/good.png", host=host)
         assert elsewhere.status == 400 or (elsewhere.status == 404 and elsewhere.is_wrapped), server.kind
@@ -258,8 +253,8 @@ def test_poisoned_host_makes_no_path(servers: dict[str, Server], host: bytes) ->
         ("/.selfheal-tmp/x.png", "/.selfheal-tmp/absent.png"),
     ],
 )
-def test_no_existence_oracle(server: Server, there: str, not_there: str) -> None:
-    """What is hidden and what does not exist answer alike, header by header (CVE-2025-69226)."""
+def test_no_existence_oracle(server: HttpServer, there: str, not_there: str) -> None:
+    """A hidden file and a missing one get the same answer, header by header (CVE-2025-69226)."""
     hidden, absent = (server.get(f"{DEAD}{rest}".encode()) for rest in (there, not_there))
     assert _without_date(hidden) == _without_date(absent)
 
@@ -268,8 +263,8 @@ def test_no_existence_oracle(server: Server, there: str, not_there: str) -> None
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_good_name(base: Path, servers: dict[str, Server], name: str) -> None:
-    """Spaces, Unicode (NFC and NFD apart), brackets and percent signs work, on disk and out of the database."""
+def test_good_name(base: Path, servers: dict[str, HttpServer], name: str) -> None:
+    """Names with spaces, Unicode (NFC and NFD differ), brackets and percent signs are served from disk and database."""
     target = quote(name).encode()
     for server in servers.values():
         on_disk = server.get(f"{DEAD}/".encode() + target)
@@ -281,14 +276,14 @@ def test_good_name(base: Path, servers: dict[str, Server], name: str) -> None:
 
 
 @pytest.mark.parametrize("query", [b"?", b"?v=1", b"?next=a%2fb", b"?../../secret.txt", b"?%00", b"??"])
-def test_query_is_no_part_of_the_name(servers: dict[str, Server], query: bytes) -> None:
-    """Whatever stands after the question mark, the file is the same."""
+def test_query_is_no_part_of_the_name(servers: dict[str, HttpServer], query: bytes) -> None:
+    """The query does not change which file is served."""
     for server in servers.values():
         assert server.get(f"{DEAD}/good.png".encode() + query).body == b"good.png", server.kind
 
 
-def test_encoded_letters_are_the_letters(servers: dict[str, Server]) -> None:
-    """A needlessly encoded letter is that letter."""
+def test_encoded_letters_are_the_letters(servers: dict[str, HttpServer]) -> None:
+    """A percent-encoded letter means the letter."""
     for server in servers.values():
         assert server.get(f"{DEAD}/%67ood%2Epng".encode()).body == b"good.png", server.kind
 
@@ -298,8 +293,8 @@ def test_encoded_letters_are_the_letters(servers: dict[str, Server]) -> None:
 
 @pytest.mark.parametrize("case", HEADERS)
 @pytest.mark.parametrize("place", ["on disk", "only in the database"])
-def test_headers_on_the_wire(base: Path, servers: dict[str, Server], case: str, place: str) -> None:
-    """Every server answers a request's headers alike, from the disk and out of the database (CVE-2025-69225)."""
+def test_headers_on_the_wire(base: Path, servers: dict[str, HttpServer], case: str, place: str) -> None:
+    """Every server gives the same answer to these headers, from disk and from the database (CVE-2025-69225)."""
     lines, status, part = HEADERS[case]
     target = f"{LIVE}/picture.png".encode()
     for server in servers.values():
@@ -331,8 +326,8 @@ def test_headers_on_the_wire(base: Path, servers: dict[str, Server], case: str, 
         ([b"Range: bytes=0-9"], b"GET"),
     ],
 )
-def test_connection_goes_on(server: Server, lines: list[bytes], method: bytes) -> None:
-    """After an answer without a body, or with a part of it, the next answer on the same connection is whole."""
+def test_connection_goes_on(server: HttpServer, lines: list[bytes], method: bytes) -> None:
+    """After an answer without a body, or with a part of one, the next answer on the same connection is whole."""
     target = f"{LIVE}/picture.png".encode()
     first = b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: test", *lines]) + b"\r\n\r\n"
     second = b"GET " + target + b" HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
@@ -341,7 +336,7 @@ def test_connection_goes_on(server: Server, lines: list[bytes], method: bytes) -
         head = b""
         while b"\r\n\r\n" not in head:
             head += connection.recv(1)
-        reply = parse(head)
+        reply = parse_reply(head)
         has_body = method == b"GET" and reply.status != 304
         for _ in range(int(reply.headers.get("content-length", "0")) if has_body else 0):
             assert connection.recv(1)
@@ -349,11 +344,11 @@ def test_connection_goes_on(server: Server, lines: list[bytes], method: bytes) -
         data = b""
         while part := connection.recv(1 << 20):
             data += part
-    assert parse(data).body == PICTURE
+    assert parse_reply(data).body == PICTURE
 
 
-def test_large_body_comes_whole(base: Path, server: Server) -> None:
-    """20 MB come byte for byte, out of the database and then from the disk, with the same validators."""
+def test_large_body_comes_whole(base: Path, server: HttpServer) -> None:
+    """A file of 20 MiB is sent whole, first from the database and then from disk, with the same validators."""
     (base / "live" / "uploads" / "film.mp4").unlink(missing_ok=True)
     restored = server.get(f"{LIVE}/film.mp4".encode())
     on_disk = server.get(f"{LIVE}/film.mp4".encode())
@@ -362,15 +357,15 @@ def test_large_body_comes_whole(base: Path, server: Server) -> None:
     assert _without_date(restored) == _without_date(on_disk)
 
 
-# -- clients that go away ---------------------------------------------------------------------------------------------
+# -- clients that disconnect ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["on disk", "only in the database"])
-def test_client_gone_leaks_nothing(base: Path, server: Server, place: str) -> None:
-    """Clients that hang up in the middle of a large body leave no descriptor and no task (CVE-2026-54280)."""
+def test_client_gone_leaks_nothing(base: Path, server: HttpServer, place: str) -> None:
+    """Clients that disconnect in the middle of a large body leave no descriptor and no task open (CVE-2026-54280)."""
     target = f"{LIVE}/film.mp4".encode()
     assert len(server.get(target).body) == len(FILM)
-    _eventually(lambda: not server.state()["files"])
+    wait_until(lambda: not server.state()["files"])
     tasks = server.state()["tasks"]
     for _ in range(8):
         if place == "only in the database":
@@ -378,18 +373,18 @@ def test_client_gone_leaks_nothing(base: Path, server: Server, place: str) -> No
         with server.connect() as connection:
             connection.sendall(b"GET " + target + b" HTTP/1.1\r\nHost: test\r\n\r\n")
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    _eventually(lambda: not server.state()["files"])
-    _eventually(lambda: server.state()["tasks"] <= tasks)
+    wait_until(lambda: not server.state()["files"])
+    wait_until(lambda: server.state()["tasks"] <= tasks)
     assert server.get(target).body == FILM
 
 
-def test_client_gone_before_the_answer(base: Path, server: Server) -> None:
-    """The restore of a file whose client has gone goes on to its end, and leaves nothing open."""
+def test_client_gone_before_the_answer(base: Path, server: HttpServer) -> None:
+    """A restore whose client has disconnected finishes, and leaves nothing open."""
     film = base / "live" / "uploads" / "film.mp4"
     film.unlink(missing_ok=True)
 
-    def comes_back() -> bool:
-        """Granian drops a request if it sees that its client has gone before it has handed it on: then ask again."""
+    def is_restored() -> bool:
+        """Send a request and disconnect; Granian drops some of these requests, so the test sends them again."""
         with server.connect() as connection:
             connection.sendall(f"GET {LIVE}/film.mp4 HTTP/1.1\r\nHost: test\r\n\r\n".encode())
         end = time.monotonic() + 4
@@ -397,13 +392,13 @@ def test_client_gone_before_the_answer(base: Path, server: Server) -> None:
             time.sleep(0.01)
         return film.exists()
 
-    _eventually(comes_back)
+    wait_until(is_restored)
     assert film.read_bytes() == FILM
-    _eventually(lambda: not server.state()["files"])
+    wait_until(lambda: not server.state()["files"])
 
 
-def test_stalled_clients_hold_no_connection(server: Server, base: Path) -> None:
-    """More clients that read nothing than there are database connections, and a missing file is still brought back."""
+def test_stalled_clients_hold_no_connection(server: HttpServer, base: Path) -> None:
+    """A missing file is restored while more clients read nothing than there are database connections."""
     (base / "live" / "uploads" / "film.mp4").unlink(missing_ok=True)
     request = f"GET {LIVE}/film.mp4 HTTP/1.1\r\nHost: test\r\n\r\n".encode()
     connections = [server.connect() for _ in range(24)]
@@ -416,4 +411,4 @@ def test_stalled_clients_hold_no_connection(server: Server, base: Path) -> None:
     finally:
         for connection in connections:
             connection.close()
-    _eventually(lambda: not server.state()["files"])
+    wait_until(lambda: not server.state()["files"])

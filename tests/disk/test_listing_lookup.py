@@ -12,8 +12,8 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.disk.listing import Listing
+from tests.support.constants import set_constants
 from tests.support.files import write_file
-from tests.support.sides import resize
 
 
 @pytest.mark.parametrize(("listed_at_most", "folders_at_most"), [(2, 32), (100_000, 2), (100_000, 32)])
@@ -26,8 +26,8 @@ async def test_has_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One look at many names gives the same answer as a look at each, in any folders, and follows no link."""
-    resize(monkeypatch, LISTED_AT_MOST=listed_at_most)
-    resize(monkeypatch, FOLDERS_AT_MOST=folders_at_most)
+    set_constants(monkeypatch, LISTED_AT_MOST=listed_at_most)
+    set_constants(monkeypatch, FOLDERS_AT_MOST=folders_at_most)
     random = Random(7)
     folders = ("", "a/", "a/b/", "a/b/c/", "a!/", "a0/", "b/")
     all_names = [f"{folder}{last}" for folder in folders for last in ("0", "1.png", "x", "z.gif")]

@@ -16,17 +16,11 @@ import pytest
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.errors import NotStored, Unsettled
-from tests.support.sides import (
-    BrokenDisk,
-    hit,
-    in_database,
-    in_quarantine,
-    locked,
-    looked_behind,
-    noise,
-    on_both_sides,
-    resize,
-)
+from tests.support.constants import set_constants
+from tests.support.faults import BrokenDisk, locked_database
+from tests.support.sample_data import noise
+from tests.support.store_requests import hit, hit_and_settle
+from tests.support.store_state import in_database, in_quarantine, on_disk_and_in_database
 from tests.support.uploads import A_DAY_NS, NAME, NEW, OLD, generation_of, history_of, replace_file
 from tests.support.waiting import eventually
 
@@ -46,8 +40,8 @@ async def test_the_apps_own_overwrite_is_the_next_generation(store: UploadStore,
     """A file modified after this process began was overwritten by the app: it is adopted, the history keeps the old."""
     await store.save(NAME, OLD)
     written = replace_file(store, noise(size), await after_start(store)).stat().st_mtime_ns
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == noise(size)
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == noise(size)
     record = await store.database.find(NAME)
     assert record is not None
     assert (record.generation, record.modified_ns) == (2, written)
@@ -58,10 +52,10 @@ async def test_the_apps_own_overwrite_is_the_next_generation(store: UploadStore,
 async def test_an_overwrite_of_a_file_that_was_compared(store: UploadStore) -> None:
     """A name that was compared is compared again once its file is another one."""
     await store.save(NAME, OLD)
-    await looked_behind(store, NAME)
+    await hit_and_settle(store, NAME)
     replace_file(store, NEW, await after_start(store))
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == NEW
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 async def _append(path: Path) -> None:
@@ -132,12 +126,12 @@ async def test_two_nodes_adopt_one_name(store: UploadStore, other_store: UploadS
     """Two disks have other bytes under one new name: one is the record, the other is kept in quarantine or history."""
     replace_file(store, OLD, time.time_ns() - A_DAY_NS)
     replace_file(other_store, NEW, time.time_ns() - A_DAY_NS)
-    await asyncio.gather(looked_behind(store, NAME), looked_behind(other_store, NAME))
+    await asyncio.gather(hit_and_settle(store, NAME), hit_and_settle(other_store, NAME))
     for node in (store, other_store):
         await node.check(NAME)
-    final = await on_both_sides(store, NAME)
+    final = await on_disk_and_in_database(store, NAME)
     assert final in (OLD, NEW)
-    assert await on_both_sides(other_store, NAME) == final
+    assert await on_disk_and_in_database(other_store, NAME) == final
     kept = in_quarantine(store) + in_quarantine(other_store) + await history_of(store)
     assert kept == [OLD if final == NEW else NEW]
 
@@ -148,7 +142,7 @@ async def test_two_nodes_adopt_one_name(store: UploadStore, other_store: UploadS
 @pytest.fixture(params=[30.0, 0.0], ids=["read twice", "read once"])
 def settled_after(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     """How many seconds a file must hold still: with 30 the new file is read twice, with 0 once."""
-    resize(monkeypatch, SETTLED_AFTER=request.param)
+    set_constants(monkeypatch, SETTLED_AFTER=request.param)
     return request.param
 
 
@@ -215,7 +209,7 @@ async def test_many_large_files_are_adopted_at_once(sqlite_store: UploadStore) -
     for name, data in files.items():
         replace_file(sqlite_store, data, old, name)
     tracemalloc.start()
-    async with locked(sqlite_store):
+    async with locked_database(sqlite_store):
         adopting = [asyncio.create_task(sqlite_store.adopt(name)) for name in files]
         await asyncio.sleep(1)
         held, _ = tracemalloc.get_traced_memory()

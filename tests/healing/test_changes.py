@@ -11,7 +11,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from selfheal import UploadStore
-from tests.support.sides import execute, in_quarantine, looked_behind, on_disk, resize
+from tests.support.constants import set_constants
+from tests.support.raw_sql import execute
+from tests.support.store_requests import hit_and_settle
+from tests.support.store_state import in_quarantine, on_disk
 from tests.support.uploads import NAME, NEW, OLD, OTHER_NAME, THIRD
 from tests.support.waiting import eventually
 
@@ -30,12 +33,12 @@ async def follow_until(store: UploadStore, holds: Callable[[], bool]) -> None:
 @pytest.fixture
 async def on_both_nodes(store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two names that both nodes have on disk and have compared with their records."""
-    resize(monkeypatch, FOLLOWED_EVERY=0.05, QUIET_FOR=0.2)
+    set_constants(monkeypatch, FOLLOWED_EVERY=0.05, QUIET_FOR=0.2)
     for name in (NAME, OTHER_NAME):
         await store.save(name, OLD)
         await other_store.restore(name)
         for node in (store, other_store):
-            await looked_behind(node, name)
+            await hit_and_settle(node, name)
 
 
 @pytest.mark.usefixtures("on_both_nodes")
@@ -79,14 +82,14 @@ async def test_too_many_changes_to_follow(
     store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With more changes than a node keeps in memory, it forgets what it has compared; the next hit compares again."""
-    resize(monkeypatch, CHANGES_AT_MOST=2)
+    set_constants(monkeypatch, CHANGES_AT_MOST=2)
     for name in ("x.jpg", "y.jpg", NAME):
         await other_store.save(name, THIRD)
         await other_store.delete(name)
 
     async def is_gone() -> bool:
         store.follow()
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
         return on_disk(store, NAME) is None
 
     await eventually(is_gone)
@@ -107,16 +110,16 @@ async def test_following_that_is_broken_off(
     store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Changes that were not compared before the task was stopped are compared at the next hit."""
-    resize(monkeypatch, SETTLED_AFTER=1e9)  # the first comparison never ends
+    set_constants(monkeypatch, SETTLED_AFTER=1e9)  # the first comparison never ends
     for name in (NAME, OTHER_NAME):
         await other_store.delete(name)
     for _ in range(30):
         store.follow()
         await asyncio.sleep(0.06)
     await store.tasks.settle(0)
-    resize(monkeypatch, SETTLED_AFTER=0.0)
+    set_constants(monkeypatch, SETTLED_AFTER=0.0)
     for name in (NAME, OTHER_NAME):
-        await looked_behind(store, name)
+        await hit_and_settle(store, name)
         assert on_disk(store, name) is None
 
 

@@ -11,19 +11,21 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from selfheal import DatabaseUnavailable, UploadStore
 from selfheal.healing.negative_cache import ABSENT_FOR
-from tests.support.sides import brought_back, locked, statements
+from tests.support.faults import locked_database
+from tests.support.recorded_statements import recorded_statements
+from tests.support.store_requests import restored_bytes
 from tests.support.uploads import NAME, NEW, OLD, save_and_lose
 
 
 async def test_an_absent_name_is_remembered_for_a_moment(store: UploadStore, other_store: UploadStore) -> None:
     """A second request does not ask the database; a name that another node saves is present within 2 s."""
-    assert await brought_back(store, NAME) is None
-    with statements() as seen:
-        assert await asyncio.gather(*(brought_back(store, NAME) for _ in range(100))) == [None] * 100
+    assert await restored_bytes(store, NAME) is None
+    with recorded_statements() as seen:
+        assert await asyncio.gather(*(restored_bytes(store, NAME) for _ in range(100))) == [None] * 100
     assert seen == []
     await other_store.save(NAME, NEW)
     end = time.monotonic() + ABSENT_FOR + 1
-    while (data := await brought_back(store, NAME)) is None:
+    while (data := await restored_bytes(store, NAME)) is None:
         assert time.monotonic() < end
         await asyncio.sleep(0.05)
     assert data == NEW
@@ -32,24 +34,24 @@ async def test_an_absent_name_is_remembered_for_a_moment(store: UploadStore, oth
 
 async def test_a_save_makes_a_name_present_at_once(store: UploadStore, engine: AsyncEngine) -> None:
     """A name that was absent is present as soon as this node saves it, also in the app's own transaction."""
-    assert await brought_back(store, "own.jpg") is None
-    assert await brought_back(store, "within.jpg") is None
+    assert await restored_bytes(store, "own.jpg") is None
+    assert await restored_bytes(store, "within.jpg") is None
     await store.save("own.jpg", OLD)
     store.disk.path_of("own.jpg").unlink()
     async with engine.begin() as connection:
         await store.save("within.jpg", NEW, connection=connection)
-    assert await brought_back(store, "own.jpg") == OLD
-    assert await brought_back(store, "within.jpg") == NEW
+    assert await restored_bytes(store, "own.jpg") == OLD
+    assert await restored_bytes(store, "within.jpg") == NEW
 
 
 async def test_an_undone_deletion_is_present_at_once(store: UploadStore) -> None:
     """A deleted name that was requested is present as soon as its deletion is undone."""
     saved = await store.save(NAME, OLD)
     await store.delete(NAME)
-    assert await brought_back(store, NAME) is None
+    assert await restored_bytes(store, NAME) is None
     await store.undo(NAME)
     saved.path.unlink()
-    assert await brought_back(store, NAME) == OLD
+    assert await restored_bytes(store, NAME) == OLD
 
 
 async def test_absent_names_take_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +59,8 @@ async def test_absent_names_take_bounded_memory(sqlite_store: UploadStore, monke
     monkeypatch.setattr("selfheal.healing.negative_cache.ABSENT_AT_MOST", 50)
     names = [f"{number}.jpg" for number in range(300)]
     for _ in range(2):
-        with statements() as seen:
-            assert set(await asyncio.gather(*(brought_back(sqlite_store, name) for name in names))) == {None}
+        with recorded_statements() as seen:
+            assert set(await asyncio.gather(*(restored_bytes(sqlite_store, name) for name in names))) == {None}
         found = [name for name in names if any(name in re.findall(r"\d+\.jpg", statement) for statement in seen)]
         assert len(found) >= 250
 
@@ -91,13 +93,13 @@ async def test_an_unanswered_question_is_not_remembered_as_absent(store: UploadS
     """A question without an answer is not cached: as soon as the database answers again, so does the store."""
     data = await save_and_lose(store, 1000)
     async with UploadStore(store.disk.path, store.database.url, deadline=0.5) as hurried:
-        async with locked(store):
+        async with locked_database(store):
             with pytest.raises(DatabaseUnavailable):
                 await hurried.bring_back(NAME)
         end = time.monotonic() + 10
         while True:
             try:
-                assert await brought_back(hurried, NAME) == data
+                assert await restored_bytes(hurried, NAME) == data
             except DatabaseUnavailable:  # a slow machine
                 assert time.monotonic() < end
             else:

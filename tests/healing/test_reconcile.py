@@ -15,21 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.events import Event, Kind
-from tests.support.sides import (
-    BrokenDisk,
-    brought_back,
-    execute,
-    files_below,
-    hit,
-    in_database,
-    in_quarantine,
-    locked,
-    looked_behind,
-    noise,
-    on_both_sides,
-    on_disk,
-    statements,
-)
+from tests.support.faults import BrokenDisk, locked_database
+from tests.support.raw_sql import execute
+from tests.support.recorded_statements import recorded_statements
+from tests.support.sample_data import noise
+from tests.support.store_requests import hit, hit_and_settle, restored_bytes
+from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
 from tests.support.uploads import A_DAY_NS, NAME, NEW, OLD, THIRD, generation_of, history_of, replace_file
 from tests.support.waiting import eventually
 
@@ -54,8 +45,8 @@ async def test_old_bytes_from_a_deploy_go_to_quarantine(
         await sqlite_store.database.store_image(NAME, NEW, modified_ns=recorded)
         replace_file(sqlite_store, data, when(recorded))
         async with UploadStore(directory, sqlite_store.database.url) as started_later:
-            await looked_behind(started_later, NAME)
-            assert await on_both_sides(started_later, NAME) == NEW
+            await hit_and_settle(started_later, NAME)
+            assert await on_disk_and_in_database(started_later, NAME) == NEW
             assert data in in_quarantine(started_later)
             assert started_later.disk.path_of(NAME).stat().st_mtime_ns == recorded
     assert await generation_of(sqlite_store) == 1
@@ -67,8 +58,8 @@ async def test_the_database_wins_over_an_old_copy(store: UploadStore, other_stor
     await store.save(NAME, OLD)
     await other_store.save(NAME, NEW)
     assert on_disk(store, NAME) == OLD
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == NEW
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == NEW
     assert await history_of(store) == [OLD]
     assert await generation_of(store) == 2
 
@@ -78,7 +69,7 @@ async def test_the_quarantine_is_private_and_keeps_everything(store: UploadStore
     saved = await store.save(NAME, NEW)
     for data in (OLD, THIRD):
         replace_file(store, data, saved.modified_ns - A_DAY_NS)
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
     assert sorted(in_quarantine(store)) == sorted([OLD, THIRD])
     assert not store.disk.quarantine_path.is_relative_to(store.disk.path)
     assert store.disk.quarantine_path.stat().st_mode & 0o7777 == 0o700
@@ -97,7 +88,7 @@ async def test_a_file_that_is_set_aside_is_reported_once(sqlite_store: UploadSto
     (event,) = events
     assert (event.kind, event.name) == (Kind.QUARANTINED, NAME)
     assert str(sqlite_store.disk.quarantine_path) in event.detail
-    assert await brought_back(sqlite_store, NAME) == OLD
+    assert await restored_bytes(sqlite_store, NAME) == OLD
     assert saved.path.stat().st_mtime_ns == saved.modified_ns
 
 
@@ -108,8 +99,8 @@ async def test_a_disk_copy_damaged_in_size_is_restored(store: UploadStore) -> No
         for damaged in (noise(size)[:-1], b"", noise(size) + b"x"):
             saved.path.write_bytes(damaged)
             os.utime(saved.path, ns=(saved.modified_ns, saved.modified_ns))
-            await looked_behind(store, NAME)
-            assert await on_both_sides(store, NAME) == noise(size)
+            await hit_and_settle(store, NAME)
+            assert await on_disk_and_in_database(store, NAME) == noise(size)
             assert saved.path.stat().st_mtime_ns == saved.modified_ns
             assert damaged in in_quarantine(store)
     assert await generation_of(store) == 2
@@ -125,13 +116,13 @@ async def test_a_stale_file_does_not_overwrite_a_newer_record(
     """The older file, still on disk after a save in the app's own transaction, does not overwrite the newer record."""
     await store.save(NAME, OLD)
     if was_hit_before:
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
     async with engine.begin() as connection:
         await store.save(NAME, NEW, connection=connection)
-    await looked_behind(store, NAME)
+    await hit_and_settle(store, NAME)
     assert await in_database(store, NAME) == NEW
     assert await generation_of(store) == 2
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 async def test_a_copy_of_any_earlier_generation_is_known(store: UploadStore) -> None:
@@ -140,8 +131,8 @@ async def test_a_copy_of_any_earlier_generation_is_known(store: UploadStore) -> 
     for data in (THIRD, NEW):
         await store.save(NAME, data)
     replace_file(store, OLD, first.modified_ns)
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == NEW
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == NEW
     assert await generation_of(store) == 3
     assert in_quarantine(store) == []
 
@@ -153,8 +144,8 @@ async def test_a_copy_saved_after_the_process_began_is_known(store: UploadStore)
     await store.undo(NAME)
     await asyncio.sleep(0.02)
     replace_file(store, NEW, second.modified_ns)
-    await looked_behind(store, NAME)
-    assert await on_both_sides(store, NAME) == OLD
+    await hit_and_settle(store, NAME)
+    assert await on_disk_and_in_database(store, NAME) == OLD
     assert await generation_of(store) == 3
 
 
@@ -166,9 +157,9 @@ async def test_the_same_bytes_get_the_records_mtime(store: UploadStore, offset: 
     """A file that differs only in its mtime gets the recorded one, so that its ETag is the same on every node."""
     saved = await store.save(NAME, NEW)
     replace_file(store, NEW, saved.modified_ns + offset)
-    await looked_behind(store, NAME)
+    await hit_and_settle(store, NAME)
     assert saved.path.stat().st_mtime_ns == saved.modified_ns
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
     assert await generation_of(store) == 1
     assert in_quarantine(store) == []
 
@@ -190,7 +181,7 @@ async def test_a_disk_copy_is_left_alone_if_the_database_copy_is_damaged(
     await execute(store, damage)
     for data in (OLD, noise(size)[:-1]):
         before = replace_file(store, data, saved.modified_ns - A_DAY_NS).stat()
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
         assert on_disk(store, NAME) == data
         assert (saved.path.stat().st_ino, saved.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert in_quarantine(store) == []
@@ -208,7 +199,7 @@ async def test_no_healing_on_a_disk_that_takes_no_file(store: UploadStore, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        await looked_behind(store, NAME)
+        await hit_and_settle(store, NAME)
     assert await in_database(store, NAME) == NEW
     assert OLD in [on_disk(store, NAME), *in_quarantine(store)]
     assert await generation_of(store) == 1
@@ -220,8 +211,8 @@ async def test_nothing_changes_without_an_answer(store: UploadStore, monkeypatch
     saved = await store.save(NAME, NEW)
     async with UploadStore(store.disk.path, store.database.url, deadline=0.5) as hurried:
         replace_file(hurried, OLD, saved.modified_ns - A_DAY_NS)
-        async with locked(store):
-            await looked_behind(hurried, NAME)
+        async with locked_database(store):
+            await hit_and_settle(hurried, NAME)
             assert on_disk(hurried, NAME) == OLD
 
         def agrees() -> bool:
@@ -237,11 +228,11 @@ async def test_a_quiet_database_is_left_alone(store: UploadStore) -> None:
     """After the database gave no answer, hits do not ask it for a while."""
     await store.save(NAME, NEW)
     async with UploadStore(store.disk.path, store.database.url, deadline=0.5) as hurried:
-        async with locked(store):
-            await looked_behind(hurried, NAME)
-        with statements() as seen:
+        async with locked_database(store):
+            await hit_and_settle(hurried, NAME)
+        with recorded_statements() as seen:
             for _ in range(20):
-                await looked_behind(hurried, NAME)
+                await hit_and_settle(hurried, NAME)
         assert seen == []
 
 
@@ -264,7 +255,7 @@ async def test_a_save_that_is_committed_during_the_comparison(
         await execute(store, "DELETE FROM image_storage")
     held.release()
     await checking
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
     assert store.disk.path_of(NAME).stat().st_mtime_ns == written
     assert await generation_of(store) == (2 if is_known else 1)
     assert in_quarantine(store) == []

@@ -8,26 +8,30 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from selfheal import UploadStore
-from tests.support.sides import BrokenDisk, execute, hit, looked_behind, on_both_sides, on_disk, statements
+from tests.support.faults import BrokenDisk
+from tests.support.raw_sql import execute
+from tests.support.recorded_statements import recorded_statements
+from tests.support.store_requests import hit, hit_and_settle
+from tests.support.store_state import on_disk, on_disk_and_in_database
 from tests.support.uploads import A_DAY_NS, NAME, NEW, OLD, THIRD, replace_file
 
 
 async def test_a_file_that_agrees_is_compared_once(store: UploadStore) -> None:
     """A file that this process has compared causes no further query, however often it is hit."""
     await store.save(NAME, NEW)
-    await looked_behind(store, NAME)
-    with statements() as seen:
+    await hit_and_settle(store, NAME)
+    with recorded_statements() as seen:
         for _ in range(50):
-            await looked_behind(store, NAME)
+            await hit_and_settle(store, NAME)
     assert seen == []
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 async def test_many_files_share_queries(store: UploadStore) -> None:
     """The first hits of many files share a few queries."""
     for number in range(40):
         await store.save(f"{number}.jpg", b"%d" % number)
-    with statements() as seen:
+    with recorded_statements() as seen:
         for number in range(40):
             hit(store, f"{number}.jpg")
         await store.tasks.settle(30)
@@ -43,12 +47,12 @@ async def test_a_limited_number_of_files_is_compared_at_once(
     for name in names:
         await sqlite_store.save(name, NEW)
     for known in (3, 5):
-        with statements() as seen:
+        with recorded_statements() as seen:
             for name in names * 3:
                 hit(sqlite_store, name)
             await sqlite_store.tasks.settle(30)
         assert sum(statement.count(".jpg") for statement in seen) == (3 if known == 3 else 2)
-    with statements() as seen:
+    with recorded_statements() as seen:
         for name in names:
             hit(sqlite_store, name)
         await sqlite_store.tasks.settle(30)
@@ -62,15 +66,15 @@ async def test_a_file_that_cannot_be_compared_is_not_tried_at_every_hit(
     saved = await sqlite_store.save(NAME, NEW)
     await execute(sqlite_store, "UPDATE image_chunk SET data = digest")
     replace_file(sqlite_store, OLD, saved.modified_ns - A_DAY_NS)
-    await looked_behind(sqlite_store, NAME)
-    with statements() as seen:
-        await looked_behind(sqlite_store, NAME)
+    await hit_and_settle(sqlite_store, NAME)
+    with recorded_statements() as seen:
+        await hit_and_settle(sqlite_store, NAME)
     assert seen == []
     replace_file(sqlite_store, THIRD, saved.modified_ns - A_DAY_NS)
     broken_disk.fail("pread", errno.EIO)
     for causes_a_query in (True, False):
-        with statements() as seen:
-            await looked_behind(sqlite_store, NAME)
+        with recorded_statements() as seen:
+            await hit_and_settle(sqlite_store, NAME)
         assert bool(seen) == causes_a_query
     assert on_disk(sqlite_store, NAME) == THIRD
 
@@ -81,8 +85,8 @@ async def test_compared_files_take_bounded_memory(sqlite_store: UploadStore, mon
     names = [f"{number}.jpg" for number in range(4)]
 
     async def causes_a_query(name: str) -> bool:
-        with statements() as seen:
-            await looked_behind(sqlite_store, name)
+        with recorded_statements() as seen:
+            await hit_and_settle(sqlite_store, name)
         return bool(seen)
 
     for name in names:
@@ -108,7 +112,7 @@ async def test_expected_changes_take_bounded_memory(
     assert len(store._reconciler._changing) == 2
     for name, causes_a_query in (("short.jpg", False), ("long.jpg", True), ("last.jpg", True)):
         await store.restore(name)
-        await looked_behind(store, name)
-        with statements() as seen:
-            await looked_behind(store, name)
+        await hit_and_settle(store, name)
+        with recorded_statements() as seen:
+            await hit_and_settle(store, name)
         assert bool(seen) == causes_a_query, name

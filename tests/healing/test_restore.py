@@ -22,17 +22,13 @@ from selfheal.disk.open_file import OpenFile
 from selfheal.events import Kind
 from selfheal.healing.bodies import Incoming, Landed
 from tests.support.asgi import Wrapped
-from tests.support.sides import (
-    BrokenDisk,
-    brought_back,
-    execute,
-    files_below,
-    noise,
-    nothing_is_held_open,
-    on_both_sides,
-    on_disk,
-    statements,
-)
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.raw_sql import execute
+from tests.support.recorded_statements import recorded_statements
+from tests.support.sample_data import noise
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, OLD, RESTORED_SIZES, STREAMED, get, save_and_lose
 
 # -- many callers -----------------------------------------------------------------------------------------------------
@@ -42,19 +38,19 @@ from tests.support.uploads import NAME, OLD, RESTORED_SIZES, STREAMED, get, save
 async def test_many_callers_share_one_restore(store: UploadStore, size: int) -> None:
     """200 callers of one missing name get its bytes with as many database statements as one caller needs."""
     data = await save_and_lose(store, size)
-    with statements() as statements_of_one:
-        assert await brought_back(store, NAME) == data
+    with recorded_statements() as statements_of_one:
+        assert await restored_bytes(store, NAME) == data
         await store.tasks.settle(30)
     store.disk.path_of(NAME).unlink()
     stop = min(size, 2 * CHUNK)  # enough of a large file to see that all callers follow its restore
-    with statements() as statements_of_many:
-        answers = await asyncio.gather(*(brought_back(store, NAME, 0, stop) for _ in range(200)))
+    with recorded_statements() as statements_of_many:
+        answers = await asyncio.gather(*(restored_bytes(store, NAME, 0, stop) for _ in range(200)))
         await store.tasks.settle(30)
     assert all(answer == data[:stop] for answer in answers)
     assert sum("image_chunk" in statement for statement in statements_of_one) > 0
     assert len(statements_of_many) == len(statements_of_one)
-    assert await on_both_sides(store, NAME) == data
-    await nothing_is_held_open(store.disk.path)
+    assert await on_disk_and_in_database(store, NAME) == data
+    await assert_nothing_open_below(store.disk.path)
 
 
 async def test_a_small_image_is_one_blob_read(store: UploadStore) -> None:
@@ -62,8 +58,8 @@ async def test_a_small_image_is_one_blob_read(store: UploadStore) -> None:
     names = [f"{number}.jpg" for number in range(40)]
     for number, name in enumerate(names):
         await save_and_lose(store, 1000 + number, name)
-    with statements() as seen:
-        await asyncio.gather(*(brought_back(store, name) for name in names for _ in range(5)))
+    with recorded_statements() as seen:
+        await asyncio.gather(*(restored_bytes(store, name) for name in names for _ in range(5)))
     reading = [statement for statement in seen if "FROM image_storage LEFT OUTER JOIN image_chunk" in statement]
     assert all("image_chunk" not in statement for statement in seen if statement not in reading)
     for name in names:
@@ -86,7 +82,7 @@ async def test_a_caller_that_joins_late_gets_the_whole_file(sqlite_store: Upload
         finally:
             body.close()
 
-    first = asyncio.create_task(brought_back(sqlite_store, NAME))
+    first = asyncio.create_task(restored_bytes(sqlite_store, NAME))
     while not first.done():
         answers.append(asyncio.create_task(call()))
         for _ in range(3):
@@ -96,7 +92,7 @@ async def test_a_caller_that_joins_late_gets_the_whole_file(sqlite_store: Upload
     assert sha256(whole).digest() == digest
     assert set(await asyncio.gather(*answers)) == {data[-10:]}
     await sqlite_store.tasks.settle(30)
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(sqlite_store.disk.path)
 
 
 async def test_a_restore_outlives_its_callers(store: UploadStore, broken_disk: BrokenDisk) -> None:
@@ -104,7 +100,7 @@ async def test_a_restore_outlives_its_callers(store: UploadStore, broken_disk: B
     for size in (1000, STREAMED):
         data = await save_and_lose(store, size)
         held = broken_disk.hold("fsync")
-        callers = [asyncio.create_task(brought_back(store, NAME)) for _ in range(3)]
+        callers = [asyncio.create_task(restored_bytes(store, NAME)) for _ in range(3)]
         await held.met()
         for task in callers:
             task.cancel()
@@ -115,7 +111,7 @@ async def test_a_restore_outlives_its_callers(store: UploadStore, broken_disk: B
         broken_disk.mend()
         assert on_disk(store, NAME) == data
         store.disk.path_of(NAME).unlink()
-    await nothing_is_held_open(store.disk.path)
+    await assert_nothing_open_below(store.disk.path)
 
 
 async def test_two_names_do_not_wait_for_each_other(store: UploadStore, broken_disk: BrokenDisk) -> None:
@@ -123,10 +119,10 @@ async def test_two_names_do_not_wait_for_each_other(store: UploadStore, broken_d
     await save_and_lose(store, 1000, "slow.jpg")
     await save_and_lose(store, 2000, "other.jpg")
     held = broken_disk.hold("fsync")
-    slow = asyncio.create_task(brought_back(store, "slow.jpg"))
+    slow = asyncio.create_task(restored_bytes(store, "slow.jpg"))
     await held.met()
     broken_disk.mend()
-    assert await brought_back(store, "other.jpg") == noise(2000)
+    assert await restored_bytes(store, "other.jpg") == noise(2000)
     assert not slow.done()
     held.release()
     assert await slow == noise(1000)
@@ -187,13 +183,13 @@ async def test_all_callers_share_a_failure_and_the_next_one_tries_again(
     """All callers of a restore that fails get its error; a later caller starts a new restore."""
     await save_and_lose(store, 1000)
     await execute(store, "UPDATE image_chunk SET data = :data", data=b"x" * 1000)
-    with statements() as seen:
-        answers = await asyncio.gather(*(brought_back(store, NAME) for _ in range(50)), return_exceptions=True)
+    with recorded_statements() as seen:
+        answers = await asyncio.gather(*(restored_bytes(store, NAME) for _ in range(50)), return_exceptions=True)
     assert all(isinstance(answer, CorruptBlob) for answer in answers)
     assert sum("image_chunk" in statement for statement in seen) == 1
     assert files_below(store.disk.path) == []
     await execute(store, "UPDATE image_chunk SET data = :data", data=noise(1000))
-    assert await brought_back(store, NAME) == noise(1000)
+    assert await restored_bytes(store, NAME) == noise(1000)
 
 
 async def test_out_of_descriptors_is_neither_absent_nor_unwritable(
@@ -203,9 +199,9 @@ async def test_out_of_descriptors_is_neither_absent_nor_unwritable(
     data = await save_and_lose(sqlite_store, 1000)
     broken_disk.fail("open", errno.EMFILE)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        await brought_back(sqlite_store, NAME)
+        await restored_bytes(sqlite_store, NAME)
     broken_disk.mend()
-    assert await brought_back(sqlite_store, NAME) == data
+    assert await restored_bytes(sqlite_store, NAME) == data
     assert on_disk(sqlite_store, NAME) == data
 
 
@@ -266,7 +262,7 @@ async def test_a_deleted_uploads_directory_is_made_again(store: UploadStore, oth
     """A node whose whole uploads directory is gone makes it again, with the usual modes."""
     await store.save(NAME, OLD)
     assert not other_store.disk.path.exists()
-    assert await brought_back(other_store, NAME) == OLD
+    assert await restored_bytes(other_store, NAME) == OLD
     for made in (other_store.disk.path, other_store.disk.path / "cats"):
         assert made.stat().st_mode & 0o7777 == 0o755
 
@@ -275,7 +271,7 @@ async def test_a_file_whose_name_is_not_cached(sqlite_store: UploadStore, monkey
     """A restored file is opened in a thread if opening it might wait for the disk."""
     data = await save_and_lose(sqlite_store, 1000)
     monkeypatch.setattr("selfheal.disk.directory.LOOK_EVERY", -1.0)
-    assert await brought_back(sqlite_store, NAME) == data
+    assert await restored_bytes(sqlite_store, NAME) == data
 
 
 async def test_a_closed_body_holds_nothing_open(store: UploadStore) -> None:
@@ -289,4 +285,4 @@ async def test_a_closed_body_holds_nothing_open(store: UploadStore) -> None:
             body.close()
         await store.tasks.settle(30)
         store.disk.path_of(NAME).unlink()
-    await nothing_is_held_open(store.disk.path)
+    await assert_nothing_open_below(store.disk.path)

@@ -14,7 +14,11 @@ from selfheal.content.sources import CHUNK
 from selfheal.healing.bodies import Incoming
 from selfheal.healing.restore import Answer, Restorer
 from tests.support.asgi import Wrapped
-from tests.support.sides import BrokenDisk, brought_back, execute, files_below, nothing_is_held_open, on_both_sides
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.raw_sql import execute
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, STREAMED, get, save_and_lose
 
 # -- ways to damage a chunk -------------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ async def test_a_damaged_body_is_never_sent_whole(
         assert await sqlite_store.database.find(name) is not None
         broken_disk.mend()
         await execute(sqlite_store, "DELETE FROM image_chunk")
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(sqlite_store.disk.path)
 
 
 async def test_damage_found_on_a_disk_that_fills_up(store: UploadStore, broken_disk: BrokenDisk) -> None:
@@ -112,13 +116,13 @@ async def test_bytes_dropped_while_they_are_read_are_not_damage(
     """A blob that is dropped during a read looks damaged; the record is read again, and its new bytes are restored."""
     await save_and_lose(store, 20 * CHUNK)
     held = broken_disk.hold("pwrite", after=2)
-    caller = asyncio.create_task(brought_back(store, NAME))
+    caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     await other_store.database.store_image(NAME, NEW)
     await execute(other_store, "DELETE FROM image_chunk WHERE position > 0")
     held.release()
     assert await caller == NEW
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 # -- a busy event loop ------------------------------------------------------------------------------------------------

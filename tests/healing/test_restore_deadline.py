@@ -11,7 +11,10 @@ from selfheal import DatabaseUnavailable, SelfHealMiddleware, UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.healing.bodies import Incoming
 from tests.support.asgi import Wrapped
-from tests.support.sides import BrokenDisk, brought_back, files_below, locked, nothing_is_held_open, on_disk
+from tests.support.faults import BrokenDisk, locked_database
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, on_disk
 from tests.support.uploads import NAME, STREAMED, get, save_and_lose
 
 
@@ -21,7 +24,7 @@ async def test_no_answer_by_the_deadline_is_a_503(store: UploadStore) -> None:
     async with UploadStore(store.disk.path, store.database.url, deadline=1) as hurried:
         app = SelfHealMiddleware(Wrapped(), hurried)
         assert (await get(app, "unknown.jpg")).status_code == 404
-        async with locked(store):
+        async with locked_database(store):
             started = time.monotonic()
             answers = await asyncio.gather(get(app), get(app, "never-was.jpg"))
             taken = time.monotonic() - started
@@ -43,7 +46,7 @@ async def test_a_slow_disk_is_unknown_by_the_deadline(sqlite_store: UploadStore,
         with pytest.raises(DatabaseUnavailable):
             await hurried.bring_back(NAME)
         held.release()
-        assert await brought_back(hurried, NAME) == data
+        assert await restored_bytes(hurried, NAME) == data
 
 
 async def test_readers_give_up_a_restore_that_makes_no_progress(
@@ -68,7 +71,7 @@ async def test_readers_give_up_a_restore_that_makes_no_progress(
         assert on_disk(hurried, NAME) == data
         body.close()
         await hurried.tasks.settle(30)
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(sqlite_store.disk.path)
 
 
 # -- a restore that is stopped ----------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ async def test_callers_of_a_stopped_restore_are_cancelled(
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert files_below(sqlite_store.disk.path) == []
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(sqlite_store.disk.path)
 
 
 async def test_readers_of_a_stopped_restore_get_an_error(

@@ -13,7 +13,12 @@ from selfheal import SelfHealError, UploadStore
 from selfheal.blobs.database import READ_AT_ONCE
 from selfheal.content.sources import CHUNK
 from selfheal.healing.bodies import FromDatabase, Incoming
-from tests.support.sides import BrokenDisk, brought_back, execute, files_below, noise, nothing_is_held_open, on_disk
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.raw_sql import execute
+from tests.support.sample_data import noise
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, on_disk
 from tests.support.uploads import NAME, STREAMED, save_and_lose
 
 
@@ -28,15 +33,15 @@ async def test_a_large_file_is_sent_while_it_is_restored(store: UploadStore, bro
     first = await anext(pieces)
     assert data.startswith(first)
     await held.met()
-    assert await brought_back(store, NAME, STREAMED - 1000) == data[-1000:]
-    assert await brought_back(store, NAME, 40 * CHUNK + 5, 42 * CHUNK + 1) == data[40 * CHUNK + 5 : 42 * CHUNK + 1]
+    assert await restored_bytes(store, NAME, STREAMED - 1000) == data[-1000:]
+    assert await restored_bytes(store, NAME, 40 * CHUNK + 5, 42 * CHUNK + 1) == data[40 * CHUNK + 5 : 42 * CHUNK + 1]
     assert on_disk(store, NAME) is None
     held.release()
     assert first + b"".join([piece async for piece in pieces]) == data
     body.close()
     await store.tasks.settle(30)
     assert on_disk(store, NAME) == data
-    await nothing_is_held_open(store.disk.path)
+    await assert_nothing_open_below(store.disk.path)
 
 
 async def test_bytes_on_disk_are_not_read_from_the_database_again(
@@ -108,14 +113,14 @@ async def test_a_disk_that_fills_up_during_a_large_restore(store: UploadStore, b
     data = await save_and_lose(store, STREAMED)
     for space in (5 * CHUNK, 30 * CHUNK + 7, STREAMED - 1):
         broken_disk.fill_after(space)
-        assert await brought_back(store, NAME) == data
+        assert await restored_bytes(store, NAME) == data
         await store.tasks.settle(30)
         assert files_below(store.disk.path) == []
         broken_disk.mend()
-    assert await brought_back(store, NAME) == data
+    assert await restored_bytes(store, NAME) == data
     await store.tasks.settle(30)
     assert on_disk(store, NAME) == data
-    await nothing_is_held_open(store.disk.path)
+    await assert_nothing_open_below(store.disk.path)
 
 
 async def test_a_large_file_that_cannot_be_named_is_not_restored(

@@ -14,15 +14,11 @@ from selfheal import DatabaseUnavailable, UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.healing.bodies import Incoming
 from selfheal.settings import sqlite_file
-from tests.support.sides import (
-    BrokenDisk,
-    brought_back,
-    execute,
-    files_below,
-    nothing_is_held_open,
-    on_both_sides,
-    on_disk,
-)
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.raw_sql import execute
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, STREAMED, save_and_lose
 
 # -- changed in the database ------------------------------------------------------------------------------------------
@@ -36,7 +32,7 @@ async def test_deleted_while_being_restored(
     """A name that another node deletes just before or after its file appears is absent, and no file stays."""
     await save_and_lose(store, size)
     held = broken_disk.hold(call, done_first=done_first)
-    caller = asyncio.create_task(brought_back(store, NAME))
+    caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     await other_store.database.bury(NAME)
     held.release()
@@ -51,12 +47,12 @@ async def test_overwritten_while_being_restored(
     """A name that another node overwrites during its restore is answered with the new bytes, and they are on disk."""
     await save_and_lose(store, 1000)
     held = broken_disk.hold(call, done_first=done_first)
-    caller = asyncio.create_task(brought_back(store, NAME))
+    caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     await other_store.database.store_image(NAME, NEW)
     held.release()
     assert await caller == NEW
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 @pytest.mark.parametrize("size", [1000, 3 * CHUNK])
@@ -64,7 +60,7 @@ async def test_a_newer_file_stays(store: UploadStore, broken_disk: BrokenDisk, s
     """A restore of an outdated version removes no file that it did not put on disk itself."""
     await save_and_lose(store, size)
     held = broken_disk.hold("fsync")
-    caller = asyncio.create_task(brought_back(store, NAME))
+    caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     broken_disk.mend()
     saved = await store.save(NAME, NEW)
@@ -72,21 +68,21 @@ async def test_a_newer_file_stays(store: UploadStore, broken_disk: BrokenDisk, s
     held.release()
     assert await caller == NEW
     assert saved.path.stat().st_ino == inode
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 async def test_saved_on_this_node_while_being_restored(store: UploadStore, broken_disk: BrokenDisk) -> None:
     """A save that overtakes a restore wins, on disk and in the database."""
     await save_and_lose(store, 1000)
     held = broken_disk.hold("fsync")
-    caller = asyncio.create_task(brought_back(store, NAME))
+    caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     saving = asyncio.create_task(store.save(NAME, NEW))
     await asyncio.sleep(0.2)
     held.release()
     await saving
     assert await caller == NEW
-    assert await on_both_sides(store, NAME) == NEW
+    assert await on_disk_and_in_database(store, NAME) == NEW
 
 
 @pytest.mark.parametrize("change", ["deleted", "overwritten"])
@@ -106,9 +102,9 @@ async def test_changed_while_a_large_file_is_being_sent(
     assert b"".join([piece async for piece in body.pieces(0, body.size)]) == data
     body.close()
     await store.tasks.settle(30)
-    assert await brought_back(store, NAME) == (None if change == "deleted" else NEW)
+    assert await restored_bytes(store, NAME) == (None if change == "deleted" else NEW)
     assert on_disk(store, NAME) == (None if change == "deleted" else NEW)
-    await nothing_is_held_open(store.disk.path)
+    await assert_nothing_open_below(store.disk.path)
 
 
 @pytest.mark.parametrize("size", [1000, 3 * CHUNK])
@@ -118,7 +114,7 @@ async def test_a_database_that_is_lost_before_the_last_check(
     """Bytes that were checked are served and stay on disk, though the database cannot confirm the record any more."""
     data = await save_and_lose(store, size)
     held = broken_disk.hold("fsync")
-    caller = asyncio.create_task(brought_back(store, NAME))
+    caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     await execute(store, "ALTER TABLE image_storage RENAME TO image_storage_away")
     held.release()
@@ -159,12 +155,12 @@ async def test_a_record_that_changes_at_every_try_is_unknown(
 
     after_each_link(monkeypatch, change, times)
     if times < 3:
-        assert await brought_back(sqlite_store, NAME) == data
+        assert await restored_bytes(sqlite_store, NAME) == data
         return
     with pytest.raises(DatabaseUnavailable):
-        await brought_back(sqlite_store, NAME)
+        await restored_bytes(sqlite_store, NAME)
     assert files_below(sqlite_store.disk.path) == []
-    assert await brought_back(sqlite_store, NAME) == data
+    assert await restored_bytes(sqlite_store, NAME) == data
 
 
 @pytest.mark.parametrize(("size", "times"), [(1000, 3), (3 * CHUNK, 2), (3 * CHUNK, 3)])
@@ -178,8 +174,8 @@ async def test_a_file_that_vanishes_at_every_try_is_unknown(
     data = await save_and_lose(sqlite_store, size)
     after_each_link(monkeypatch, lambda name, directory: os.unlink(name, dir_fd=directory), times)
     if times < 3 or size == 1000:
-        assert await brought_back(sqlite_store, NAME) == data
+        assert await restored_bytes(sqlite_store, NAME) == data
         return
     with pytest.raises(DatabaseUnavailable, match="vanishes"):
-        await brought_back(sqlite_store, NAME)
-    assert await brought_back(sqlite_store, NAME) == data
+        await restored_bytes(sqlite_store, NAME)
+    assert await restored_bytes(sqlite_store, NAME) == data

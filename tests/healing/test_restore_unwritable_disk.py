@@ -9,7 +9,11 @@ import anyio
 import pytest
 
 from selfheal import DiskUnwritable, UploadStore
-from tests.support.sides import BrokenDisk, brought_back, files_below, in_database, noise, nothing_is_held_open, on_disk
+from tests.support.faults import BrokenDisk
+from tests.support.open_files import assert_nothing_open_below
+from tests.support.sample_data import noise
+from tests.support.store_requests import restored_bytes
+from tests.support.store_state import files_below, in_database, on_disk
 from tests.support.uploads import NAME, RESTORED_SIZES, save_and_lose
 
 
@@ -23,14 +27,14 @@ async def test_an_unwritable_disk_is_left_alone_for_30_seconds(
         data = noise(size)
         await store.database.store_image(NAME, data)
         directory.mkdir(parents=True)  # the mount point that a lost mount leaves
-        assert await brought_back(store, NAME) == data
+        assert await restored_bytes(store, NAME) == data
         store.disk.mark()
-        assert await brought_back(store, NAME) == data
-        assert await brought_back(store, NAME, size // 3, size // 2) == data[size // 3 : size // 2]
+        assert await restored_bytes(store, NAME) == data
+        assert await restored_bytes(store, NAME, size // 3, size // 2) == data[size // 3 : size // 2]
         assert [name for name in files_below(directory) if not name.startswith(".")] == []
         monkeypatch.setattr("selfheal.disk.directory.REFUSED_FOR", 0.01)
         await anyio.sleep(0.02)
-        assert await brought_back(store, NAME) == data
+        assert await restored_bytes(store, NAME) == data
         await store.tasks.settle(30)
         assert on_disk(store, NAME) == data
 
@@ -56,10 +60,10 @@ async def test_every_refusal_of_the_disk_is_served_from_the_database(
         if not size and call == "pwrite":
             continue  # nothing is written
         broken_disk.fail(call, getattr(errno, error))
-        assert await brought_back(sqlite_store, name) == data
+        assert await restored_bytes(sqlite_store, name) == data
         with pytest.raises(DiskUnwritable):
             await sqlite_store.is_on_disk_again(name)
         assert files_below(sqlite_store.disk.path) == []
         broken_disk.mend()
     assert await in_database(sqlite_store, "1000.jpg") == noise(1000)
-    await nothing_is_held_open(sqlite_store.disk.path)
+    await assert_nothing_open_below(sqlite_store.disk.path)

@@ -1,4 +1,4 @@
-"""Who waits for whom over PostgreSQL: all get there, and the app's own transaction is never what pays for it."""
+"""Locks between transactions in PostgreSQL: every save succeeds, and the app's own transaction is never aborted."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from selfheal.blobs.database import LARGE_UPLOADS_AT_ONCE, WRITE_AT_ONCE
 from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
 from tests.support.postgres import PostgresServer
-from tests.support.sides import noise, pieces_of, somebody_waits, sql
+from tests.support.raw_sql import sql, wait_for_lock_waiters
+from tests.support.records import bytes_of
+from tests.support.sample_data import noise, pieces_of
 
 LARGE = 2 * WRITE_AT_ONCE * CHUNK + 12345
 """Bytes that are stored in more than two transactions."""
-LONG = 1.3
-"""Seconds after which PostgreSQL has looked for a deadlock: then only who comes later is told of it."""
+AFTER_DEADLOCK_CHECK = 1.3
+"""Seconds after which PostgreSQL has looked for a deadlock; after that, only a later transaction finds it."""
 
 
 def large(seed: int) -> tuple[bytes, Digests]:
-    """So many bytes, and what they are known by."""
+    """Return large bytes that differ by seed, and their digests."""
     data = bytes([seed]) + noise(LARGE - 1)
     return data, Digests.of(data[at : at + CHUNK] for at in range(0, LARGE, CHUNK))
 
 
 @pytest.fixture
 async def images(postgres_url: str) -> AsyncIterator[ImageStorage]:
-    """The database half, its tables made."""
+    """The database half, its tables created."""
     images = ImageStorage(postgres_url, timeout=8)
     await images.create_tables()
     yield images
@@ -42,25 +44,19 @@ async def images(postgres_url: str) -> AsyncIterator[ImageStorage]:
 
 @pytest.fixture
 async def engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
-    """The app's own."""
+    """The app's own engine."""
     engine = create_async_engine(postgres_url, poolclass=NullPool)
     yield engine
     await engine.dispose()
 
 
-async def bytes_of(images: ImageStorage, name: str) -> bytes | None:
-    """The bytes that a name has; None if it has none."""
-    record = await images.find(name)
-    return None if record is None else b"".join([chunk async for chunk in images.read(record)])
-
-
-async def until(source: bytes, at: int, reached: asyncio.Event, go_on: asyncio.Event) -> AsyncIterator[bytes]:
-    """Bytes that come to a halt at a chunk until somebody lets them go on."""
+async def until(source: bytes, at: int, is_waiting: asyncio.Event, go_on: asyncio.Event) -> AsyncIterator[bytes]:
+    """Yield bytes by chunks, and wait after `at` chunks until the test lets them go on."""
     async for piece in pieces_of(source, CHUNK):
         yield piece
         at -= 1
         if at == 0:
-            reached.set()
+            is_waiting.set()
             await go_on.wait()
 
 
@@ -68,12 +64,12 @@ async def until(source: bytes, at: int, reached: asyncio.Event, go_on: asyncio.E
 async def half_stored(
     images: ImageStorage, name: str, seed: int, connection: AsyncConnection | None = None
 ) -> AsyncIterator[None]:
-    """While a large file, known beforehand, is on its way in; it goes on at the end, and gets there."""
+    """Store a large file with known digests: inside the block, half of its chunks are stored; at the end, the rest."""
     data, known = large(seed)
-    reached, go_on = asyncio.Event(), asyncio.Event()
-    source = until(data, WRITE_AT_ONCE + 20, reached, go_on)
+    is_waiting, go_on = asyncio.Event(), asyncio.Event()
+    source = until(data, WRITE_AT_ONCE + 20, is_waiting, go_on)
     storing = asyncio.create_task(images.store_image(name, source, known=known, connection=connection))
-    await reached.wait()
+    await is_waiting.wait()
     while not connection and not await sql(images.url, "SELECT 1 FROM image_chunk"):
         await asyncio.sleep(0.01)
     try:
@@ -83,18 +79,22 @@ async def half_stored(
         await storing
 
 
-async def test_a_write_that_is_broken_off_for_a_deadlock(postgres_url: str, engine: AsyncEngine) -> None:
-    """Two wait for each other, and the server breaks ours off: it is done once the other's transaction has ended."""
+async def test_a_write_that_is_aborted_for_a_deadlock(postgres_url: str, engine: AsyncEngine) -> None:
+    """A write that the server aborts because of a deadlock is repeated, and done once the other
+    transaction has ended.
+    """
     await sql(postgres_url, f"ALTER DATABASE {postgres_url.rpartition('/')[2]} SET deadlock_timeout = '200ms'")
     images = ImageStorage(postgres_url, timeout=8)
     await images.create_tables()
     await images.store_image("a.png", b"one")
     two = await images.store_image("two.png", b"two")
     async with engine.connect() as holder:
-        await holder.execute(text("SET LOCAL deadlock_timeout = '1min'"))  # ours is the one that finds out
+        await holder.execute(
+            text("SET LOCAL deadlock_timeout = '1min'")
+        )  # so that our transaction is the one that is aborted
         await holder.execute(text(f"SELECT 1 FROM image_blob WHERE sha256 = '{two.sha256}' FOR UPDATE"))
         storing = asyncio.create_task(images.store_image("a.png", b"two"))
-        await somebody_waits(postgres_url)
+        await wait_for_lock_waiters(postgres_url)
         await holder.execute(text("SELECT 1 FROM image_storage WHERE name = 'a.png' FOR UPDATE"))
         await holder.rollback()
     assert (await storing).generation == 2
@@ -103,33 +103,33 @@ async def test_a_write_that_is_broken_off_for_a_deadlock(postgres_url: str, engi
 
 
 async def test_a_lock_that_is_held_for_long(images: ImageStorage, engine: AsyncEngine) -> None:
-    """A write waits for it, over and over, and is done once it is let go; reads do not wait."""
+    """A write waits for a lock that is held for a long time; reads do not wait."""
     await images.store_image("a.png", b"one")
     async with engine.begin() as holder:
         await holder.execute(text("SELECT 1 FROM image_storage FOR UPDATE"))
         storing = asyncio.create_task(images.store_image("a.png", b"two"))
-        await asyncio.sleep(LONG)
+        await asyncio.sleep(AFTER_DEADLOCK_CHECK)
         assert not storing.done()
         assert await bytes_of(images, "a.png") == b"one"
     assert (await storing).generation == 2
 
 
 @pytest.fixture
-def nothing_is_refused(postgres: PostgresServer) -> Iterator[None]:
-    """The server logs no error meanwhile: nobody is broken off, and has to begin anew."""
+def no_server_errors(postgres: PostgresServer) -> Iterator[None]:
+    """Fail if the server logs an error during the test: then no transaction was aborted or repeated."""
     log = postgres.data.parent / "run" / "log"
     before = log.stat().st_size
     yield
     assert "ERROR" not in log.read_text()[before:]
 
 
-@pytest.mark.usefixtures("nothing_is_refused")
+@pytest.mark.usefixtures("no_server_errors")
 async def test_a_lock_that_others_want_all_the_time(images: ImageStorage, engine: AsyncEngine) -> None:
-    """Whoever waits for it gets it in turn, and does not go to the end of the queue over and over."""
+    """A write that waits for a lock gets it in its turn, and does not start to wait again behind the others."""
     await images.store_image("a.png", b"one")
     is_over = asyncio.Event()
 
-    async def want() -> None:
+    async def take_the_lock() -> None:
         while not is_over.is_set():
             async with engine.begin() as connection:
                 await connection.execute(text("SELECT 1 FROM image_storage FOR UPDATE"))
@@ -137,7 +137,7 @@ async def test_a_lock_that_others_want_all_the_time(images: ImageStorage, engine
 
     async with asyncio.TaskGroup() as group:
         for _ in range(6):
-            group.create_task(want())
+            group.create_task(take_the_lock())
         await asyncio.sleep(0.2)
         for number in range(2):
             await images.store_image("a.png", b"%d" % number)
@@ -145,9 +145,9 @@ async def test_a_lock_that_others_want_all_the_time(images: ImageStorage, engine
     assert await bytes_of(images, "a.png") == b"1"
 
 
-@pytest.mark.usefixtures("nothing_is_refused")
-async def test_who_stores_the_same_large_bytes_takes_turns(postgres_url: str, images: ImageStorage) -> None:
-    """Known beforehand or not, many at once, under many names."""
+@pytest.mark.usefixtures("no_server_errors")
+async def test_many_saves_of_the_same_large_bytes(postgres_url: str, images: ImageStorage) -> None:
+    """The same large bytes can be stored under many names at once, with known digests or without."""
     others = ImageStorage(postgres_url, timeout=8)
     for seed in range(3):
         data, known = large(seed)
@@ -163,10 +163,12 @@ async def test_who_stores_the_same_large_bytes_takes_turns(postgres_url: str, im
 
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
 @pytest.mark.parametrize("name", ["a.png", "b.png"], ids=["same name", "other name"])
-async def test_what_is_half_stored_in_a_transaction_of_the_callers(
+async def test_half_stored_in_the_callers_transaction(
     images: ImageStorage, engine: AsyncEngine, name: str, known: bool
 ) -> None:
-    """It keeps nobody waiting who stores the same bytes, and gets there itself."""
+    """A large file that is half stored in the caller's transaction delays no other save of the same bytes, and is
+    stored.
+    """
     data, digests = large(1)
     async with engine.begin() as connection, half_stored(images, name, 1, connection):
         await images.store_image("a.png", pieces_of(data, CHUNK), known=digests if known else None)
@@ -175,23 +177,21 @@ async def test_what_is_half_stored_in_a_transaction_of_the_callers(
     assert await sql(images.url, "SELECT count(*) FROM image_chunk") == [(-(-LARGE // CHUNK),)]
 
 
-async def test_a_transaction_of_the_callers_meets_what_is_half_stored(
-    images: ImageStorage, engine: AsyncEngine
-) -> None:
-    """It takes the place of what others have written so far; they write the rest."""
+async def test_the_callers_transaction_beside_a_half_stored_file(images: ImageStorage, engine: AsyncEngine) -> None:
+    """A save in the caller's transaction replaces the chunks that another save has half stored, and both are stored."""
     async with half_stored(images, "a.png", 1), AsyncSession(engine) as session, session.begin():
         await images.store_image("b.png", pieces_of(large(1)[0], CHUNK), connection=session)
     assert await bytes_of(images, "a.png") == await bytes_of(images, "b.png") == large(1)[0]
 
 
-async def test_two_large_files_in_a_transaction_of_the_callers(images: ImageStorage, engine: AsyncEngine) -> None:
-    """Others wait for what it holds, as many as may; it waits for none of them."""
+async def test_two_large_files_in_the_callers_transaction(images: ImageStorage, engine: AsyncEngine) -> None:
+    """Other saves wait for the caller's transaction, and it waits for none of them."""
     (one, known), (two, known_too) = large(1), large(2)
     async with engine.begin() as connection:
         await images.store_image("one.png", one, known=known, connection=connection)
         names = [f"{number}.png" for number in range(LARGE_UPLOADS_AT_ONCE)]
         saving = [asyncio.create_task(images.store_image(name, one, known=known)) for name in names]
-        await somebody_waits(str(images.url), len(names))
+        await wait_for_lock_waiters(str(images.url), len(names))
         async with asyncio.timeout(3):
             await images.store_image("two.png", two, known=known_too, connection=connection)
     await asyncio.gather(*saving)
@@ -203,16 +203,16 @@ Step = Callable[[ImageStorage, AsyncConnection | None], Awaitable[object]]
 
 
 def store(name: str, data: bytes) -> Step:
-    """Store bytes, in a transaction of the caller's if there is one."""
+    """Return a step that stores bytes, in the caller's transaction if there is one."""
     return lambda images, connection: images.store_image(name, data, connection=connection)
 
 
 def purge(images: ImageStorage, _: AsyncConnection | None) -> Awaitable[object]:
-    """Drop what nobody wants."""
+    """Purge everything that no record refers to."""
     return images.purge(timedelta(0), grace=timedelta(seconds=-9))
 
 
-CIRCLES: dict[str, tuple[Step, Step, Step]] = {
+DEADLOCKS: dict[str, tuple[Step, Step, Step]] = {
     "small, then large": (store("a.png", b"new"), store("b.png", large(1)[0]), store("a.png", large(1)[0])),
     "large, then small": (store("a.png", large(1)[0]), store("b.png", b"new"), store("b.png", large(1)[0])),
     "one name twice": (store("a.png", b"new"), store("a.png", large(1)[0]), store("a.png", large(1)[0])),
@@ -222,30 +222,32 @@ CIRCLES: dict[str, tuple[Step, Step, Step]] = {
 }
 
 
-@pytest.mark.parametrize(("first", "then", "meanwhile"), CIRCLES.values(), ids=CIRCLES)
-async def test_the_callers_transaction_is_not_broken_off(
-    images: ImageStorage, engine: AsyncEngine, first: Step, then: Step, meanwhile: Step
+@pytest.mark.parametrize(("first", "second", "other"), DEADLOCKS.values(), ids=DEADLOCKS)
+async def test_the_callers_transaction_is_not_aborted(
+    images: ImageStorage, engine: AsyncEngine, first: Step, second: Step, other: Step
 ) -> None:
-    """Whoever waits for what it holds, and holds what it wants next, gives way."""
+    """The caller's transaction is not aborted if another call waits for its locks and holds a lock
+    that it needs next.
+    """
     for name in ("a.png", "b.png", "1.png", "2.png"):
         await images.store_image(name, name[0].encode())
         if name[0].isdigit():
             await images.bury(name)
     async with engine.begin() as connection:
         await first(images, connection)
-        other = asyncio.ensure_future(meanwhile(images, None))
-        await somebody_waits(str(images.url))
-        await asyncio.sleep(LONG)
-        await then(images, connection)
-    await other
+        waiting = asyncio.ensure_future(other(images, None))
+        await wait_for_lock_waiters(str(images.url))
+        await asyncio.sleep(AFTER_DEADLOCK_CHECK)
+        await second(images, connection)
+    await waiting
     async for page in images.pages():
         for record in page:
             assert await images.digest(record) == record.sha256
 
 
-@pytest.mark.usefixtures("nothing_is_refused")
-async def test_a_database_that_is_stricter_by_default(postgres_url: str, images: ImageStorage) -> None:
-    """Its default level is not ours: who stores the same bytes as others is refused nothing."""
+@pytest.mark.usefixtures("no_server_errors")
+async def test_a_stricter_default_isolation_level(postgres_url: str, images: ImageStorage) -> None:
+    """With a default isolation level of REPEATABLE READ, no save of the same bytes as others is aborted."""
     name = postgres_url.rpartition("/")[2]
     await sql(postgres_url, f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
     stricter = ImageStorage(postgres_url)
@@ -257,8 +259,10 @@ async def test_a_database_that_is_stricter_by_default(postgres_url: str, images:
     await stricter.close()
 
 
-async def test_a_stricter_transaction_of_the_callers_is_refused(images: ImageStorage, engine: AsyncEngine) -> None:
-    """It cannot see what it would have to replace; that is told as what it is, and changes nothing."""
+async def test_a_stricter_transaction_of_the_caller_is_refused(images: ImageStorage, engine: AsyncEngine) -> None:
+    """A save in a caller's transaction that cannot see the rows that it must replace is refused,
+    and changes nothing.
+    """
     stricter = engine.execution_options(isolation_level="REPEATABLE READ")
     async with stricter.connect() as connection:
         assert (await connection.execute(text("SELECT count(*) FROM image_chunk"))).scalar_one() == 0
@@ -273,9 +277,9 @@ async def test_a_stricter_transaction_of_the_callers_is_refused(images: ImageSto
 async def test_a_connection_that_commits_each_statement_is_no_transaction(
     images: ImageStorage, engine: AsyncEngine
 ) -> None:
-    """A record could come to stand without its bytes: it is refused, and nothing is stored."""
-    careless = engine.execution_options(isolation_level="AUTOCOMMIT")
-    async with careless.connect() as connection, AsyncSession(careless) as session:
+    """A connection that commits each statement is refused, because a record could be stored without its bytes."""
+    autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+    async with autocommit.connect() as connection, AsyncSession(autocommit) as session:
         for given in (connection, session):
             for data in (b"small", large(1)[0]):
                 with pytest.raises(DatabaseUnavailable, match="commits each statement"):

@@ -1,4 +1,4 @@
-"""Connections that are kept for reading, over a real PostgreSQL: used again, few, thrown away when they are lost."""
+"""Connections that are kept for reading, over a real PostgreSQL: few, used again, and closed when they are lost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from selfheal.sql import postgresql as module
 from selfheal.sql.postgresql import KEPT_AT_MOST, Readers
 from selfheal.sql.statements import DeadConnection
 from tests.support.postgres import PostgresServer
-from tests.support.sides import sql
+from tests.support.raw_sql import sql
 
 POOL = 3
 
 
 @pytest.fixture
 async def engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
-    """An engine with a connection in its pool."""
+    """An engine with one open connection in its pool."""
     engine = create_async_engine(postgres_url, pool_size=POOL, max_overflow=POOL, connect_args={"command_timeout": 0.5})
     async with engine.connect():
         pass
@@ -32,43 +32,43 @@ async def engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
 
 @pytest.fixture
 async def readers(engine: AsyncEngine) -> AsyncIterator[Readers]:
-    """Its readers."""
+    """The connections that are kept for reading, over this engine."""
     readers = Readers(engine, 2 * POOL)
     yield readers
     readers.close()
 
 
 async def process(driver: Any) -> int:
-    """The server's process behind a connection."""
+    """Return the id of the server process of a connection."""
     return int(await driver.fetchval("SELECT pg_backend_pid()"))
 
 
-async def slowly(driver: Any) -> int:
-    """The same, for long enough that others ask meanwhile."""
+async def slow_process(driver: Any) -> int:
+    """Return the same after 100 ms, so that other reads overlap with this one."""
     return int(await driver.fetchval("SELECT pg_backend_pid() FROM pg_sleep(0.1)"))
 
 
 async def processes(url: str) -> set[int]:
-    """The server's processes for others in this database, once those that end have done so."""
+    """Return the other server processes of this database, once those that end have ended."""
     await asyncio.sleep(0.2)
     query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     return {row[0] for row in await sql(url, query)}
 
 
-def taken(engine: AsyncEngine) -> int:
-    """How many connections the pool has handed out."""
+def checked_out(engine: AsyncEngine) -> int:
+    """Return how many connections the pool has handed out."""
     pool: Any = engine.pool
     return int(pool.checkedout())
 
 
-async def test_one_that_asks_over_and_over(engine: AsyncEngine, readers: Readers) -> None:
-    """Always the same connection, which is kept."""
+async def test_one_read_after_the_other(engine: AsyncEngine, readers: Readers) -> None:
+    """One read after the other uses the same connection, which is kept."""
     assert len({await readers.ask(process) for _ in range(5)}) == 1
-    assert taken(engine) == 1
+    assert checked_out(engine) == 1
 
 
-async def test_none_is_idle(engine: AsyncEngine, readers: Readers) -> None:
-    """One that would have to be opened is not had at once; one that is kept, or in the pool, is."""
+async def test_idle_connections(engine: AsyncEngine, readers: Readers) -> None:
+    """A kept connection, or one in the pool, is idle; one that must be opened first is not."""
     assert readers.has_idle
     async with engine.connect():
         assert not readers.has_idle
@@ -76,33 +76,35 @@ async def test_none_is_idle(engine: AsyncEngine, readers: Readers) -> None:
     assert readers.has_idle
 
 
-async def test_many_at_once(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
-    """All are answered; then a few are kept, the pool is as full as it may be, and the rest is closed."""
-    answers = await asyncio.gather(*(readers.ask(slowly) for _ in range(2 * POOL)))
+async def test_many_reads_at_once(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
+    """Many reads at once are all answered; then two connections are kept, the pool is full, and the
+    others are closed.
+    """
+    answers = await asyncio.gather(*(readers.ask(slow_process) for _ in range(2 * POOL)))
     assert len(set(answers)) == 2 * POOL
-    assert taken(engine) == KEPT_AT_MOST
+    assert checked_out(engine) == KEPT_AT_MOST
     left = await processes(postgres_url)
     assert len(left) == KEPT_AT_MOST + POOL
     assert left <= set(answers)
-    assert set(await asyncio.gather(*(readers.ask(slowly) for _ in range(POOL)))) <= left
+    assert set(await asyncio.gather(*(readers.ask(slow_process) for _ in range(POOL)))) <= left
 
 
-async def test_one_that_the_server_closes(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
-    """Who asks it is told, and it is not kept."""
+async def test_a_connection_that_the_server_closes(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
+    """A read on a connection that the server has closed raises an error, and the connection is not kept."""
     ended = await readers.ask(process)
     await sql(postgres_url, f"SELECT pg_terminate_backend({ended})")
     with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
         await readers.ask(process)
-    assert taken(engine) == 0
+    assert checked_out(engine) == 0
     async with engine.connect():
         pass
     assert await readers.ask(process) != ended
 
 
-async def test_one_that_was_lost_and_cannot_be_opened(
+async def test_a_lost_connection_that_cannot_be_replaced(
     postgres: PostgresServer, engine: AsyncEngine, readers: Readers
 ) -> None:
-    """Whoever asks is told that it is dead; once the database is back it is opened anew."""
+    """A read that cannot open a connection reports a dead connection; once the database is back, it opens a new one."""
     async with engine.connect() as connection:
         await connection.invalidate()
     database = engine.url.database
@@ -113,27 +115,27 @@ async def test_one_that_was_lost_and_cannot_be_opened(
     assert await readers.ask(process)
 
 
-async def test_one_that_the_server_is_silent_on(engine: AsyncEngine, readers: Readers) -> None:
-    """It is thrown away: what it would say later is nobody's answer."""
+async def test_a_connection_on_which_the_server_is_silent(engine: AsyncEngine, readers: Readers) -> None:
+    """A connection on which the server was silent is closed: a late answer must not reach another read."""
     silent = await readers.ask(process)
     with pytest.raises(TimeoutError):
         await readers.ask(lambda driver: driver.fetchval("SELECT pg_sleep(9)"))
-    assert taken(engine) == 0
+    assert checked_out(engine) == 0
     async with engine.connect():
         pass
     assert await readers.ask(process) != silent
 
 
-async def test_a_question_that_is_wrong(engine: AsyncEngine, readers: Readers) -> None:
-    """It is told so, and the connection is as good as before."""
+async def test_a_wrong_statement(engine: AsyncEngine, readers: Readers) -> None:
+    """A read with a wrong statement raises an error, and the connection is kept."""
     before = await readers.ask(process)
     with pytest.raises(asyncpg.PostgresError):
         await readers.ask(lambda driver: driver.fetchval("SELECT nonsense"))
     assert await readers.ask(process) == before
 
 
-async def test_a_driver_that_is_confused(engine: AsyncEngine, readers: Readers) -> None:
-    """As asyncpg is now and then while the server goes away: it is not asked again."""
+async def test_an_internal_error_of_the_driver(engine: AsyncEngine, readers: Readers) -> None:
+    """A connection with an internal error of asyncpg, as happens when the server goes away, is not used again."""
     before = await readers.ask(process)
 
     async def confuse(_: Any) -> None:
@@ -141,28 +143,28 @@ async def test_a_driver_that_is_confused(engine: AsyncEngine, readers: Readers) 
 
     with pytest.raises(asyncpg.InternalClientError):
         await readers.ask(confuse)
-    assert taken(engine) == 0
+    assert checked_out(engine) == 0
     async with engine.connect():
         pass
     assert await readers.ask(process) != before
 
 
-async def test_a_question_that_is_cancelled(engine: AsyncEngine, readers: Readers) -> None:
-    """Whoever asks next gets the answer to what he asked."""
+async def test_a_read_that_is_cancelled(engine: AsyncEngine, readers: Readers) -> None:
+    """After a read is cancelled, the next read gets its own answer."""
     for _ in range(5):
-        asking = asyncio.create_task(readers.ask(slowly))
+        asking = asyncio.create_task(readers.ask(slow_process))
         await asyncio.sleep(0.02)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
         assert await readers.ask(lambda driver: driver.fetchval("SELECT 17")) == 17
-    assert taken(engine) <= KEPT_AT_MOST
+    assert checked_out(engine) <= KEPT_AT_MOST
 
 
-async def test_one_that_was_kept_for_long(
+async def test_a_connection_that_was_kept_too_long(
     monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, readers: Readers
 ) -> None:
-    """It goes back into the pool before it is asked: the pool opens anew what is too old."""
+    """A connection that was kept too long goes back to the pool, which replaces it if it is too old."""
     before = await readers.ask(process)
     pool: Any = engine.pool
     pool._recycle = 0.01
@@ -170,18 +172,18 @@ async def test_one_that_was_kept_for_long(
     monkeypatch.setattr(module, "KEPT_FOR", 0.0)
     await asyncio.sleep(0.02)
     assert await readers.ask(process) != before
-    assert taken(engine) == 1
+    assert checked_out(engine) == 1
 
 
-async def test_somebody_waits_for_one_that_is_kept(engine: AsyncEngine, readers: Readers) -> None:
-    """Where the pool has no other left it is let go; none is kept that others wait for."""
-    await asyncio.gather(*(readers.ask(slowly) for _ in range(KEPT_AT_MOST)))
+async def test_kept_connections_are_released_for_waiting_callers(engine: AsyncEngine, readers: Readers) -> None:
+    """Kept connections are released if the pool has no other connection left for callers that wait."""
+    await asyncio.gather(*(readers.ask(slow_process) for _ in range(KEPT_AT_MOST)))
     assert readers.kept == KEPT_AT_MOST
     others = [await engine.connect() for _ in range(2 * POOL - KEPT_AT_MOST)]
     readers.make_room()
     assert readers.kept == 0
     others.append(await engine.connect())
-    asking = asyncio.create_task(readers.ask(slowly))
+    asking = asyncio.create_task(readers.ask(slow_process))
     await asyncio.sleep(0.02)
     async with asyncio.timeout(3):
         others.append(await engine.connect())
@@ -192,32 +194,32 @@ async def test_somebody_waits_for_one_that_is_kept(engine: AsyncEngine, readers:
 
 
 async def test_a_pool_that_has_enough_left_keeps_its_readers(engine: AsyncEngine, readers: Readers) -> None:
-    """They are not let go for as long as others can be had."""
+    """Kept connections are not released while the pool has others."""
     await readers.ask(process)
     readers.make_room()
     assert readers.kept == 1
 
 
-async def test_readers_that_nobody_closed(
+async def test_readers_that_are_not_closed(
     engine: AsyncEngine, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The pool gets back what was kept, and has nothing to complain of."""
+    """Kept connections go back to the pool with the garbage collection, without a warning."""
     readers = Readers(engine, 2 * POOL)
     await readers.ask(process)
-    assert taken(engine) == 1
+    assert checked_out(engine) == 1
     del readers
     gc.collect()
-    assert taken(engine) == 0
+    assert checked_out(engine) == 0
     assert caplog.records == []
 
 
 async def test_closing(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
-    """Nothing stays open, neither what is kept nor what is being asked."""
+    """After `close` no connection stays open, neither a kept one nor one that is in use."""
     await readers.ask(process)
-    asking = asyncio.create_task(readers.ask(slowly))
+    asking = asyncio.create_task(readers.ask(slow_process))
     await asyncio.sleep(0.02)
     readers.close()
     assert await asking
     await engine.dispose()
-    assert taken(engine) == 0
+    assert checked_out(engine) == 0
     assert await processes(postgres_url) == set()

@@ -1,4 +1,4 @@
-"""The tables: what they hold, how names compare in them, and that they can live in the app's own MetaData."""
+"""The tables: their columns, how they compare names, and how they share the MetaData of an app."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sqlalchemy.schema import CreateTable
 from selfheal import ImageStorage, SchemaError, UploadStore, define_tables
 from selfheal.sql.schema import SCHEMA_VERSION
 from tests.support.postgres import PostgresServer
+from tests.support.raw_sql import sql
 from tests.support.requirements import needs
-from tests.support.sides import sql
 
 COLUMNS = {
     "image_storage": {
@@ -40,7 +40,7 @@ KEYS = {
 
 
 async def make_all(url: str, metadata: MetaData) -> None:
-    """Make the tables of a MetaData as the app would, without us."""
+    """Create the tables of a MetaData as the app would, without selfheal."""
     engine = create_async_engine(url, poolclass=NullPool)
     async with engine.begin() as connection:
         await connection.run_sync(metadata.create_all)
@@ -48,7 +48,7 @@ async def make_all(url: str, metadata: MetaData) -> None:
 
 
 async def described(url: str, schema: str | None = None) -> dict[str, tuple[set[str], list[str]]]:
-    """The tables of a database: names of columns, and the primary key."""
+    """Return the column names and the primary key of each table in a database."""
     engine = create_async_engine(url, poolclass=NullPool)
 
     def look(connection: Any) -> dict[str, tuple[set[str], list[str]]]:
@@ -69,7 +69,7 @@ async def described(url: str, schema: str | None = None) -> dict[str, tuple[set[
 
 @asynccontextmanager
 async def opened(url: str, metadata: MetaData | None = None) -> AsyncIterator[ImageStorage]:
-    """The database half over a URL, closed in the end."""
+    """Open the database half over a URL, and close it at the end."""
     images = ImageStorage(url, metadata=metadata)
     try:
         yield images
@@ -78,7 +78,7 @@ async def opened(url: str, metadata: MetaData | None = None) -> AsyncIterator[Im
 
 
 async def check_working(images: ImageStorage, name: str = "a.png") -> None:
-    """Everything that touches a table works, for a name that is new."""
+    """Fail if a call that uses a table fails, for a name without a record."""
     await images.store_image(name, b"one")
     await images.store_image(name, b"two")
     await images.bury(name)
@@ -87,11 +87,11 @@ async def check_working(images: ImageStorage, name: str = "a.png") -> None:
     assert [version.generation for version in await images.history(name)] == [2, 1]
 
 
-# -- what is there --------------------------------------------------------------------------------------------------
+# -- columns and creation ----------------------------------------------------------------------------------------------
 
 
 async def test_tables_and_keys(store: UploadStore, database_url: str) -> None:
-    """The tables are the documented ones, with the documented columns and keys."""
+    """The tables have the documented names, columns and keys."""
     tables = await described(database_url)
     assert set(tables) == set(COLUMNS)
     for table, (columns, key) in tables.items():
@@ -99,8 +99,8 @@ async def test_tables_and_keys(store: UploadStore, database_url: str) -> None:
         assert key == KEYS[table]
 
 
-async def test_a_record_alone(store: UploadStore, database_url: str) -> None:
-    """A record that somebody else wrote, with the documented columns alone, is a record."""
+async def test_a_row_of_another_program(store: UploadStore, database_url: str) -> None:
+    """A row that another program wrote, with the documented columns alone, is a record."""
     await sql(
         database_url,
         "INSERT INTO image_storage (name, sha256, size, content_type, modified_ns) VALUES ('a.png', 'x', 1, 'b/c', 2)",
@@ -111,8 +111,8 @@ async def test_a_record_alone(store: UploadStore, database_url: str) -> None:
     assert (record.generation, record.is_deleted) == (1, False)
 
 
-async def test_making_tables_again(store: UploadStore, database_url: str) -> None:
-    """Making the tables again changes nothing of what is in them."""
+async def test_creating_tables_again(store: UploadStore, database_url: str) -> None:
+    """Creating the tables again changes nothing in them."""
     record = await store.database.store_image("a.png", b"one")
     for _ in range(3):
         await store.database.create_tables()
@@ -123,16 +123,16 @@ async def test_making_tables_again(store: UploadStore, database_url: str) -> Non
 
 
 @pytest.mark.parametrize("missing", sorted(COLUMNS))
-async def test_making_what_is_missing(store: UploadStore, database_url: str, missing: str) -> None:
-    """If a process was killed while it made the tables, the next one makes the rest."""
+async def test_creating_what_is_missing(store: UploadStore, database_url: str, missing: str) -> None:
+    """If a process is killed while it creates the tables, the next one creates the rest."""
     await sql(database_url, f"DROP TABLE {missing}")
     async with opened(database_url) as images:
         await images.create_tables()
         await check_working(images)
 
 
-async def test_making_tables_at_the_same_time(database_url: str) -> None:
-    """Several storages of one process may make the tables at once."""
+async def test_creating_tables_at_the_same_time(database_url: str) -> None:
+    """Several storages of one process may create the tables at once."""
     several = [ImageStorage(database_url) for _ in range(6)]
     await asyncio.gather(*(images.create_tables() for images in several))
     await check_working(several[0])
@@ -141,7 +141,7 @@ async def test_making_tables_at_the_same_time(database_url: str) -> None:
 
 
 async def test_a_newer_schema_is_left_alone(store: UploadStore, database_url: str) -> None:
-    """Making the tables never marks the database of a newer selfheal as ours."""
+    """Creating the tables never changes the version of a newer schema, and raises an error."""
     await sql(database_url, f"UPDATE image_schema SET version = {SCHEMA_VERSION + 1}")
     for images in (store.database, ImageStorage(database_url)):
         with pytest.raises(SchemaError, match="newer"):
@@ -153,21 +153,21 @@ async def test_a_newer_schema_is_left_alone(store: UploadStore, database_url: st
             await images.find("a.png")
 
 
-# -- how names compare ----------------------------------------------------------------------------------------------
+# -- how names compare -------------------------------------------------------------------------------------------------
 
 
 def a_database(postgres: PostgresServer, name: str, options: str) -> str:
-    """A database of a server, made with these options; its URL."""
+    """Create a database with these options, and return its URL."""
     postgres.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
     postgres.sql(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
     return postgres.url(name)
 
 
-async def test_names_where_the_database_sorts_as_people_do(postgres: PostgresServer) -> None:
-    """Names compare by their bytes even in a database whose own order ignores case and punctuation."""
+async def test_names_in_a_database_with_an_icu_collation(postgres: PostgresServer) -> None:
+    """Names are compared by their bytes even if the default order of the database ignores case and punctuation."""
     if float(postgres.programs.parent.name if postgres.programs.parent.name.isdigit() else 0) < 15:
         needs("PostgreSQL 15 or later", "apt-get install postgresql")
-    url = a_database(postgres, "sorted_by_people", "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C.UTF-8'")
+    url = a_database(postgres, "icu_collation", "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C.UTF-8'")
     names = ["B.png", "_a.png", "a b.png", "a-b.png", "a.png", "ab.png", "b.png", "z.png", "Ä.png", "é.png", "日.png"]
     query = "SELECT n FROM (VALUES ('_a.png'), ('B.png'), ('a.png')) AS v(n) ORDER BY n"
     assert await sql(url, query) == [("_a.png",), ("a.png",), ("B.png",)]
@@ -177,11 +177,11 @@ async def test_names_where_the_database_sorts_as_people_do(postgres: PostgresSer
             await images.store_image(name, b"x")
         got = [record.name for record in [r async for page in images.pages(size=2) for r in page]]
     assert got == sorted(names, key=str.encode)
-    postgres.sql("DROP DATABASE sorted_by_people WITH (FORCE)")
+    postgres.sql("DROP DATABASE icu_collation WITH (FORCE)")
 
 
 async def test_binary_collation(database_url: str, store: UploadStore) -> None:
-    """The columns of names carry a binary collation of their own."""
+    """The columns of names have a binary collation of their own."""
     if database_url.startswith("sqlite"):
         query = "SELECT sql FROM sqlite_master WHERE name IN ('image_storage', 'image_history')"
         for (statement,) in await sql(database_url, query):
@@ -197,7 +197,7 @@ async def test_binary_collation(database_url: str, store: UploadStore) -> None:
 
 
 async def storage_of_data(url: str, schema: str) -> str:
-    """How PostgreSQL stores the bytes of chunks: e(xternal), m(ain), p(lain) or (e)x(tended, compressed)."""
+    """Return how PostgreSQL stores the bytes of chunks: e(xternal), m(ain), p(lain) or x (extended, compressed)."""
     rows = await sql(
         url,
         "SELECT CAST(a.attstorage AS text) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
@@ -215,11 +215,11 @@ async def test_bytes_are_not_compressed(postgres_url: str) -> None:
     assert await storage_of_data(postgres_url, "public") == "e"
 
 
-# -- in the app's own MetaData --------------------------------------------------------------------------------------
+# -- the app's MetaData ------------------------------------------------------------------------------------------------
 
 
 def the_apps_metadata(**options: Any) -> MetaData:
-    """An app's own tables, one of which refers to ours."""
+    """Return the tables of an app, one of which refers to a table of selfheal."""
     metadata = MetaData(**options)
     ours = define_tables(metadata)
     Table(
@@ -232,7 +232,7 @@ def the_apps_metadata(**options: Any) -> MetaData:
 
 
 def test_the_apps_metadata_knows_our_tables() -> None:
-    """What looks at the app's MetaData, as Alembic does, sees our tables beside the app's own."""
+    """A tool that reads the app's MetaData, such as Alembic, sees our tables beside those of the app."""
     metadata = the_apps_metadata()
     assert set(metadata.tables) == {*COLUMNS, "app_cat"}
     assert "app_cat" in {table.name for table in metadata.sorted_tables}
@@ -240,7 +240,7 @@ def test_the_apps_metadata_knows_our_tables() -> None:
 
 @pytest.mark.parametrize("schema", [None, "pictures"])
 def test_defining_tables_twice(schema: str | None) -> None:
-    """Tables that a MetaData has already are used, not defined again, whatever schema it names."""
+    """Tables that a MetaData already has are used, and not defined again, with a schema as well."""
     metadata = MetaData(schema=schema)
     first = define_tables(metadata)
     again = define_tables(metadata)
@@ -255,7 +255,7 @@ def test_two_metadatas_share_nothing() -> None:
 
 @pytest.mark.parametrize("dialect", [sqlite.dialect(), postgresql.dialect()], ids=["sqlite", "postgres"])
 def test_a_naming_convention(dialect: Any) -> None:
-    """The tables can be made under an app's own convention for names of keys and indexes."""
+    """The tables can be created with the app's naming convention for keys and indexes."""
     conventions = {
         "ix": "ix_%(column_0_label)s",
         "uq": "uq_%(table_name)s_%(column_0_name)s",
@@ -268,7 +268,7 @@ def test_a_naming_convention(dialect: Any) -> None:
 
 
 async def test_made_by_the_app(database_url: str) -> None:
-    """Tables that the app made with the rest of its own, as a migration does, are as good as ours."""
+    """Tables that the app has created, as a migration does, work like our own."""
     metadata = the_apps_metadata()
     await make_all(database_url, metadata)
     assert set(await described(database_url)) == {*COLUMNS, "app_cat"}
@@ -281,7 +281,7 @@ async def test_made_by_the_app(database_url: str) -> None:
 
 
 async def test_made_in_the_apps_metadata(database_url: str) -> None:
-    """`create_tables` makes our tables and leaves the app's own to the app."""
+    """`create_tables` creates our tables, and not those of the app."""
     metadata = the_apps_metadata()
     async with opened(database_url, metadata) as images:
         await images.create_tables()
@@ -291,7 +291,7 @@ async def test_made_in_the_apps_metadata(database_url: str) -> None:
 
 
 async def test_a_schema_of_the_apps(postgres_url: str) -> None:
-    """Where the app's MetaData names a schema the tables live there, and nowhere else."""
+    """If the app's MetaData names a schema, all tables are in it."""
     await sql(postgres_url, "CREATE SCHEMA pictures")
     async with opened(postgres_url, MetaData(schema="pictures")) as images:
         await images.create_tables()
@@ -302,7 +302,7 @@ async def test_a_schema_of_the_apps(postgres_url: str) -> None:
 
 
 async def test_two_catalogues_in_one_database(postgres_url: str) -> None:
-    """Catalogues in two schemas know nothing of each other."""
+    """Catalogues in two schemas of one database are independent."""
     storages = []
     for schema in ("cats", "dogs"):
         await sql(postgres_url, f"CREATE SCHEMA {schema}")
@@ -314,8 +314,8 @@ async def test_two_catalogues_in_one_database(postgres_url: str) -> None:
         await images.close()
 
 
-async def test_a_path_with_signs(tmp_path: Path) -> None:
-    """The path of a SQLite file may hold spaces, accents, quotes and signs."""
+async def test_a_path_with_special_characters(tmp_path: Path) -> None:
+    """The path of a SQLite file may have spaces, accents, quotes and signs."""
     directory = tmp_path / "ä b'c\"d;e"
     directory.mkdir()
     async with opened(f"sqlite+aiosqlite:///{directory}/the catalogue.db") as images:

@@ -1,4 +1,4 @@
-"""SQLite's file, asked in the calling thread: the same rows, no waiting, and nothing left open."""
+"""Reads of a SQLite file in the calling thread: the same rows, no waiting, and nothing left open."""
 
 from __future__ import annotations
 
@@ -11,49 +11,51 @@ import pytest
 
 from selfheal import DatabaseUnavailable, UploadStore
 from selfheal.sql.sqlite import IDLE_AT_MOST, Direct
-from tests.support.sides import statements
+from tests.support.recorded_statements import recorded_statements
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A database with one row, in a directory whose name needs quoting in a URI."""
-    place = tmp_path / "a b%41?c#d"
-    place.mkdir()
-    connection = sqlite3.connect(place / "a.db")
+    """A database with one row, in a directory whose name must be quoted in a URI."""
+    directory = tmp_path / "a b%41?c#d"
+    directory.mkdir()
+    connection = sqlite3.connect(directory / "a.db")
     connection.execute("CREATE TABLE t (n)")
     connection.execute("INSERT INTO t VALUES (7)")
     connection.commit()
     connection.close()
-    return place / "a.db"
+    return directory / "a.db"
 
 
 def descriptors(file: Path) -> int:
-    """How many descriptors of this process lead to a file."""
+    """Return how many descriptors of this process are open on a file."""
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     return sum(os.path.realpath(link) == str(file) for link in links)
 
 
-def test_every_thread_asks_for_itself(file: Path) -> None:
-    """Threads that ask at once all get the rows; afterwards no connection is left open."""
+def test_threads_that_read_at_once(file: Path) -> None:
+    """Threads that read at once all get the rows; after `close` no connection is open."""
     direct = Direct(file)
-    got: list[object] = []
-    threads = [threading.Thread(target=lambda: got.append(direct.rows("SELECT n + ? FROM t", [1]))) for _ in range(8)]
+    rows: list[object] = []
+    threads = [threading.Thread(target=lambda: rows.append(direct.rows("SELECT n + ? FROM t", [1]))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == [[(8,)]] * 8
+    assert rows == [[(8,)]] * 8
     direct.close()
     assert descriptors(file) == 0
 
 
 def test_few_connections_stay_open(file: Path) -> None:
-    """However many threads asked at once, no more stay open than a pool keeps, and each is asked again."""
-    direct, together = Direct(file), threading.Barrier(12)
+    """However many threads have read at once, no more connections stay open than the pool keeps, and they are used
+    again.
+    """
+    direct, start = Direct(file), threading.Barrier(12)
     before = descriptors(file)
 
     def ask() -> None:
-        together.wait()
+        start.wait()
         for _ in range(50):
             direct.rows("SELECT count(*) FROM sqlite_master WHERE name = ?", ("none",))
 
@@ -72,7 +74,7 @@ def test_few_connections_stay_open(file: Path) -> None:
 
 
 def test_what_others_commit_is_seen(file: Path) -> None:
-    """No transaction stays open between two questions."""
+    """A read sees what another connection has committed: no transaction stays open between two reads."""
     direct = Direct(file)
     assert direct.rows("SELECT n FROM t", []) == [(7,)]
     with sqlite3.connect(file) as other:
@@ -82,8 +84,8 @@ def test_what_others_commit_is_seen(file: Path) -> None:
     direct.close()
 
 
-def test_a_lock_is_not_waited_for(file: Path) -> None:
-    """Where another process writes just now, the answer is unknown, at once."""
+def test_a_read_does_not_wait_for_a_lock(file: Path) -> None:
+    """A read of a locked database is unknown at once, and does not wait."""
     direct = Direct(file)
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
@@ -95,23 +97,23 @@ def test_a_lock_is_not_waited_for(file: Path) -> None:
     direct.close()
 
 
-def test_no_file_is_made(tmp_path: Path) -> None:
-    """A database that is not there is unknown, and stays away."""
+def test_no_file_is_created(tmp_path: Path) -> None:
+    """A database that does not exist is unknown, and is not created."""
     direct = Direct(tmp_path / "none.db")
     with pytest.raises(DatabaseUnavailable, match="unable to open"):
         direct.rows("SELECT 1", [])
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_locked_database_is_asked_the_long_way(sqlite_store: UploadStore) -> None:
-    """A small file whose database is locked for a moment comes back as soon as it is free."""
+async def test_a_locked_database_is_read_on_a_connection_that_waits(sqlite_store: UploadStore) -> None:
+    """A small file is restored as soon as a locked database is free, on a connection that waits."""
     saved = await sqlite_store.save("a.png", b"bytes")
     saved.path.unlink()
     other = sqlite3.connect(sqlite_store.database.url.database or "", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     free = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
     free.start()
-    with statements() as asked:
+    with recorded_statements() as asked:
         assert await sqlite_store.is_on_disk_again("a.png")
     free.join()
     other.close()

@@ -1,4 +1,4 @@
-"""What the tests share: apps and servers that they start, clients, faults, and a look at both sides."""
+"""Shared by the tests: apps and servers they start, clients, faults, and looks at the disk and the database."""
 
 import os
 import sys
@@ -9,6 +9,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a process that imports what this one can, `tests` among it."""
-    places = [str(ROOT), *(place for place in sys.path if place)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(places)} | more
+    """Return the environment for a child process that can import what this process can, `tests` included."""
+    paths = [str(ROOT), *(path for path in sys.path if path)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | more

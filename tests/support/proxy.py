@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that passes bytes on, or fails in the way that a test wants."""
+"""TCP proxies on loopback that forward bytes, or fail in the way that a test wants."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ Mode = Literal["pass", "stall", "cut", "refuse"]
 
 
 class Proxy:
-    """Stands before a port of this machine: `async with Proxy(server.port) as proxy`, then connect to `proxy.port`.
+    """A proxy for a port of this machine: `async with Proxy(server.port) as proxy`, then connect to `proxy.port`.
 
-    | `await proxy.turn(…)` | what happens |
+    | `await proxy.set_mode(…)` | what happens |
     |---|---|
-    | `"pass"` | bytes go through; those that a stall held back come now |
-    | `"stall"` | a black hole: connections are taken, but no byte goes either way |
-    | `"cut"` | open connections are reset, and new ones as soon as they are made |
-    | `"refuse"` | open connections are reset, and nobody listens |
+    | `"pass"` | bytes are forwarded; those that a stall held back are forwarded now |
+    | `"stall"` | a black hole: connections are accepted, but no byte is forwarded in either direction |
+    | `"cut"` | open connections are reset, and new ones as soon as they are accepted |
+    | `"refuse"` | open connections are reset, and new ones are refused |
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.mode: Mode = "pass"
         self.accepted = 0
-        """Connections that were ever taken: whether anybody tried to ask at all."""
-        self._reserved = _bound(0)  # never listens: nobody else gets the port while we refuse
+        """The number of connections that were accepted so far."""
+        self._reserved = _bound(0)  # never listens, but no other process gets the port while the proxy refuses
         self.port = int(self._reserved.getsockname()[1])
         self._server: asyncio.Server | None = None
         self._passing = asyncio.Event()
         self._links: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        await self.turn("pass")
+        await self.set_mode("pass")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.turn("refuse")
+        await self.set_mode("refuse")
         self._reserved.close()
 
     @property
     def open_links(self) -> int:
-        """How many connections are open now."""
+        """The number of open connections."""
         return len(self._links)
 
-    async def turn(self, mode: Mode) -> None:
-        """Fail in this way from now on, or (`"pass"`) no longer."""
+    async def set_mode(self, mode: Mode) -> None:
+        """Fail in this way from now on, or with `"pass"` no longer."""
         self.mode = mode
         if mode == "pass":
             self._passing.set()
@@ -84,20 +84,20 @@ class Proxy:
         try:
             await self._passing.wait()
             server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.target)
-            ways = [
+            pumps = [
                 asyncio.ensure_future(self._pump(reader, server_writer)),
                 asyncio.ensure_future(self._pump(server_reader, writer)),
             ]
             try:
-                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for way in ways:
-                    way.cancel()
-                await asyncio.gather(*ways, return_exceptions=True)
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
             await _close(writer)
             await _close(server_writer)
         except OSError:
-            pass  # the server behind us is down: its client sees a reset
+            pass  # the server is down, so its client gets a reset
         finally:
             for end in (writer, server_writer):
                 if end is not None and not end.is_closing():
@@ -113,8 +113,50 @@ class Proxy:
             await writer.drain()
 
 
+class CommitAnswerProxy:
+    """A proxy for PostgreSQL. While `is_active`, it forwards a COMMIT and then breaks the connection."""
+
+    def __init__(self, target: int) -> None:
+        self.is_active = False
+        self.lost_answers = 0
+        self._target = target
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        answers = asyncio.create_task(self._forward_answers(server_reader, writer))
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(65536):
+                if self.is_active and b"COMMIT" in piece:
+                    answers.cancel()
+                    await asyncio.gather(answers, return_exceptions=True)
+                    server_writer.write(piece)
+                    await server_reader.read(65536)  # the server has committed
+                    self.lost_answers += 1
+                    break
+                server_writer.write(piece)
+                await server_writer.drain()
+        answers.cancel()
+        await asyncio.gather(answers, return_exceptions=True)
+        for end in (writer, server_writer):
+            end.transport.abort()
+
+    async def _forward_answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while piece := await reader.read(65536):
+            writer.write(piece)
+            await writer.drain()
+        writer.close()  # the server has closed its end
+
+
 def _bound(port: int) -> socket.socket:
-    """A socket that holds a port of loopback; on Linux several may, as long as only one of them listens."""
+    """Return a socket bound to a port of loopback; Linux allows several of them if only one listens."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", port))
@@ -128,7 +170,7 @@ async def _close(writer: asyncio.StreamWriter) -> None:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with RST, as a machine that has forgotten the connection does."""
+    """Close with RST, as a machine does that does not know the connection."""
     end = writer.get_extra_info("socket")
     if end is not None:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.healing.restore import WHOLE_FIRST
-from tests.support.sides import noise
+from tests.support.sample_data import noise
 
 NAME = "cats/tom.jpg"
 OTHER_NAME = "dogs/rex.jpg"

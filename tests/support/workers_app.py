@@ -1,4 +1,4 @@
-"""What `uvicorn --workers` loads: the wrapped app of `faulty_app` over a store; `FAULTS` says where its halves are."""
+"""The app that `uvicorn --workers` loads: the wrapped app of `faulty_app` over a store, as FAULTS says."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import os
 
 from selfheal import SelfHealMiddleware, UploadStore
-from tests.support.faulty_app import App, Faults
+from tests.support.faulty_app import App
+from tests.support.process_faults import Faults
 
 
 def app() -> SelfHealMiddleware:
-    """A factory: each worker makes its own."""
+    """Return an app; each worker calls this factory for itself."""
     faults = Faults(**json.loads(os.environ["FAULTS"]))
     store = UploadStore(faults.directory, faults.database, deadline=faults.deadline)
     return SelfHealMiddleware(App(store, None, []), store)

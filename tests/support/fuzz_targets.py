@@ -1,6 +1,6 @@
-"""What is fuzzed, and what must hold of it: each target takes bytes, makes requests or records of them, and looks.
+"""The targets of the fuzzers: each turns bytes into requests or records, and checks what must hold for them.
 
-The same targets are given bytes by Hypothesis (quickly) and by atheris (guided by the coverage of selfheal).
+Hypothesis generates the bytes quickly; atheris is guided by the coverage of selfheal.
 """
 
 from __future__ import annotations
@@ -24,62 +24,62 @@ from selfheal.bulk.outcomes import Outcome
 from selfheal.content.sources import CHUNK
 from selfheal.healing import negative_cache as absent
 from tests.support.asgi import Answer, Wrapped, ask_scope
-from tests.support.sides import files_below
+from tests.support.store_state import files_below
 
 PREFIX = "/static/uploads"
-SECRET = b"nobody may ever see this"
+SECRET = b"these bytes must never be sent"
 
 
-class Dice:
-    """Decisions made by bytes; when they are used up every decision is the first one."""
+class Decisions:
+    """Decisions made from bytes; after the last byte every decision is the first option."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
 
     def number(self, most: int) -> int:
-        """From 0 to `most`."""
+        """Return a number from 0 to `most`."""
         size = (most.bit_length() + 7) // 8
         return int.from_bytes(self.take(size), "little") % (most + 1)
 
     def pick(self, options: Any) -> Any:
-        """One of them."""
+        """Return one of the options."""
         return options[self.number(len(options) - 1)]
 
     def take(self, size: int) -> bytes:
-        """So many bytes, or as many as there are."""
+        """Return the next `size` bytes, or fewer at the end."""
         self._at += size
         return self._data[self._at - size : self._at]
 
     def text(self) -> str:
-        """A few characters of any kind."""
+        """Return up to 24 characters of any kind."""
         return self.take(self.number(24)).decode("utf-8", "replace").replace("\ufffd", "?")
 
 
 class Target:
-    """A store of its own in a directory of its own; a fuzzer calls `play` as often as it likes."""
+    """A store in a directory of its own; a fuzzer calls `check` again and again."""
 
     def __init__(self) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="selfheal-fuzz-"))
         self.directory = self.base / "static" / "uploads"
         self.database = self.base / "catalogue.db"
         self.runner = asyncio.Runner()
-        self.absent_for, absent.ABSENT_FOR = absent.ABSENT_FOR, 0.0  # one game knows nothing of the other
+        self.absent_for, absent.ABSENT_FOR = absent.ABSENT_FOR, 0.0  # no case depends on the one before
         self.store = UploadStore(self.directory, f"sqlite+aiosqlite:///{self.database}")
         self.wrapped = Wrapped()
         self.app = SelfHealMiddleware(self.wrapped, self.store, adopt=False)
         self.runner.run(self.store.database.create_tables())
 
-    def play(self, data: bytes) -> None:
-        """One game; fails if anything is not as it must be."""
-        self.runner.run(self.game(Dice(data)))
+    def check(self, data: bytes) -> None:
+        """Run one case; fail if something does not hold."""
+        self.runner.run(self.case(Decisions(data)))
 
-    async def game(self, dice: Dice) -> None:
-        """What a target does with its bytes."""
+    async def case(self, decisions: Decisions) -> None:
+        """Make requests or records from the decisions, and check the answers."""
         raise NotImplementedError
 
-    async def asked(self, path: str, raw_path: bytes, headers: list[tuple[bytes, bytes]], method: str) -> Answer:
-        """The answer to a request, checked against what HTTP asks of every answer, and all that is done behind it."""
+    async def ask(self, path: str, raw_path: bytes, headers: list[tuple[bytes, bytes]], method: str) -> Answer:
+        """Return the answer to a request once its background work is done; fail if it violates HTTP."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -94,7 +94,7 @@ class Target:
             await self.store.tasks.settle(30)
 
     def close(self) -> None:
-        """Leave nothing."""
+        """Close the store, and remove the directory."""
         absent.ABSENT_FOR = self.absent_for
         self.runner.run(self.store.close())
         self.runner.close()
@@ -105,7 +105,7 @@ class Target:
 
 
 class Paths(Target):
-    """Any path: it asks for a file below the directory, or the wrapped app answers; nothing else is ever read."""
+    """Any path gets a file below the directory or the wrapped app's answer; no other file is read."""
 
     PARTS = ("/", "..", ".", "%2e%2e", "%2f", "%5c", "\\", "%00", "%25", "%252e", "a.jpg", "cats", "secret", "/.secret")
     MORE = (
@@ -113,7 +113,7 @@ class Paths(Target):
         "uploads",
         "uploads_private",
         "link.jpg",
-        "way",
+        "linked",
         PREFIX,
         ".selfheal-quarantine",
         " ",
@@ -135,16 +135,16 @@ class Paths(Target):
             (self.base / secret).parent.mkdir(exist_ok=True)
             (self.base / secret).write_bytes(SECRET)
         os.symlink(self.base / "secret", self.directory / "link.jpg")
-        os.symlink(self.base, self.directory / "way")
+        os.symlink(self.base, self.directory / "linked")
 
-    async def game(self, dice: Dice) -> None:
-        raw = dice.pick((f"{PREFIX}/", f"{PREFIX}/", f"{PREFIX}/cats/", "", "/", PREFIX))
-        for _ in range(dice.number(dice.pick((2, 4, 12)))):
-            raw += dice.pick((*self.PARTS, *self.MORE)) if dice.number(3) else dice.text()
+    async def case(self, decisions: Decisions) -> None:
+        raw = decisions.pick((f"{PREFIX}/", f"{PREFIX}/", f"{PREFIX}/cats/", "", "/", PREFIX))
+        for _ in range(decisions.number(decisions.pick((2, 4, 12)))):
+            raw += decisions.pick((*self.PARTS, *self.MORE)) if decisions.number(3) else decisions.text()
         raw, path = raw.partition("?")[0], unquote(raw.partition("?")[0])
-        method = dice.pick(("GET", "HEAD", "GET", "POST"))
+        method = decisions.pick(("GET", "HEAD", "GET", "POST"))
         before = len(self.wrapped.scopes)
-        answer = await self.asked(path, raw.encode("utf-8", "surrogatepass"), [], method)
+        answer = await self.ask(path, raw.encode("utf-8", "surrogatepass"), [], method)
         name = path.removeprefix(f"{PREFIX}/")
         if len(self.wrapped.scopes) > before:
             del self.wrapped.scopes[:]
@@ -162,7 +162,7 @@ class Paths(Target):
 
 
 class Headers(Target):
-    """Any header lines: an answer of the contract, whose status is the RFC's and whose body is the right part."""
+    """Any header lines get an answer of the contract, with the status of RFC 9110 and the right part of the body."""
 
     DATA = bytes(range(256)) * 3
     SECONDS = 1_700_000_000
@@ -174,46 +174,49 @@ class Headers(Target):
         self.directory.mkdir(parents=True)
         (self.directory / "a.jpg").write_bytes(self.DATA)
         os.utime(self.directory / "a.jpg", (self.SECONDS, self.SECONDS))
-        answer = self.runner.run(self.asked(f"{PREFIX}/a.jpg", b"", [], "GET"))
+        answer = self.runner.run(self.ask(f"{PREFIX}/a.jpg", b"", [], "GET"))
         self.tag, self.date = answer.headers["etag"], answer.headers["last-modified"]
 
-    async def game(self, dice: Dice) -> None:
-        said = {key: self._value(dice, key) for key in self.KEYS if dice.number(2) == 0}
-        lines = {key: value for key, (value, _) in said.items()}
-        if dice.number(3) == 0:
-            lines[dice.pick(self.KEYS)] = dice.take(dice.number(40))
-        method = dice.pick(("GET", "HEAD"))
-        answer = await self.asked(f"{PREFIX}/a.jpg", b"", list(lines.items()), method)
-        self._is_of_the_contract(answer, method)
-        if lines == {key: value for key, (value, _) in said.items()}:
-            self._is_right(answer, method, {key: means for key, (_, means) in said.items()})
+    async def case(self, decisions: Decisions) -> None:
+        values = {key: self._value(decisions, key) for key in self.KEYS if decisions.number(2) == 0}
+        lines = {key: value for key, (value, _) in values.items()}
+        if decisions.number(3) == 0:
+            lines[decisions.pick(self.KEYS)] = decisions.take(decisions.number(40))
+        method = decisions.pick(("GET", "HEAD"))
+        answer = await self.ask(f"{PREFIX}/a.jpg", b"", list(lines.items()), method)
+        self._check_contract(answer, method)
+        if lines == {key: value for key, (value, _) in values.items()}:
+            self._check_status(answer, method, {key: means for key, (_, means) in values.items()})
 
-    def _value(self, dice: Dice, key: bytes) -> tuple[bytes, Any]:
-        """A value of a header in the words of the RFC, and what it means."""
+    def _value(self, decisions: Decisions, key: bytes) -> tuple[bytes, Any]:
+        """Return a valid value for a header, and its meaning."""
         if key == b"range":
-            return self._range(dice)
+            return self._range(decisions)
         if key.endswith(b"since"):
-            shift = dice.pick((0, -1, 1, -86_400, 86_400, None))
+            shift = decisions.pick((0, -1, 1, -86_400, 86_400, None))
             return (
                 (b"yesterday", None)
                 if shift is None
                 else (formatdate(self.SECONDS + shift, usegmt=True).encode(), shift)
             )
-        tags = [dice.pick((self.tag, f"W/{self.tag}", '"other"', 'W/"other"', '""')) for _ in range(1 + dice.number(2))]
+        tags = [
+            decisions.pick((self.tag, f"W/{self.tag}", '"other"', 'W/"other"', '""'))
+            for _ in range(1 + decisions.number(2))
+        ]
         if key == b"if-range":
-            value, means = dice.pick(
+            value, means = decisions.pick(
                 ((self.tag, True), (self.date, True), ('"other"', False), (f"W/{self.tag}", False))
             )
             return value.encode(), means
-        if dice.number(5) == 0:
+        if decisions.number(5) == 0:
             return b"*", ["*"]
-        return dice.pick((", ", ",", " ,\t")).join(tags).encode(), tags
+        return decisions.pick((", ", ",", " ,\t")).join(tags).encode(), tags
 
-    def _range(self, dice: Dice) -> tuple[bytes, tuple[int, int] | None]:
-        """A range and the slice that it asks for; None if it is to be ignored."""
-        first, last = dice.pick((*self.NUMBERS, "")), dice.pick((*self.NUMBERS, ""))
-        unit = dice.pick(("bytes", "bytes", "bytes", "Bytes", "pages"))
-        value = f"{unit}={first}-{last}" + dice.pick(("", "", "", ",0-1"))
+    def _range(self, decisions: Decisions) -> tuple[bytes, tuple[int, int] | None]:
+        """Return a range and the slice that it asks for, or None if it must be ignored."""
+        first, last = decisions.pick((*self.NUMBERS, "")), decisions.pick((*self.NUMBERS, ""))
+        unit = decisions.pick(("bytes", "bytes", "bytes", "Bytes", "pages"))
+        value = f"{unit}={first}-{last}" + decisions.pick(("", "", "", ",0-1"))
         size = len(self.DATA)
         if unit == "pages" or value.endswith(",0-1") or not (first or last):
             return value.encode(), None
@@ -223,7 +226,7 @@ class Headers(Target):
             return value.encode(), None
         return value.encode(), (min(int(first), size), min(int(last) + 1, size) if last else size)
 
-    def _is_of_the_contract(self, answer: Answer, method: str) -> None:
+    def _check_contract(self, answer: Answer, method: str) -> None:
         size = len(self.DATA)
         assert answer.status in ((200, 206, 304, 412, 416) if method == "GET" else (200, 304, 412))
         assert answer.headers["etag"] == self.tag
@@ -240,23 +243,25 @@ class Headers(Target):
             assert answer.body == b""
             assert answer.headers.get("content-range", f"bytes */{size}") == f"bytes */{size}"
 
-    def _is_right(self, answer: Answer, method: str, said: dict[bytes, Any]) -> None:
-        """RFC 9110, section 13.2.2, step by step."""
-        if b"if-match" in said:
-            if said[b"if-match"] != ["*"] and self.tag not in said[b"if-match"]:
+    def _check_status(self, answer: Answer, method: str, meanings: dict[bytes, Any]) -> None:
+        """Check the steps of RFC 9110, section 13.2.2, in their order."""
+        if b"if-match" in meanings:
+            if meanings[b"if-match"] != ["*"] and self.tag not in meanings[b"if-match"]:
                 assert answer.status == 412
                 return
-        elif said.get(b"if-unmodified-since") is not None and said[b"if-unmodified-since"] < 0:
+        elif meanings.get(b"if-unmodified-since") is not None and meanings[b"if-unmodified-since"] < 0:
             assert answer.status == 412
             return
-        if b"if-none-match" in said:
-            if said[b"if-none-match"] == ["*"] or self.tag in [t.removeprefix("W/") for t in said[b"if-none-match"]]:
+        if b"if-none-match" in meanings:
+            if meanings[b"if-none-match"] == ["*"] or self.tag in [
+                t.removeprefix("W/") for t in meanings[b"if-none-match"]
+            ]:
                 assert answer.status == 304
                 return
-        elif said.get(b"if-modified-since") is not None and said[b"if-modified-since"] >= 0:
+        elif meanings.get(b"if-modified-since") is not None and meanings[b"if-modified-since"] >= 0:
             assert answer.status == 304
             return
-        wanted = said.get(b"range") if said.get(b"if-range", True) and method == "GET" else None
+        wanted = meanings.get(b"range") if meanings.get(b"if-range", True) and method == "GET" else None
         if wanted is None:
             assert answer.status == 200
         elif wanted[0] == len(self.DATA):
@@ -269,7 +274,7 @@ class Headers(Target):
 
 
 class Records(Target):
-    """Any rows that somebody else wrote: what is right is brought back, all else is told, nothing else is written."""
+    """Any rows of another program: right ones are restored, wrong ones are reported, and nothing else is written."""
 
     NAMES = (
         "a.jpg",
@@ -289,12 +294,12 @@ class Records(Target):
         self.connection = sqlite3.connect(self.database)
         self.connection.execute("PRAGMA synchronous = OFF")
 
-    async def game(self, dice: Dice) -> None:
+    async def case(self, decisions: Decisions) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         for table in ("image_storage", "image_blob", "image_chunk"):
             self.connection.execute(f"DELETE FROM {table}")
-        for _ in range(1 + dice.number(2)):
-            self._write(dice)
+        for _ in range(1 + decisions.number(2)):
+            self._write(decisions)
         self.connection.commit()
         self.records = {
             name: (sha256, size, deleted)
@@ -304,7 +309,7 @@ class Records(Target):
         }
         verified = {result.name: result async for result in bulk.verify(self.store)}
         assert self._files() == []
-        await self._is_served_right()
+        await self._check_served()
         shutil.rmtree(self.directory, ignore_errors=True)
         restored = {result.name: result async for result in bulk.restore(self.store)}
         files = self._files()
@@ -322,43 +327,45 @@ class Records(Target):
             assert names.is_valid(name) or restored[name].outcome == Outcome.INVALID_NAME
         assert not (self.base / "out.jpg").exists()
 
-    def _write(self, dice: Dice) -> None:
-        """A record that is right but for what the dice decide."""
-        name = dice.pick(self.NAMES) if dice.number(2) else dice.text() or "?"
-        data = dice.take(8).ljust(dice.pick(self.SIZES), b"x")
+    def _write(self, decisions: Decisions) -> None:
+        """Write a record that is right except for what the decisions change."""
+        name = decisions.pick(self.NAMES) if decisions.number(2) else decisions.text() or "?"
+        data = decisions.take(8).ljust(decisions.pick(self.SIZES), b"x")
         sha256 = hashlib.sha256(data).hexdigest()
-        key = dice.pick((sha256, sha256, sha256, sha256.upper(), "", dice.text(), "0" * 64))
-        size = dice.pick((len(data), len(data), len(data), -1, 0, len(data) + 1, 2**62, CHUNK, 20 * 2**20))
-        deleted = dice.pick((None, None, None, "2024-01-01 00:00:00"))
+        key = decisions.pick((sha256, sha256, sha256, sha256.upper(), "", decisions.text(), "0" * 64))
+        size = decisions.pick((len(data), len(data), len(data), -1, 0, len(data) + 1, 2**62, CHUNK, 20 * 2**20))
+        deleted = decisions.pick((None, None, None, "2024-01-01 00:00:00"))
         now = "2024-01-01 00:00:00"
-        time = dice.pick((0, 10**18, -1, 2**63 - 1, -(2**63)))
+        time = decisions.pick((0, 10**18, -1, 2**63 - 1, -(2**63)))
         put = self.connection.execute
         put(
             "INSERT OR IGNORE INTO image_storage VALUES (?, ?, ?, 'x', ?, ?, ?, 1, ?)",
             (name, key, size, time, now, now, deleted),
         )
-        if dice.number(7):
-            put("INSERT OR IGNORE INTO image_blob VALUES (?, ?, ?, ?)", (key, size, dice.pick((1, 0, -1)), now))
+        if decisions.number(7):
+            put("INSERT OR IGNORE INTO image_blob VALUES (?, ?, ?, ?)", (key, size, decisions.pick((1, 0, -1)), now))
         chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
         for position, chunk in enumerate(chunks):
-            part = dice.pick((chunk, chunk, chunk, chunk, chunk[:-1], chunk + b"!", b"", chunk[::-1]))
-            at = dice.pick((position, position, position, position, position + 1, -1, 2**31))
+            part = decisions.pick((chunk, chunk, chunk, chunk, chunk[:-1], chunk + b"!", b"", chunk[::-1]))
+            at = decisions.pick((position, position, position, position, position + 1, -1, 2**31))
             digest = chunk_digest(position, chunk)
-            digest = dice.pick((digest, digest, digest, digest, chunk_digest(at % 9, b""), b"", "text"))
+            digest = decisions.pick((digest, digest, digest, digest, chunk_digest(at % 9, b""), b"", "text"))
             put("INSERT OR IGNORE INTO image_chunk VALUES (?, ?, ?, ?, ?)", (key, at, digest, now, part))
 
-    async def _is_served_right(self) -> None:
+    async def _check_served(self) -> None:
         for name, (sha256, size, deleted) in self.records.items():
             path = f"{PREFIX}/{name}"
             try:
-                answer = await self.asked(path, b"", [], "GET")
+                answer = await self.ask(path, b"", [], "GET")
             except CorruptBlob:
-                continue  # it broke off
+                continue  # the body broke off
             if answer.status == 200:
                 assert (hashlib.sha256(answer.body).hexdigest(), len(answer.body)) == (sha256, size)
                 assert names.is_valid(name)
                 assert not deleted
-            elif deleted or not names.is_valid(name) or (self.directory / name).is_dir():  # another name's directory
+            elif (
+                deleted or not names.is_valid(name) or (self.directory / name).is_dir()
+            ):  # the directory of another name
                 assert answer.status == 404
             else:
                 assert answer.status == 500
@@ -375,14 +382,14 @@ TARGETS = {"paths": Paths, "headers": Headers, "records": Records}
 
 
 def fuzz(arguments: list[str]) -> None:
-    """What the process runs that atheris drives: the name of a target, then flags of libFuzzer."""
-    import atheris  # noqa: PLC0415 - only where it is used
+    """Fuzz a target with atheris; the arguments are the name of the target and flags of libFuzzer."""
+    import atheris  # noqa: PLC0415 - installed only on some machines
 
     target = TARGETS[arguments[1]]()
-    atheris.Setup([arguments[0], *arguments[2:]], target.play)
+    atheris.Setup([arguments[0], *arguments[2:]], target.check)
     with closing(target):
         atheris.Fuzz()
 
 
 if __name__ == "__main__":
-    sys.exit("run: pytest --campaign tests/test_fuzz.py")
+    sys.exit("run: pytest --campaign tests/campaigns/test_fuzz.py")

@@ -1,0 +1,41 @@
+"""The bytes that a store has for a name: on disk, in quarantine and in the database."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from selfheal import UploadStore
+
+
+def files_below(directory: Path) -> list[str]:
+    """Return the relative path of every file below a directory, hidden and temporary files included."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+
+
+def on_disk(store: UploadStore, name: str) -> bytes | None:
+    """Return the bytes of a name's file, or None if there is no file."""
+    path = store.disk.path_of(name)
+    return path.read_bytes() if path.exists() else None
+
+
+def in_quarantine(store: UploadStore) -> list[bytes]:
+    """Return the bytes of every file that was set aside."""
+    return [path.read_bytes() for path in store.disk.quarantine_path.rglob("*") if path.is_file()]
+
+
+async def in_database(store: UploadStore, name: str) -> bytes | None:
+    """Return the bytes of a name's record, or None if it has none or is deleted."""
+    record = await store.database.find(name)
+    if record is None or record.is_deleted:
+        return None
+    data = b"".join([chunk async for chunk in store.database.read(record)])
+    assert sha256(data).hexdigest() == record.sha256
+    return data
+
+
+async def on_disk_and_in_database(store: UploadStore, name: str) -> bytes | None:
+    """Return a name's bytes; fail if the disk and the database do not hold the same ones."""
+    data = await in_database(store, name)
+    assert on_disk(store, name) == data
+    return data
