@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CAMPAIGN := tests/campaigns
+# tests wait for servers and processes half of their time
+WORKERS = $(shell $(BIN)/python -c 'import os; print(min(2 * os.cpu_count(), 16))')
 READY := $(VENV)/.ready
 
 .PHONY: demo test check campaign clean system bench mutants
@@ -23,23 +25,24 @@ demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY) system check
-	@$(BIN)/python -X dev -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
 # Hours of faults, kills, damage and random input; docs/reliability.md says what each promises.
 campaign: $(READY) system
 	@$(BIN)/python -m pytest --campaign --timeout 14400 -p no:randomly $(CAMPAIGN)
 
-# Killed and survived per room; `.venv/bin/mutmut show NAME` shows one that survived.
+# Killed and survived per package; `.venv/bin/mutmut show NAME` shows one that survived.
 mutants: $(READY)
 	@$(BIN)/mutmut run --max-children 2
 	@$(BIN)/mutmut results | grep survived || true
-	@$(BIN)/mutmut results --all True | awk -F '[. :]+' '/^ +selfheal/ { rooms[$$3]; seen[$$3, $$NF]++ } END { for (room in rooms) \
-		printf "%-10s %4d killed %4d survived\n", room, seen[room, "killed"] + seen[room, "timeout"], seen[room, "survived"] }' | sort
+	@$(BIN)/mutmut results --all True | awk -F '[. :]+' '/^ +selfheal/ { packages[$$3]; seen[$$3, $$NF]++ } END { for (package in packages) \
+		printf "%-10s %4d killed %4d survived\n", package, seen[package, "killed"] + seen[package, "timeout"], seen[package, "survived"] }' | sort
 
 check: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --no-error-summary
+	@found=$$($(BIN)/lint-imports 2>&1) || { echo "$$found"; exit 1; }
 
 # Real servers for the tests: installed where that is allowed, used when present, otherwise their tests are skipped.
 system:

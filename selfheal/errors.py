@@ -1,10 +1,8 @@
-"""Everything selfheal raises on purpose: one root, few children, each message says what to do next."""
-
-from __future__ import annotations
+"""All errors that selfheal raises: one root, few children; each message says what to do next."""
 
 
 class SelfHealError(Exception):
-    """The root of all errors of this package."""
+    """The base class of all errors of this package."""
 
 
 class SettingsError(SelfHealError, ValueError):
@@ -20,7 +18,7 @@ class MissingExtra(SelfHealError, ImportError):
 
 
 class InvalidName(SelfHealError, ValueError):
-    """A name that is not in the grammar of names; it reaches neither disk nor database."""
+    """The name is not in the grammar of names; neither disk nor database is asked for it."""
 
     def __init__(self, name: object, why: str) -> None:
         super().__init__(f"{name!r} is not a valid name: {why}")
@@ -28,15 +26,15 @@ class InvalidName(SelfHealError, ValueError):
 
 
 class DatabaseUnavailable(SelfHealError):
-    """The database gave no answer (down, slow, locked, damaged): a name is *unknown*, which is never *absent*."""
+    """The database gave no answer (down, slow, locked, damaged): the name is *unknown*, which is never *absent*."""
 
 
 class SchemaError(DatabaseUnavailable):
-    """The database answers, but its tables are missing or of another version; run `selfheal migrate`."""
+    """The tables are missing, or of another version; run `selfheal migrate`."""
 
 
 class CorruptBlob(SelfHealError):
-    """The bytes in the database are not the ones that were recorded; nothing was written."""
+    """The bytes in the database are not the recorded ones; nothing was written."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(
@@ -47,29 +45,29 @@ class CorruptBlob(SelfHealError):
 
 
 class DiskUnwritable(SelfHealError):
-    """The uploads directory takes no file now (full, read-only, not permitted, mount lost)."""
+    """The uploads directory takes no file now (full, read-only, no permission, mount lost)."""
 
 
 class NotAFile(SelfHealError):
-    """Something that is not a regular file stands at the name: a directory, a link, a FIFO, a socket, a device."""
+    """The name is taken by something that is not a regular file: a directory, link, FIFO, socket or device."""
 
 
 class NotStored(SelfHealError, LookupError):
-    """The database holds no such name (or no such generation of it)."""
+    """There is no such name, or no such generation of it."""
 
 
-class Unsettled(SelfHealError):
-    """A file was still being written while it was read; try again once it holds still."""
+class FileChanged(SelfHealError):
+    """The file changed while it was read; try again when its writer is done."""
 
 
 class UploadRefused(SelfHealError):
-    """An upload that breaks the policy; `status` is the HTTP status that says so to the client."""
+    """The upload breaks the policy; `status` is the HTTP status of the answer."""
 
     status = 422
 
 
 class UploadTooLarge(UploadRefused):
-    """More bytes came than the policy allows; they are counted, not believed (413)."""
+    """More bytes came than the policy allows, whatever `Content-Length` said (413)."""
 
     status = 413
 

@@ -1,6 +1,4 @@
-"""What happened, for whoever wants to know: one frozen event, a listener hook, counters, a log that cannot flood."""
-
-from __future__ import annotations
+"""Events: counters, a hook for listeners, and log messages that cannot flood."""
 
 import logging
 import time
@@ -32,7 +30,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened to one name; `size` in bytes, `detail` for people."""
+    """What happened to one name; `size` in bytes, `detail` for people."""
 
     kind: Kind
     name: str
@@ -44,7 +42,7 @@ Listener = Callable[[Event], None]
 
 
 class Events:
-    """Counts every event, hands it to the listeners, and logs what a person should see."""
+    """Counts events and calls the listeners."""
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
         self.listeners = tuple(listeners)
@@ -52,7 +50,7 @@ class Events:
         self._logged: dict[str, float] = {}
 
     def emit(self, kind: Kind, name: str, size: int = 0, detail: str = "") -> None:
-        """Count an event and hand it to every listener; a listener that fails is logged and does no harm."""
+        """Count an event and call every listener; the exception of a listener is logged, and has no other effect."""
         self.counters[kind] += 1
         if not self.listeners:
             return
@@ -64,7 +62,7 @@ class Events:
                 logger.exception("a listener failed on %s", event)
 
     def log_once(self, level: int, topic: str, message: str, *, every: float = 60.0) -> None:
-        """Log `message` unless its topic was logged less than `every` seconds ago."""
+        """Log `message`, at most once in `every` seconds for each topic."""
         now = time.monotonic()
         if now - self._logged.get(topic, -every) >= every:
             self._logged[topic] = now

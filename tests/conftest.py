@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from selfheal import UploadStore
+from selfheal import ImageStorage, UploadStore
 from tests.support.faults import BrokenDisk
 from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.requirements import NOT_INSTALLED
@@ -72,13 +72,19 @@ def postgres() -> Iterator[PostgresServer]:
         server.control("stop", "-m", "immediate")
 
 
-@pytest.fixture
-def postgres_url(postgres: PostgresServer) -> Iterator[str]:
-    """A new PostgreSQL database for one test."""
+@pytest.fixture(scope="session")
+def postgres_database(postgres: PostgresServer) -> str:
+    """A database for all tests: to create one takes longer than most tests."""
     name = f"t{uuid4().hex[:12]}"
     postgres.sql(f"CREATE DATABASE {name}")
-    yield postgres.url(name)
-    postgres.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    return name
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer, postgres_database: str) -> Iterator[str]:
+    """An empty PostgreSQL database."""
+    yield postgres.url(postgres_database)
+    postgres.empty(postgres_database)
 
 
 @pytest.fixture
@@ -116,6 +122,12 @@ async def sqlite_store(directory: Path, sqlite_url: str) -> AsyncIterator[Upload
     async with UploadStore(directory, sqlite_url) as store:
         await store.database.create_tables()
         yield store
+
+
+@pytest.fixture
+def images(store: UploadStore) -> ImageStorage:
+    """The database half of `store`."""
+    return store.database
 
 
 @pytest.fixture
@@ -159,11 +171,8 @@ async def broken_store(
         "sqlite": f"sqlite+aiosqlite:///{tmp_path}/no/such/directory/a.db",
         "postgres": f"postgresql+asyncpg://nobody@127.0.0.1:{dead_port}/none",
     }[request.param]
+    before = set(threading.enumerate())
     async with UploadStore(directory, url) as store:
         yield store
-    await eventually(_no_driver_threads)
-
-
-def _no_driver_threads() -> bool:
-    """Return whether all threads of aiosqlite have ended: after a failed connect one still calls the event loop."""
-    return not any("_connection_worker_thread" in thread.name for thread in threading.enumerate())
+    # after a failed connect a thread of the driver still calls the event loop
+    await eventually(lambda: before.issuperset(threading.enumerate()))

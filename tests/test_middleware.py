@@ -213,6 +213,6 @@ async def test_damaged_large_file_is_never_sent_whole(
             await wrapping(store, True)(scope_of(f"{PREFIX}/film.mp4"), no_message, send)
         assert len(answer.body) < len(FILM)
         assert not answer.is_over
-        await store.tasks.settle(10)
+        await store.tasks.drain(10)
         assert not path.exists()
         assert open_below(directory) == []

@@ -39,7 +39,7 @@ async def test_client_gone(tmp_path: Path, sqlite_url: str, spec_version: str, s
         path = await put(store, "film.mp4", FILM, on_disk=source == "on disk")
         app = wrapping(store, True)
         assert (await ask(app, f"{PREFIX}/absent.png")).status == 404
-        await store.tasks.settle(10)
+        await store.tasks.drain(10)
         tasks = asyncio.all_tasks()
         for after in (0, 1, 300_000, 1_000_000):
             if source == "only in the database":
@@ -53,7 +53,7 @@ async def test_client_gone(tmp_path: Path, sqlite_url: str, spec_version: str, s
                     await ask_and_leave(app, scope, after=after, fails=True)
                 answer = Answer(200)
             assert len(answer.body) < len(FILM)
-            await store.tasks.settle(10)
+            await store.tasks.drain(10)
         assert open_below(root) == []
         assert asyncio.all_tasks() == tasks
         assert (await ask(app, f"{PREFIX}/film.mp4")).body == FILM
@@ -72,13 +72,13 @@ async def test_cancelled_requests_leak_no_connection(store: UploadStore, serve: 
         await asyncio.sleep(index / 800)
         request.cancel()
         await asyncio.wait((request,))
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
     for path in paths:
         assert not path.exists() or path.read_bytes() == LARGE
         path.unlink(missing_ok=True)
     answers = await asyncio.gather(*(ask(app, f"{PREFIX}/{index}.png") for index in range(12)))
     assert [answer.body == LARGE for answer in answers] == [True] * 12
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
     assert asyncio.all_tasks() == tasks
 
 
@@ -89,7 +89,7 @@ async def test_restore_outlives_its_client(store: UploadStore, serve: bool) -> N
     await restore_started(store)
     request.cancel()
     await asyncio.wait((request,))
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
     assert path.read_bytes() == FILM
     assert open_below(store.disk.path) == []
 

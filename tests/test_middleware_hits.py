@@ -8,8 +8,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 from starlette.types import Message
 
-from selfheal import SelfHealMiddleware, UploadStore, middleware
+from selfheal import SelfHealMiddleware, UploadStore
 from selfheal.events import Kind
+from selfheal.healing import restore
 from tests.support.asgi import Wrapped, ask, ask_scope, no_message, scope_of
 from tests.support.files import write_file
 from tests.support.middleware import LARGE, PICTURE, PREFIX, put
@@ -43,10 +44,10 @@ async def test_a_file_that_changes_after_hits_is_compared(sqlite_store: UploadSt
     app, target = SelfHealMiddleware(Wrapped(), sqlite_store), f"{PREFIX}/tom.png"
     for _ in range(3):
         assert (await ask(app, target)).body == PICTURE
-    await sqlite_store.tasks.settle(10)
+    await sqlite_store.tasks.drain(10)
     write_file(path, PICTURE[1:])
     assert (await ask(app, target)).body == PICTURE[1:]
-    await sqlite_store.tasks.settle(10)
+    await sqlite_store.tasks.drain(10)
     assert (await ask(app, target)).body == PICTURE
 
 
@@ -74,10 +75,10 @@ async def test_an_error_of_send_is_no_broken_disk(sqlite_store: UploadStore, dat
 def test_a_platform_with_fewer_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error without a number is no broken disk, also on a platform that lacks one of the error numbers."""
     monkeypatch.delattr(errno, "EUCLEAN")
-    spec = spec_from_file_location("selfheal.middleware_there", middleware.__file__)
+    spec = spec_from_file_location("selfheal.healing.restore_there", restore.__file__)
     assert spec is not None
     assert spec.loader is not None
     there = module_from_spec(spec)
     spec.loader.exec_module(there)
-    assert not there._is_broken(OSError())
-    assert there._is_broken(OSError(errno.EIO, "no"))
+    assert not there.is_broken(OSError())
+    assert there.is_broken(OSError(errno.EIO, "no"))

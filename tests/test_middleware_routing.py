@@ -157,7 +157,7 @@ async def test_quarantined_copy_is_not_served(tmp_path: Path, sqlite_url: str, s
         await store.database.create_tables()
         await put(store, "a.png")
         write_file(parent / "uploads" / "a.png", SECRET)
-        await store.check("a.png")
+        await store.reconciler.check("a.png")
         (moved,) = (path for path in parent.rglob("a.png") if path.read_bytes() == SECRET)
         app = wrapping(store, serve, static_over(parent, "/static"))
         answer = await ask(app, f"/static/{quote(str(moved.relative_to(parent)))}")
@@ -227,7 +227,15 @@ async def test_other_prefix(sqlite_store: UploadStore, serve: bool) -> None:
     assert (await ask(app, f"{PREFIX}/a.png")).status == 404
 
 
-@pytest.mark.parametrize("prefix", ["", "/", "static", "/static/", "//static", "/a//b", "/a%20b", "http://x/y"])
+async def test_a_prefix_may_end_with_a_slash(sqlite_store: UploadStore) -> None:
+    """A slash at the end of the prefix makes no difference."""
+    await sqlite_store.save("a.png", PICTURE)
+    app = SelfHealMiddleware(Wrapped(), sqlite_store, prefix=f"{PREFIX}/")
+    assert (await ask(app, f"{PREFIX}/a.png")).body == PICTURE
+    assert (await ask(app, f"{PREFIX}_private/a.png")).status == 404
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "static", "/static//", "//static", "/a//b", "/a%20b", "http://x/y"])
 def test_impossible_prefix(directory: Path, sqlite_url: str, prefix: str) -> None:
     """A prefix that no request can match is refused at once."""
     with pytest.raises(SettingsError):

@@ -46,7 +46,7 @@ async def test_base_http_middleware_around(
         if data:
             part = await ask(app, f"{PREFIX}/film.mp4", headers=[("Range", "bytes=0-9")], extensions=offer)
             assert (part.status, part.body) == (206, data[:10])
-        await sqlite_store.tasks.settle(10)
+        await sqlite_store.tasks.drain(10)
         path.unlink()
 
 
@@ -57,7 +57,7 @@ async def test_base_http_middleware_around_a_client_that_disconnects(sqlite_stor
     for after in (0, 1, 300_000, 1_000_000):
         path.unlink(missing_ok=True)
         await ask_and_leave(app, scope_of(f"{PREFIX}/film.mp4"), after=after)
-        await sqlite_store.tasks.settle(10)
+        await sqlite_store.tasks.drain(10)
     assert asyncio.all_tasks() == tasks
     assert open_below(sqlite_store.disk.path) == []
     assert (await ask(app, f"{PREFIX}/film.mp4")).body == FILM

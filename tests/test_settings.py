@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import make_url
 
 from selfheal import Settings, SettingsError, UploadStore
-from selfheal.settings import check_prefix, database_url, is_in_memory, sqlite_file
+from selfheal.settings import check_prefix
+from selfheal.sql.backends import backend_of, database_url
 from tests.support.postgres import PostgresServer
 
 VARIABLES = ("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SELFHEAL_PREFIX")
@@ -131,7 +133,7 @@ def test_urls_that_cannot_be_used(url: str) -> None:
 )
 def test_databases_in_memory(url: str, memory: bool) -> None:
     """A database in the memory of one process is distinguished from one that processes can share."""
-    assert is_in_memory(make_url(url)) == memory
+    assert backend_of(make_url(url)).is_in_memory(make_url(url)) == memory
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_databases_in_memory(url: str, memory: bool) -> None:
 )
 def test_the_file_of_a_database(url: str, file: str | None, here: Path) -> None:
     """The file of a SQLite URL is an absolute path, however it is written; other databases have none."""
-    assert sqlite_file(make_url(url)) == (None if file is None else here / file)
+    assert backend_of(make_url(url)).file(make_url(url)) == (None if file is None else here / file)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
@@ -205,15 +207,14 @@ def test_a_bad_variable(environ: dict[str, str], here: Path) -> None:
 def test_a_flag_has_precedence(here: Path) -> None:
     """A flag replaces the value of the environment, is validated too, and changes nothing else."""
     settings = Settings.from_env({"SELFHEAL_DIRECTORY": "files", "DATABASE_URL": "postgres://h/db"})
-    assert settings.override() == settings
-    assert settings.override(directory="other").directory == here / "other"
-    assert settings.override(directory="other").database == "postgres://h/db"
-    assert settings.override(database="postgres://h/else").database == "postgres://h/else"
-    assert settings.override(database="postgres://h/else").directory == here / "files"
-    assert settings.override(prefix="/media").prefix == "/media"
+    assert replace(settings, directory=Path("other")).directory == here / "other"
+    assert replace(settings, directory=Path("other")).database == "postgres://h/db"
+    assert replace(settings, database="postgres://h/else").database == "postgres://h/else"
+    assert replace(settings, database="postgres://h/else").directory == here / "files"
+    assert replace(settings, prefix="/media").prefix == "/media"
     for bad in ({"directory": "/"}, {"database": "nonsense"}, {"database": ""}, {"prefix": "media"}):
         with pytest.raises(SettingsError):
-            settings.override(**bad)
+            replace(settings, **bad)  # type: ignore[arg-type]
 
 
 # -- directory and prefix ---------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_a_database_that_would_be_served(database: str, here: Path) -> None:
     (here / "uploads").mkdir()
     (here / "link").symlink_to(here / "uploads")
     (here / "link.db").symlink_to(here / "uploads" / "app.db")
-    with pytest.raises(SettingsError, match="lies in the directory that is served"):
+    with pytest.raises(SettingsError, match="is in the directory that is served"):
         Settings(Path("uploads"), database)
 
 
@@ -267,12 +268,12 @@ def test_a_database_beside_the_uploads(database: str, here: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["/static/uploads", "/u", "/my files", "/bilder/größe", "/a.b-c_d~e"])
 def test_good_prefixes(prefix: str, here: Path) -> None:
-    """A decoded path without a slash at its end is accepted as the prefix."""
-    assert check_prefix(prefix) == prefix
-    assert Settings(prefix=prefix).prefix == prefix
+    """A decoded path is accepted as the prefix; a slash at its end makes no difference."""
+    assert check_prefix(prefix) == check_prefix(f"{prefix}/") == prefix
+    assert Settings(prefix=f"{prefix}/").prefix == Settings(prefix=prefix).prefix == prefix
 
 
-@pytest.mark.parametrize("prefix", ["", "/", "static", "static/uploads", "/static/", "//static", "/a//b", "/a%20b"])
+@pytest.mark.parametrize("prefix", ["", "/", "static", "static/uploads", "/static//", "//static", "/a//b", "/a%20b"])
 def test_bad_prefixes(prefix: str, here: Path) -> None:
     """A prefix that is empty, relative, encoded or has empty parts raises one line that shows it and the right form."""
     with pytest.raises(SettingsError, match="must be a decoded path like /static/uploads") as caught:

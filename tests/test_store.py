@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 
 from selfheal import CorruptBlob, DatabaseUnavailable, UploadPolicy, UploadStore, UploadTypeRefused
 from selfheal.content.sources import CHUNK
-from selfheal.disk.directory import MARKER
+from selfheal.disk.root import MARKER
 from selfheal.disk.staged_file import TEMPORARY
 from selfheal.events import Event
 from tests.support.faults import BrokenDisk, locked_database
@@ -55,7 +55,7 @@ async def test_options(directory: Path, sqlite_url: str, tmp_path: Path) -> None
             saved = await store.save(name, OLD)
             assert saved.path.stat().st_mode & 0o7777 == 0o600
         assert saved.path.parent.stat().st_mode & 0o7777 == (directory / "cats").stat().st_mode & 0o7777 == 0o700
-        await store.set_aside(NAME)
+        await store.restorer.set_aside_unreadable(NAME)
         assert [path.name for path in (tmp_path / "bad").rglob("*.jpg")] == ["tom.jpg"]
         (directory / MARKER).unlink()
         await store.save("unmarked.jpg", OLD)
@@ -161,13 +161,13 @@ async def test_every_change_is_one_event_with_its_size(
             assert new_events() == [("saved", NAME, size), ("restored", NAME, size)]
         path.write_bytes(b"bytes that were never saved")
         os.utime(path, ns=(0, 0))
-        await store.check(NAME)
+        await store.reconciler.check(NAME)
         assert new_events() == [("quarantined", NAME, 0), ("restored", NAME, 3 * CHUNK)]
         store.disk.path_of("new.jpg").write_bytes(OLD)
         await store.adopt("new.jpg")
         assert new_events() == [("adopted", "new.jpg", len(OLD))]
         await store.database.bury("new.jpg")
-        await store.check("new.jpg")
+        await store.reconciler.check("new.jpg")
         assert new_events() == [("removed", "new.jpg", 0)]
         broken_disk.fill_after(0)
         await store.save("full.jpg", OLD)
@@ -180,5 +180,5 @@ async def test_every_change_is_one_event_with_its_size(
         path.write_bytes(OLD)
         os.utime(path, ns=(0, 0))
         with pytest.raises(CorruptBlob):
-            await store.check(NAME)
+            await store.reconciler.check(NAME)
         assert new_events() == [("corrupt", "full.jpg", 13), ("corrupt", NAME, 3 * CHUNK)]

@@ -142,7 +142,7 @@ async def _adopt(store: UploadStore) -> None:
 
 async def _request(store: UploadStore) -> None:
     assert await restored_bytes(store, NAME) is None
-    assert await store.is_on_disk_again(NAME) is False
+    assert await store.restorer.restore_to_disk(NAME) is False
 
 
 async def _store_only_new(store: UploadStore) -> None:
@@ -157,7 +157,7 @@ async def _migrate(store: UploadStore) -> None:
 
 async def _check(store: UploadStore) -> None:
     store.disk.path_of(NAME).write_bytes(OLD)
-    await store.check(NAME)
+    await store.reconciler.check(NAME)
 
 
 RESURRECTIONS = [_restore, _adopt, _request, _store_only_new, _migrate, _check]
@@ -255,6 +255,6 @@ async def test_bytes_are_set_aside_if_the_history_cannot_be_read(store: UploadSt
     saved.path.write_bytes(OLD)
     async with engine.begin() as connection:
         await connection.execute(text("ALTER TABLE image_history RENAME TO image_history_away"))
-    await store.check(NAME)
+    await store.reconciler.check(NAME)
     assert on_disk(store, NAME) is None
     assert in_quarantine(store) == [OLD]

@@ -75,7 +75,7 @@ async def test_mending_from_a_missing_file(sqlite_store: UploadStore) -> None:
     saved = await sqlite_store.save(NAME, OLD)
     saved.path.unlink()
     with pytest.raises(NotStored):
-        await sqlite_store.mend(saved)
+        await sqlite_store.reconciler.mend(saved)
 
 
 @pytest.mark.parametrize("size", [10, 3 * CHUNK, 65 * CHUNK])

@@ -94,7 +94,7 @@ async def test_cancelled_uploads_leave_nothing_and_damage_nothing(store: UploadS
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
         assert await on_disk_and_in_database(store, f"{number}.jpg") in (None, data)
         assert await on_disk_and_in_database(store, "old.jpg") in (OLD, data)
         await store.save("old.jpg", OLD)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from selfheal.blobs.database import Blobs
+from selfheal.blobs.database import DatabaseBlobs
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.open_file import OpenFile
 
@@ -60,10 +60,10 @@ def make_slow(seconds: float) -> None:
 
 def count_blob_reads() -> None:
     """Count how often a blob is read from the database."""
-    real = Blobs.read
+    real = DatabaseBlobs.read
 
-    def read(self: Blobs, *arguments: Any) -> AsyncGenerator[bytes, None]:
+    def read(self: DatabaseBlobs, *arguments: Any) -> AsyncGenerator[bytes, None]:
         COUNTS["blob reads"] += 1
         return real(self, *arguments)
 
-    Blobs.read = read
+    DatabaseBlobs.read = read

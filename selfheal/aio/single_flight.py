@@ -1,187 +1,101 @@
-"""Many askers, one piece of work: flights by name, lookups by the handful, and the next item while one is used.
-
-The work runs in a task of its own. An asker that goes away (a client hangs up, a deadline passes) never takes it down.
-"""
-
-from __future__ import annotations
+"""Single flight: many callers ask for one key, the work runs once, and each caller gets its answer."""
 
 import asyncio
-import contextlib
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-T = TypeVar("T")
-R = TypeVar("R")
+from .tasks import Tasks
+
 K = TypeVar("K")
+T = TypeVar("T")
 
 
-class Tasks:
-    """Tasks that outlive whoever started them, held by reference until they end."""
+class Call(Generic[T]):
+    """Work under way, and its callers: `share` makes what one caller gets, `release` takes back what it left."""
 
-    def __init__(self) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+    def __init__(self, share: Callable[[T], T], release: Callable[[T], None]) -> None:
+        self._share = share
+        self._release = release
+        self._callers: set[asyncio.Future[T]] = set()
+        self._end: Callable[[asyncio.Future[T]], None] | None = None
 
-    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start `work` in a task that is kept alive until it ends."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-        return task
+    @property
+    def is_answered(self) -> bool:
+        """Whether the callers have their answer, or an error."""
+        return self._end is not None
 
-    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end even if the caller is cancelled meanwhile: a commit is never torn in two."""
-        return await asyncio.shield(self.start(work))
+    def answer(self, value: T) -> None:
+        """Give `value` to all callers, and to those who still come while the work goes on; only the first counts."""
+        self._end_with(lambda caller: caller.set_result(self._share(value)))
 
-    async def settle(self, grace: float) -> None:
-        """Wait up to `grace` seconds for what is running; cancel the rest."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + grace
-        while self._running:  # what ends may have started more
-            _, late = await asyncio.wait(set(self._running), timeout=max(0.0, end - loop.time()))
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` in all callers that have no answer yet."""
+        self._end_with(lambda caller: caller.set_exception(error))
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # read, so that a failure whose asker has gone is not reported as never retrieved
-
-
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` to its end; a caller that is cancelled meanwhile is so after it."""
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((task,))
-        raise
-
-
-class Places:
-    """So many at once, in each event loop: `async with places.one():`."""
-
-    def __init__(self, at_once: int) -> None:
-        self._at_once = at_once
-        self._places: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
-
-    def one(self) -> asyncio.Semaphore:
-        """A place, to be entered and left."""
-        loop = asyncio.get_running_loop()
-        if self._places is None or self._places[0] is not loop:
-            self._places = (loop, asyncio.Semaphore(self._at_once))
-        return self._places[1]
-
-
-async def ahead(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The items of `source`, the next one in the making while one is used: reading and writing overlap."""
-    async with aclosing(source):
-        coming = asyncio.create_task(_next(source))
+    async def wait(self, timeout: float) -> T:
+        """Return a share of the answer. Raises `TimeoutError` after `timeout` seconds, and what the work raises."""
+        caller: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        if self._end is not None:
+            self._end(caller)
+            return caller.result()
+        self._callers.add(caller)
         try:
-            while item := await coming:
-                coming = asyncio.create_task(_next(source))
-                yield item[0]
+            await asyncio.wait((caller,), timeout=timeout)
+        except asyncio.CancelledError:
+            if caller.done() and caller.exception() is None:
+                self._release(caller.result())
+            raise
         finally:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
+            self._callers.discard(caller)
+            caller.cancel()  # without effect if it is done
+        if caller.cancelled():
+            raise TimeoutError
+        return caller.result()
+
+    def _end_with(self, end: Callable[[asyncio.Future[T]], None]) -> None:
+        if self._end is None:
+            self._end = end
+            for caller in self._callers:
+                if not caller.done():
+                    end(caller)
 
 
-async def in_order(source: AsyncGenerator[Coroutine[Any, Any, R], None], at_once: int) -> AsyncGenerator[R, None]:
-    """What the coroutines of `source` return, in their order, so many of them at work at once."""
-    making = deque[asyncio.Task[R]]()
-    async with aclosing(source):
-        try:
-            async for work in source:
-                making.append(asyncio.create_task(work))
-                if len(making) == at_once:
-                    yield await making.popleft()
-            while making:
-                yield await making.popleft()
-        finally:
-            for task in making:
-                task.cancel()
-            await asyncio.gather(*making, return_exceptions=True)
-
-
-async def _next(source: AsyncGenerator[T, None]) -> tuple[T] | None:
-    async for item in source:
-        return (item,)
-    return None
-
-
-class Flights(Generic[K, T]):
-    """One flight per key: who asks while it is under way joins it, who asks after it starts anew."""
-
-    def __init__(self, tasks: Tasks) -> None:
-        self._tasks = tasks
-        self._flights: dict[K, T] = {}
-
-    def join(self, key: K, board: Callable[[], tuple[T, Coroutine[Any, Any, object]]]) -> T:
-        """The flight of `key`; `board` makes it, and the work that ends it, if none is under way."""
-        flight = self._flights.get(key)
-        if flight is None:
-            flight, work = board()
-            self._flights[key] = flight
-            self._tasks.start(work).add_done_callback(lambda _: self._flights.pop(key, None))
-        return flight
-
-
-class Batches(Generic[K, T]):
-    """Single questions, asked together: what is asked while a query runs waits for the next one.
-
-    `ask` answers many keys at once and leaves out those it does not know.
-    """
+class SingleFlight(Generic[K, T]):
+    """Runs `work(key, call)` once, in a task of its own, for all callers that ask for the key meanwhile."""
 
     def __init__(
-        self, ask: Callable[[list[K]], Awaitable[Mapping[K, T]]], tasks: Tasks, *, size: int, at_once: int
+        self,
+        tasks: Tasks,
+        work: Callable[[K, Call[T]], Coroutine[Any, Any, None]],
+        *,
+        share: Callable[[T], T] = lambda value: value,
+        release: Callable[[T], None] = lambda _: None,
     ) -> None:
-        self._ask = ask
         self._tasks = tasks
-        self._size = size
-        self._free = at_once
-        self._waiting: dict[K, asyncio.Future[T | None]] = {}
+        self._work = work
+        self._share = share
+        self._release = release
+        self._calls: dict[K, Call[T]] = {}
 
-    async def get(self, key: K) -> T | None:
-        """The answer for `key`, or None if it is not known; raises what the query raised."""
-        answer = self._waiting.get(key)
-        if answer is None:
-            answer = self._waiting[key] = asyncio.get_running_loop().create_future()
-            self._start()
-        return await asyncio.shield(answer)
+    async def get(self, key: K, timeout: float) -> T:
+        """Return the answer for `key`; raises `TimeoutError` after `timeout` seconds, and what the work raises."""
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = Call(self._share, self._release)
+            self._tasks.start(self._run(key, call)).add_done_callback(lambda _: self._ended(key, call))
+        return await call.wait(timeout)
 
-    def _start(self) -> None:
-        if self._free:
-            self._free -= 1
-            self._tasks.start(self._drain()).add_done_callback(self._drained)
-
-    def _drained(self, drain: asyncio.Task[None]) -> None:
-        self._free += 1
-        if drain.cancelled():  # nobody else will ask for those who wait
-            waiting, self._waiting = self._waiting, {}
-            for future in waiting.values():
-                future.cancel()
-        elif self._waiting:
-            self._start()
-
-    async def _drain(self) -> None:
-        await asyncio.sleep(0)  # let everybody who is ready to ask join the first query
-        while self._waiting:
-            keys = list(self._waiting)[: self._size]
-            await self._answer({key: self._waiting.pop(key) for key in keys})
-
-    async def _answer(self, waiting: dict[K, asyncio.Future[T | None]]) -> None:
+    async def _run(self, key: K, call: Call[T]) -> None:
         try:
-            answers = await self._ask(list(waiting))
+            await self._work(key, call)
         except BaseException as error:
-            for future in waiting.values():
-                future.set_exception(error)
-                future.exception()  # read: an asker may be gone
+            call.fail(error)
             if not isinstance(error, Exception):
                 raise
-        else:
-            for key, future in waiting.items():
-                future.set_result(answers.get(key))
+        finally:
+            del self._calls[key]  # at once: what the work has closed must not be shared any more
+
+    def _ended(self, key: K, call: Call[T]) -> None:
+        if self._calls.get(key) is call:  # the task was cancelled before its first step
+            del self._calls[key]
+            call.fail(asyncio.CancelledError())

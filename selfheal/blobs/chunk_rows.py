@@ -1,30 +1,21 @@
-"""Bytes on their way into the database: as rows of chunks, and what is known of those that have come so far."""
-
-from __future__ import annotations
+"""Incoming bytes: chunks are hashed and become rows."""
 
 import hashlib
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from ..content.digests import Digests, chunk_digests
-from ..errors import Unsettled
+from ..content.digests import Digests, chunk_digests, update_all
+from ..errors import FileChanged
 from ..sql.models import SmallFile
-
-HASH_AT_ONCE = 8
-"""Chunks that are hashed (2 MiB) while others are read, and others written."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Bytes that came: the last chunks are still `rows` in memory, those before them stand under `key`.
-
-    The first `moved` of them stand where they belong.
-    """
+    """Bytes received: the last chunks still as `rows`, those before under `key`; `moved` of them at the digest."""
 
     key: str
     sha256: str
@@ -35,45 +26,41 @@ class Received:
 
     @property
     def written(self) -> int:
-        """How many chunks are in the database already, in transactions of their own."""
+        """The number of chunks that are in the database, in transactions of their own."""
         return self.chunks - len(self.rows)
 
 
-class Taken:
-    """What was taken in so far. If its digests are `known`, the bytes must be those.
-
-    Chunks stand where they belong if they are known and to be so `in_place`, or else under a key of their own.
-    """
+class Hasher:
+    """Hashes chunks and makes rows of them; with `in_place`, rows of the `known` digest instead of their own key."""
 
     def __init__(self, known: Digests | None, *, in_place: bool) -> None:
         self._known = known
-        # as long as a digest: SQLite then writes only the page where it stands when it becomes one, not the chunk
+        # as long as a digest: SQLite then overwrites only the page of the key, not the chunk after it
         self._key = known.whole if known is not None and in_place else f"upload-{uuid4().hex:->57}"
         self._whole = hashlib.sha256()
         self._size = self._chunks = 0
 
     @property
     def is_in_place(self) -> bool:
-        """Whether chunks stand where they belong."""
+        """Whether rows have their digest as key."""
         return self._known is not None and self._key == self._known.whole
 
     def rows(self, chunks: Sequence[bytes]) -> list[Row]:
-        """The next chunks as rows; raises `Unsettled` if they are not what is known of them."""
+        """Return the next chunks as rows; raises `FileChanged` if they are not the known ones."""
         digests = chunk_digests(self._chunks, chunks)
         if self._known is None:
-            for chunk in chunks:
-                self._whole.update(chunk)
+            update_all(self._whole, chunks)
         elif digests != self._known.chunks[self._chunks : self._chunks + len(chunks)]:
-            raise Unsettled("the bytes changed while they were read; try again once they hold still")
+            raise FileChanged("the bytes changed while they were read; try again when their writer is done")
         rows = _rows(self._key, self._chunks, digests, chunks)
         self._size += sum(map(len, chunks))
         self._chunks += len(chunks)
         return rows
 
     def received(self, last: list[Row]) -> Received:
-        """All of it; the `last` rows are not written yet. Raises `Unsettled` if it is less than is known of it."""
+        """Return the result; the `last` rows are not written yet. Raises `FileChanged` if known chunks are missing."""
         if self._known is not None and self._chunks != len(self._known.chunks):
-            raise Unsettled("the bytes became fewer while they were read; try again once they hold still")
+            raise FileChanged("the bytes became fewer while they were read; try again when their writer is done")
         digest = self._whole.hexdigest() if self._known is None else self._known.whole
         if len(last) == self._chunks:  # nothing was written under another key
             last = [row | {"sha256": digest} for row in last]
@@ -82,24 +69,8 @@ class Taken:
         return Received(self._key, digest, self._size, self._chunks, last, moved)
 
 
-async def in_handfuls(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[list[bytes], None]:
-    """As many chunks as are hashed in one go."""
-    held: list[bytes] = []
-    async with aclosing(source):
-        async for chunk in source:
-            held.append(chunk)
-            if len(held) == HASH_AT_ONCE:
-                yield held
-                held = []
-    if held:
-        yield held
-
-
 def rows_of_files(files: Iterable[SmallFile]) -> tuple[list[Row], list[Row]]:
-    """The blobs of whole files, and their chunks.
-
-    Equal bytes once, and in the order of digests: two processes then never wait for each other in a circle.
-    """
+    """Return rows of blobs and chunks, each blob once, by digest: processes then never wait in a circle."""
     blobs: list[Row] = []
     chunks: list[Row] = []
     by_digest = {file.digests.whole: file for file in files}

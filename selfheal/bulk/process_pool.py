@@ -1,6 +1,9 @@
-"""Who does the work of a bulk run: this process alone, or several, each with an interpreter and a tool of its own.
+"""Executors for the batches of a bulk run: this process, or a pool of forked processes.
 
-Threads take turns at one interpreter's lock: two of them took twice the processor time of one, and saved a tenth.
+Threads share one interpreter lock: two of them took twice the processor time of one, and saved a tenth.
+
+Not `concurrent.futures.ProcessPoolExecutor`: its workers share one pipe for results, which the parent keeps open for
+writing. A worker that is killed while it writes a result leaves the parent in `read` for good (CPython issue 87971).
 """
 
 from __future__ import annotations
@@ -19,61 +22,58 @@ from ..aio.threads import Threads
 from ..disk import syscalls
 from ..errors import SelfHealError
 
-
-class Tool(Protocol):
-    """What a piece of work is done with."""
-
-    async def close(self) -> None:
-        """Let go of what it holds."""
-
-
 R = TypeVar("R")
-Work = Callable[..., Coroutine[Any, Any, R]]
+AsyncFunction = Callable[..., Coroutine[Any, Any, R]]
 
 
-class Workers(Protocol):
-    """They are given pieces of work: functions of a module, which are called with the tool before their arguments."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
+class Executor(Protocol):
+    """Runs async functions, and passes a resource as their first argument. They must be functions of a module."""
 
     @property
-    def at_once(self) -> int:
-        """How many pieces to give them before the first is done, so that nobody is idle behind one that takes long."""
+    def worker_count(self) -> int:
+        """Return the number of processes that run functions."""
 
-    async def run(self, work: Work[R], /, *args: Any, **kwargs: Any) -> R:
-        """Do one piece of work; returns, or raises, what it does."""
+    @property
+    def max_pending(self) -> int:
+        """Return how many calls to start before the first one ends, so that no worker is idle while one is slow."""
 
-
-class Alone:
-    """This process does everything, with this `tool`."""
-
-    count = 1
-    at_once = 3
-
-    def __init__(self, tool: Tool) -> None:
-        self._tool = tool
-
-    async def run(self, work: Work[R], /, *args: Any, **kwargs: Any) -> R:
-        """Do it here."""
-        return await work(self._tool, *args, **kwargs)
+    async def run(self, function: AsyncFunction[R], /, *args: Any, **kwargs: Any) -> R:
+        """Return, or raise, what `function(resource, *args, **kwargs)` does."""
 
 
-class Processes:
-    """So many processes, forked here and now: make them before there are threads, event loops or connections.
+class InlineExecutor:
+    """Runs functions in this process, with `resource`, for example a store."""
 
-    Each works with the tool that `make` gives it. They end at `close`, and whenever this process does.
+    worker_count = 1
+    max_pending = 3
+
+    def __init__(self, resource: Any) -> None:
+        self._resource = resource
+
+    async def run(self, function: AsyncFunction[R], /, *args: Any, **kwargs: Any) -> R:
+        """Await `function(resource, *args, **kwargs)`."""
+        return await function(self._resource, *args, **kwargs)
+
+
+class ProcessPool:
+    """Runs functions in `worker_count` processes, each with a resource of its own from `make_resource`. Make it in the
+    main thread before other threads, event loops or connections: it forks. The workers end when this process does.
     """
 
-    def __init__(self, make: Callable[[], Tool], count: int) -> None:
-        self.count = count
-        self.at_once = 4 * count
-        self._threads = Threads(count)
-        self._members: list[_Member] = []
-        for _ in range(count):
-            self._members.append(_Member(make, self._members))
-        self._idle: asyncio.Queue[_Member] | None = None
+    def __init__(self, make_resource: Callable[[], Any], worker_count: int) -> None:
+        self.worker_count = worker_count
+        self.max_pending = 4 * worker_count
+        self._threads = Threads(worker_count)
+        self._workers: list[_Worker] = []
+        self._idle: asyncio.Queue[_Worker] | None = None
+        # A KeyboardInterrupt inside `fork` is lost, and with it a lock: that of `logging`. Workers keep SIGINT blocked:
+        # Ctrl-C interrupts the whole process group, and the parent waits for the calls that have begun.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(worker_count):
+                self._workers.append(_Worker(make_resource, self._workers))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __enter__(self) -> Self:
         return self
@@ -81,74 +81,74 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def run(self, work: Work[R], /, *args: Any, **kwargs: Any) -> R:
-        """Let the next one that is idle do it. Raises `SelfHealError` if that process dies of it."""
+    async def run(self, function: AsyncFunction[R], /, *args: Any, **kwargs: Any) -> R:
+        """Run `function` in the next idle worker. Raises `SelfHealError` if that process is killed meanwhile."""
         if self._idle is None:
             self._idle = asyncio.Queue()
-            for member in self._members:
-                self._idle.put_nowait(member)
-        member = await self._idle.get()
+            for worker in self._workers:
+                self._idle.put_nowait(worker)
+        worker = await self._idle.get()
         try:
-            done, error = await self._threads.run(member.ask, (work, args, kwargs))
+            value, error = await self._threads.run(worker.call, function, args, kwargs)
         finally:
-            self._idle.put_nowait(member)
+            self._idle.put_nowait(worker)
         if error is not None:
             raise error
-        result: R = done
+        result: R = value
         return result
 
     def close(self) -> None:
-        """Let each of them end what it is at, and wait for that."""
-        for member in self._members:
-            member.close()
+        """Wait until every worker has ended its call and closed its resource."""
+        for worker in self._workers:
+            worker.close()
         self._threads.close()
 
 
-class _Member:
-    """One process, and the way to it."""
+class _Worker:
+    """A worker process, seen from the parent."""
 
-    def __init__(self, make: Callable[[], Tool], before: Iterable[_Member]) -> None:
+    def __init__(self, make_resource: Callable[[], Any], earlier: Iterable[_Worker]) -> None:
         context = multiprocessing.get_context("fork")
-        self._way, its_end = context.Pipe()
-        not_its = [*(member._way for member in before), self._way]  # else it would never see that they are closed
-        self._process = context.Process(target=_serve, args=(its_end, not_its, make), daemon=True)
+        self._pipe, child_end = context.Pipe()
+        parent_ends = [*(worker._pipe for worker in earlier), self._pipe]
+        args = (child_end, parent_ends, make_resource)
+        self._process = context.Process(target=_worker_main, args=args, daemon=True)
         self._process.start()
-        its_end.close()
+        child_end.close()
 
-    def ask(self, piece: tuple[Any, ...]) -> Any:
+    def call(self, *call: Any) -> Any:
         try:
-            self._way.send(piece)
-            return self._way.recv()
-        except (EOFError, ConnectionError) as error:
+            self._pipe.send(call)
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:  # OSError: it was killed in the middle of a message
             raise SelfHealError("a process of this run was killed; run it again, it goes on from there") from error
 
     def close(self) -> None:
-        self._way.close()
+        self._pipe.close()
         self._process.join()
 
 
-def processors() -> int:
-    """How many processes can be at work at once; 1 where a process cannot be forked safely (macOS)."""
+def available_cpus() -> int:
+    """Return how many processes can run at the same time; 1 where forking is not safe (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _serve(way: Connection, others: Iterable[Connection], make: Callable[[], Tool]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all; who gave the work waits for its end
+def _worker_main(pipe: Connection, parent_ends: Iterable[Connection], make_resource: Callable[[], Any]) -> None:
     syscalls.end_with_parent()
-    for other in others:
-        other.close()
-    tool = make()
-    with asyncio.Runner() as runner:
-        with suppress(EOFError, ConnectionError):
+    for end in parent_ends:
+        end.close()  # an inherited copy would keep `recv` from seeing that the parent closed the pipe
+    resource = make_resource()
+    with asyncio.Runner() as runner:  # one event loop for all calls: connections live on in it
+        with suppress(EOFError, OSError):
             while True:
-                way.send_bytes(pickle.dumps(runner.run(_outcome(tool, *way.recv()))))
-        runner.run(tool.close())
+                pipe.send_bytes(pickle.dumps(runner.run(_call(resource, *pipe.recv()))))
+        runner.run(resource.close())
 
 
-async def _outcome(
-    tool: Tool, work: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+async def _call(
+    resource: Any, function: AsyncFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Exception | None]:
     try:
-        return await work(tool, *args, **kwargs), None
+        return await function(resource, *args, **kwargs), None
     except (SelfHealError, OSError) as error:
         return None, error

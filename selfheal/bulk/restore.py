@@ -1,6 +1,4 @@
-"""Everything, database → disk: what is missing, and with `verify` what differs."""
-
-from __future__ import annotations
+"""Restore: database → disk. Missing files are restored; with `verify` also those whose bytes differ."""
 
 import asyncio
 import contextlib
@@ -10,18 +8,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..aio.single_flight import ahead, in_order
+from ..aio.streams import prefetch, run_in_order, run_unordered
 from ..disk.directory import UploadsDirectory
 from ..disk.listing import Listing
-from ..errors import NotStored, SelfHealError, Unsettled
-from ..healing.batch_restore import LARGE_AT_ONCE, Landed, Landing, Wanted, in_batches
+from ..errors import FileChanged, NotStored, SelfHealError
+from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import KeyRange, Record, Summary
 from ..store import UploadStore
-from .outcomes import Outcome, Result, Step, all_present, each, of_error, results_of, survey, told
-from .process_pool import Alone, Workers
-from .walk import NAMES_AT_ONCE, digest_of
+from .outcomes import Outcome, Result, Step, done, of_error, results_of
+from .process_pool import Executor, InlineExecutor
+from .survey import all_present, survey
 
 Work = Callable[[list[Wanted]], Step]
+NAMES_AT_ONCE = 8192  # names in one query, without their bytes
 RANGES_AT_ONCE = 16
 """Ranges of names that one process looks at, one after the other: a directory may be read once for all of them."""
 
@@ -32,177 +31,179 @@ async def restore(
     verify: bool = False,
     dry_run: bool = False,
     jobs: int = 4,
-    workers: Workers | None = None,
+    executor: Executor | None = None,
+    names_at_once: int = NAMES_AT_ONCE,
+    ranges_at_once: int = RANGES_AT_ONCE,
 ) -> AsyncGenerator[Result, None]:
-    """Bring back every living record whose file is missing; with `verify`, also heal those whose bytes differ.
-
-    What was deleted and is still on disk is removed. Raises `DatabaseUnavailable`.
-    """
-    workers = workers or Alone(store)
-    jobs = jobs // workers.count or 1
-    land = partial(workers.run, _would_land) if dry_run else partial(workers.run, _land, jobs=jobs)
-    heal = partial(workers.run, _heal_all, dry_run=dry_run, jobs=jobs)
-    remove = partial(workers.run, _remove_all, dry_run=dry_run)
-    todo = _everything(store) if verify else _what_is_not_there(store, workers)
-    async with aclosing(results_of(_steps(todo, land, heal, remove), workers.at_once)) as results:
+    """Restore what is missing, with `verify` also what differs; remove deleted names from the disk."""
+    executor = executor or InlineExecutor(store)
+    jobs = jobs // executor.worker_count or 1
+    restore_files = partial(executor.run, _would_restore) if dry_run else partial(executor.run, _restore, jobs=jobs)
+    heal = partial(executor.run, _heal_all, dry_run=dry_run, jobs=jobs)
+    remove = partial(executor.run, _remove_all, dry_run=dry_run)
+    missing = partial(_plan_missing, store, executor, names_at_once, ranges_at_once)
+    plans = _plan_all(store, names_at_once) if verify else missing()
+    async with aclosing(results_of(_steps(plans, restore_files, heal, remove), executor.max_pending)) as results:
         async for result in results:
             yield result
 
 
 @dataclass(frozen=True, slots=True)
-class _Todo:
-    """What there is to do about some names, and what there is only to tell of others."""
+class _Plan:
+    """What to do with some names, and the results for others that are known already."""
 
-    tell: list[Result]
-    land: list[Wanted] = field(default_factory=list)
+    known: list[Result]
+    restore: list[Wanted] = field(default_factory=list)
     heal: list[Wanted] = field(default_factory=list)
     remove: list[Wanted] = field(default_factory=list)
 
 
-async def _steps(todo: AsyncGenerator[_Todo, None], land: Work, heal: Work, remove: Work) -> AsyncGenerator[Step, None]:
-    async with aclosing(ahead(todo)) as coming:
-        async for one in coming:
-            if one.tell:
-                yield told(one.tell)
-            for work, wanted in ((land, one.land), (heal, one.heal), (remove, one.remove)):
+async def _steps(
+    plans: AsyncGenerator[_Plan, None], restore_files: Work, heal: Work, remove: Work
+) -> AsyncGenerator[Step, None]:
+    async with aclosing(prefetch(plans)) as prefetched:
+        async for plan in prefetched:
+            if plan.known:
+                yield done(plan.known)
+            for work, wanted in ((restore_files, plan.restore), (heal, plan.heal), (remove, plan.remove)):
                 for batch in in_batches(wanted, LARGE_AT_ONCE):
                     yield work(batch)
 
 
-async def _everything(store: UploadStore) -> AsyncGenerator[_Todo, None]:
-    listing = Listing(store.disk)
-    async with aclosing(ahead(store.database.key_ranges(NAMES_AT_ONCE))) as key_ranges:
+async def _plan_all(store: UploadStore, names_at_once: int) -> AsyncGenerator[_Plan, None]:
+    catalogue, listing = store.database.catalogue, Listing(store.disk)
+    async with aclosing(prefetch(catalogue.key_ranges(names_at_once))) as key_ranges:
         async for key_range in key_ranges:
-            living = await store.threads.run(survey, listing, await store.database.names_in(key_range))
-            yield _Todo(living.wrong, living.missing, living.present)
-            yield await _lingering(store, Listing(store.disk), key_range)
+            living = await store.threads.run(survey, listing, await catalogue.names_in(key_range))
+            yield _Plan(living.wrong, living.missing, living.present)
+            yield await _plan_removal(store, Listing(store.disk), key_range)
 
 
-async def _what_is_not_there(store: UploadStore, workers: Workers) -> AsyncGenerator[_Todo, None]:
-    """Names are looked at one by one only where not all of a range is there."""
-    at_once = workers.at_once if workers.count > 1 else 1  # each holds the names in some directories
-    async with aclosing(in_order(_glances(store, workers), at_once)) as glances:
-        async for glance in glances:
-            yield _Todo(_there(glance.count, glance.size))
+async def _plan_missing(
+    store: UploadStore, executor: Executor, names_at_once: int, ranges_at_once: int
+) -> AsyncGenerator[_Plan, None]:
+    """Names are looked at one by one only in ranges that are not all there."""
+    limit = executor.max_pending if executor.worker_count > 1 else 1  # each has the names of some directories in memory
+    looks = _looks(store, executor, names_at_once, ranges_at_once)
+    async with aclosing(run_in_order(looks, limit)) as summarized:
+        async for ranges in summarized:
+            yield _Plan(_present(ranges.count, ranges.size))
             listing = Listing(store.disk)
-            for key_range in glance.others:
-                living = await store.threads.run(survey, listing, await store.database.names_in(key_range))
-                there = _there(len(living.present), sum(size for _, size in living.present))
-                yield _Todo(living.wrong + there, living.missing)
-            for key_range in glance.with_deleted:
-                yield await _lingering(store, listing, key_range)
+            for key_range in ranges.incomplete:
+                names = await store.database.catalogue.names_in(key_range)
+                living = await store.threads.run(survey, listing, names)
+                present = _present(len(living.present), sum(size for _, size in living.present))
+                yield _Plan(living.wrong + present, living.missing)
+            for key_range in ranges.with_deleted:
+                yield await _plan_removal(store, listing, key_range)
 
 
-async def _lingering(store: UploadStore, listing: Listing, key_range: KeyRange) -> _Todo:
-    """Deleted names that are still on disk; where nobody can tell whether they are, that is told."""
-    names = await store.database.names_in(key_range, deleted=True)
-    dead = await store.threads.run(survey, listing, [(name, max(size, 0)) for name, size in names])
-    return _Todo([one for one in dead.wrong if one.outcome is Outcome.FAILED], remove=dead.present)
+async def _plan_removal(store: UploadStore, listing: Listing, key_range: KeyRange) -> _Plan:
+    """Deleted names that are still on disk; those that cannot be looked for are reported."""
+    names = await store.database.catalogue.names_in(key_range, deleted=True)
+    deleted = await store.threads.run(survey, listing, [(name, max(size, 0)) for name, size in names])
+    return _Plan([one for one in deleted.wrong if one.outcome is Outcome.FAILED], remove=deleted.present)
 
 
 @dataclass(frozen=True, slots=True)
-class _Glance:
-    """Of some ranges: in all but the `others` all is there, `count` names of `size` bytes; some have deleted names."""
+class _Ranges:
+    """A look at some ranges: `count` names of `size` bytes are there in all but the `incomplete` ones."""
 
     count: int
     size: int
-    others: list[KeyRange]
+    incomplete: list[KeyRange]
     with_deleted: list[KeyRange]
 
 
-async def _glances(store: UploadStore, workers: Workers) -> AsyncGenerator[Coroutine[Any, Any, _Glance], None]:
-    held: list[KeyRange] = []
-    async with aclosing(store.database.key_ranges(NAMES_AT_ONCE)) as key_ranges:
+async def _looks(
+    store: UploadStore, executor: Executor, names_at_once: int, ranges_at_once: int
+) -> AsyncGenerator[Coroutine[Any, Any, _Ranges], None]:
+    ranges: list[KeyRange] = []
+    async with aclosing(store.database.catalogue.key_ranges(names_at_once)) as key_ranges:
         async for key_range in key_ranges:
-            held.append(key_range)
-            if len(held) == RANGES_AT_ONCE or key_range.stop is None:
-                yield workers.run(_glance, held)
-                held = []
+            ranges.append(key_range)
+            if len(ranges) == ranges_at_once or key_range.stop is None:
+                yield executor.run(_look_at, ranges)
+                ranges = []
 
 
-async def _glance(store: UploadStore, key_ranges: Sequence[KeyRange]) -> _Glance:
+async def _look_at(store: UploadStore, key_ranges: Sequence[KeyRange]) -> _Ranges:
     listing = Listing(store.disk)
     count = size = 0
-    others, with_deleted = list[KeyRange](), list[KeyRange]()
-    async with aclosing(ahead(_summaries(store, key_ranges))) as summaries:
+    incomplete, with_deleted = list[KeyRange](), list[KeyRange]()
+    async with aclosing(prefetch(_summaries(store, key_ranges))) as summaries:
         async for key_range, summary in summaries:
             if summary.deleted:
                 with_deleted.append(key_range)
             if await store.threads.run(all_present, listing, summary):
                 count, size = count + summary.count, size + int(summary.size)
             else:
-                others.append(key_range)
-    return _Glance(count, size, others, with_deleted)
+                incomplete.append(key_range)
+    return _Ranges(count, size, incomplete, with_deleted)
 
 
 async def _summaries(
     store: UploadStore, key_ranges: Iterable[KeyRange]
 ) -> AsyncGenerator[tuple[KeyRange, Summary], None]:
     for key_range in key_ranges:
-        yield key_range, await store.database.summary(key_range)
+        yield key_range, await store.database.catalogue.summary(key_range)
 
 
-def _there(count: int, size: int) -> list[Result]:
+def _present(count: int, size: int) -> list[Result]:
     return [Result("", Outcome.OK, size, count=count)] if count else []
 
 
-async def _land(store: UploadStore, missing: list[Wanted], *, jobs: int) -> list[Result]:
-    async with aclosing(Landing(store.disk, store.database, jobs).land(missing)) as batches:
-        return [_landed(one) async for batch in batches for one in batch]
+async def _restore(store: UploadStore, missing: list[Wanted], *, jobs: int) -> list[Result]:
+    async with aclosing(BatchRestorer(store.disk, store.database, jobs).restore(missing)) as batches:
+        return [_restored(one) async for batch in batches for one in batch]
+
+
+def _restored(one: Restored) -> Result:
+    if one.record is not None and one.error is None:
+        return Result(one.name, Outcome.RESTORED, one.record.size)
+    if isinstance(one.error, NotStored):
+        return Result(one.name, Outcome.DELETED, 0, str(one.error))
+    return of_error(one.name, one.error or FileChanged("it changed while it was restored"))
+
+
+async def _would_restore(store: UploadStore, missing: list[Wanted]) -> list[Result]:
+    results = []
+    for name, size in missing:
+        try:
+            await store.threads.run(store.disk.digest, name)  # raises if the name is taken by what is not a file
+            results.append(Result(name, Outcome.RESTORED, size, "would be restored"))
+        except (SelfHealError, OSError) as error:
+            results.append(of_error(name, error))
+    return results
 
 
 async def _heal_all(store: UploadStore, present: list[Wanted], *, dry_run: bool, jobs: int) -> list[Result]:
-    found = await store.database.find_many(name for name, _ in present)
+    found = await store.database.catalogue.find(name for name, _ in present)
     records = list(found.values())
     hashing = (store.threads.run(_as_recorded, store.disk, records[job::jobs]) for job in range(jobs))
     same = set[str]().union(*await asyncio.gather(*hashing))
     work = (_heal(store, record, dry_run=dry_run) for record in records if record.name not in same)
-    async with aclosing(each(jobs, work)) as healed:
+    async with aclosing(run_unordered(work, jobs)) as healed:
         return [Result(name, Outcome.OK, found[name].size) for name in same] + [result async for result in healed]
 
 
 def _as_recorded(disk: UploadsDirectory, records: Iterable[Record]) -> set[str]:
-    """Names whose file is what its record says; whatever else may be the matter is looked at one by one."""
+    """Return the names whose file is what its record says; the others are looked at one by one."""
     same = set()
     for record in records:
         with contextlib.suppress(SelfHealError, OSError):
             file = None if record.is_deleted else disk.open(record.name)
             if file is not None:
                 with file:
-                    stamp = file.modified_ns, file.size
-                    if stamp == (record.modified_ns, record.size) and file.sha256() == record.sha256:
+                    if record.matches(file.modified_ns, file.size) and file.sha256() == record.sha256:
                         same.add(record.name)
     return same
-
-
-async def _would_land(store: UploadStore, missing: list[Wanted]) -> list[Result]:
-    return await store.threads.run(_look_at_each, store.disk, missing)
-
-
-def _look_at_each(disk: UploadsDirectory, missing: Iterable[Wanted]) -> list[Result]:
-    results = []
-    for name, size in missing:
-        try:
-            digest_of(disk, name)  # says so if something that is not a file has the name
-        except (SelfHealError, OSError) as error:
-            results.append(of_error(name, error))
-        else:
-            results.append(Result(name, Outcome.RESTORED, size, "would be restored"))
-    return results
-
-
-def _landed(one: Landed) -> Result:
-    if one.record is not None and one.error is None:
-        return Result(one.name, Outcome.RESTORED, one.record.size)
-    if isinstance(one.error, NotStored):
-        return Result(one.name, Outcome.DELETED, 0, str(one.error))
-    return of_error(one.name, one.error or Unsettled("it changed while it was restored"))
 
 
 async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
     name = record.name
     try:
-        is_same = await store.threads.run(digest_of, store.disk, name) == record.sha256
+        is_same = await store.threads.run(store.disk.digest, name) == record.sha256
         if not is_same:
             now = await store.database.find(name)
             if now is None or now.is_deleted:
@@ -210,9 +211,9 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
             if now.generation != record.generation:
                 return await _heal(store, now, dry_run=dry_run)
             if not dry_run:
-                await store.heal(record)
+                await store.reconciler.heal(record)
         if not dry_run:
-            await store.check(name)
+            await store.reconciler.check(name)
     except (SelfHealError, OSError) as error:
         return of_error(name, error)
     if is_same:
@@ -221,15 +222,14 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
     return Result(name, Outcome.RESTORED, record.size, detail)
 
 
-async def _remove_all(store: UploadStore, lingering: list[Wanted], *, dry_run: bool) -> list[Result]:
-    return [await _remove(store, name, dry_run=dry_run) for name, _ in lingering]
-
-
-async def _remove(store: UploadStore, name: str, *, dry_run: bool) -> Result:
-    try:
-        if not dry_run:
-            await store.check(name)
-    except (SelfHealError, OSError) as error:
-        return of_error(name, error)
+async def _remove_all(store: UploadStore, deleted: list[Wanted], *, dry_run: bool) -> list[Result]:
+    results = []
     detail = "it was deleted; its file would be removed" if dry_run else "it was deleted; its file is removed"
-    return Result(name, Outcome.DELETED, 0, detail)
+    for name, _ in deleted:
+        try:
+            if not dry_run:
+                await store.reconciler.check(name)
+            results.append(Result(name, Outcome.DELETED, 0, detail))
+        except (SelfHealError, OSError) as error:
+            results.append(of_error(name, error))
+    return results

@@ -1,30 +1,21 @@
-"""What bytes are known by: the digest of the whole, and of each chunk."""
-
-from __future__ import annotations
+"""SHA-256 digests of whole files and of their chunks."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
-
-
-class Hash(Protocol):
-    """A digest in the making, as `hashlib` has them."""
-
-    def update(self, data: bytes, /) -> None:
-        """Add bytes."""
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """Of bytes that somebody has read once already: the `whole` in hex, and each of its chunks in their order."""
+    """The digests of bytes: of the `whole`, in hex, and of each chunk in order."""
 
     whole: str
     chunks: Sequence[bytes]
 
     @classmethod
     def of(cls, chunks: Iterable[bytes]) -> Self:
-        """Those of bytes that come chunk by chunk."""
+        """Hash bytes that come chunk by chunk."""
         whole, each = hashlib.sha256(), list[bytes]()
         for chunk in chunks:
             whole.update(chunk)
@@ -33,18 +24,18 @@ class Digests:
 
 
 def chunk_digest(position: int, data: bytes) -> bytes:
-    """The digest by which a chunk is trusted before the last one has come; it binds the chunk to its position."""
+    """Return the digest that proves one chunk before the others have come; it covers the chunk's position too."""
     digest = hashlib.sha256(position.to_bytes(8, "big"))
     digest.update(data)
     return digest.digest()
 
 
 def chunk_digests(first: int, chunks: Iterable[bytes]) -> list[bytes]:
-    """Those of consecutive chunks, the first of them at position `first`."""
+    """Return the digests of consecutive chunks; the first one is at position `first`."""
     return [chunk_digest(position, data) for position, data in enumerate(chunks, first)]
 
 
-def add_all(whole: Hash, chunks: Iterable[bytes]) -> None:
-    """Hash chunks, one after the other."""
+def update_all(whole: "hashlib._Hash", chunks: Iterable[bytes]) -> None:
+    """Hash chunks in order."""
     for chunk in chunks:
         whole.update(chunk)

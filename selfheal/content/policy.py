@@ -1,17 +1,14 @@
-"""What an app takes from strangers: how much, which extensions, and bytes that are what the extension says.
+"""Upload policy: the largest size, the accepted extensions, and contents that match the extension.
 
-Nothing is decoded: types are told by their first bytes and ends by their last, so that a decompression bomb is only
-ever a small file here.
+Nothing is decoded: the first bytes show the type, the last ones the end. A decompression bomb is only a small file.
 """
-
-from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from ..errors import MissingExtra, UploadIncomplete, UploadTooLarge, UploadTypeRefused
 from .content_types import IMAGE_EXTENSIONS, UNKNOWN, content_type, extension
-from .truncation import Ending
+from .truncation import EndDetector
 
 MIB = 1024 * 1024
 _HEAD = 8192
@@ -37,7 +34,7 @@ _BEGINNINGS = [
     (4, b"ftypheix", "image/heic"),
     (4, b"ftyphevc", "image/heic"),
 ]
-"""What `filetype` does not know."""
+"""Formats that `filetype` does not know: offset, first bytes, content type."""
 _DECLARES = {"image/svg+xml": b"<svg"}
 
 
@@ -52,33 +49,30 @@ class UploadPolicy:
     check_contents: bool = True
 
     def check_extension(self, filename: str) -> str:
-        """The extension of a client's file name, lower case; raises `UploadTypeRefused` if it is not allowed."""
+        """Return the lower-case extension of a client's file name. Raises `UploadTypeRefused` if it is not allowed."""
         end = extension(filename)
         if not (end.isascii() and end.isalnum()) or len(end) > 10:
             end = ""
         if self.extensions is not None and end not in self.extensions:
             raise UploadTypeRefused(
-                f"files of type {end or 'none'!r} are not accepted; allowed: {_list(self.extensions)}"
+                f"files of type {end or 'none'!r} are not accepted; allowed: {', '.join(sorted(self.extensions))}"
             )
         return end
 
-    async def watch(self, end: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Hand `chunks` on while they keep to the policy.
-
-        Raises `UploadTooLarge`, `UploadTypeRefused` or `UploadIncomplete`; what raised has stored nothing.
-        """
-        size, ending = 0, Ending(_kind(end))
+    async def checked(self, end: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield `chunks` while they keep to the policy. Raises `UploadRefused`; nothing is stored then."""
+        size, end_detector = 0, EndDetector(_kind(end))
         async for chunk in chunks:
             if not size and self.check_contents:
                 check_head(end, chunk[:_HEAD])
             size += len(chunk)
             if size > self.max_bytes:
                 raise UploadTooLarge(f"the upload is larger than {self.max_bytes} bytes")
-            ending.feed(chunk)
+            end_detector.feed(chunk)
             yield chunk
         if not size:
             raise UploadIncomplete("the upload is empty")
-        if self.check_contents and not ending.is_reached:
+        if self.check_contents and not end_detector.is_reached:
             raise UploadIncomplete("the upload is not whole: its end is missing")
 
 
@@ -90,8 +84,9 @@ def check_head(end: str, head: bytes) -> None:
         raise MissingExtra("validate", "filetype") from error
     said = _kind(end)
     if said == UNKNOWN:
-        return  # it says nothing that the bytes could contradict
-    found = _beginning(head) or getattr(filetype.guess(head), "mime", None)
+        return  # an unknown extension promises nothing about the bytes
+    found = next((kind for at, mark, kind in _BEGINNINGS if head.startswith(mark, at)), None)
+    found = found or getattr(filetype.guess(head), "mime", None)
     if found is None:
         known = {_SAME.get(known.mime, known.mime) for known in filetype.types} | {kind for _, _, kind in _BEGINNINGS}
         if said in known or _DECLARES.get(said, b"") not in head.lower():
@@ -100,14 +95,6 @@ def check_head(end: str, head: bytes) -> None:
         raise UploadTypeRefused(f"the bytes are {found}, not {said}")
 
 
-def _beginning(head: bytes) -> str | None:
-    return next((kind for at, mark, kind in _BEGINNINGS if head.startswith(mark, at)), None)
-
-
 def _kind(end: str) -> str:
     kind = content_type(f"x.{end}").partition(";")[0]
     return _SAME.get(kind, kind)
-
-
-def _list(extensions: frozenset[str]) -> str:
-    return ", ".join(sorted(extensions))

@@ -1,6 +1,4 @@
-"""Whatever an upload comes as (bytes, a path, a file, an async iterator, an UploadFile) as chunks of one size."""
-
-from __future__ import annotations
+"""Upload sources (bytes, a path, a file, an async iterator, an UploadFile), read as chunks of one size."""
 
 import inspect
 import os
@@ -11,26 +9,26 @@ from typing import Any, Protocol, TypeGuard
 from ..aio.threads import Threads
 
 CHUNK = 256 * 1024
-"""Bytes in every chunk but the last: as fast as any size on SQLite and PostgreSQL, and small enough to hold."""
+"""Bytes in every chunk but the last: as fast as any size on SQLite and PostgreSQL, and small in memory."""
 
 
 class Readable(Protocol):
     """A file object (`read` returns bytes) or an UploadFile (`read` returns an awaitable of bytes)."""
 
     def read(self, size: int, /) -> Any:
-        """Up to `size` bytes; none at the end."""
+        """Read up to `size` bytes; return none at the end."""
 
 
 Source = bytes | bytearray | memoryview | str | os.PathLike[str] | Readable | AsyncIterable[bytes]
 
 
-async def chunks(source: Source, threads: Threads) -> AsyncGenerator[bytes, None]:
-    """The bytes of `source` in pieces of exactly `CHUNK` bytes, the last one shorter; one piece is held at a time."""
+async def read_chunks(source: Source, threads: Threads) -> AsyncGenerator[bytes, None]:
+    """Yield `source` in chunks of exactly `CHUNK` bytes, the last one shorter. Raises `TypeError` if it is none."""
     buffer = bytearray()
     async with aclosing(_pieces(source, threads)) as pieces:
         async for piece in pieces:
             if not buffer and len(piece) == CHUNK:
-                yield piece  # as it is: copying would cost as much as reading it
+                yield piece  # not copied: that costs as much as reading it
                 continue
             buffer += piece
             while len(buffer) >= CHUNK:
@@ -73,7 +71,7 @@ async def _pieces(source: Source, threads: Threads) -> AsyncGenerator[bytes, Non
 async def _read(file: Readable, threads: Threads) -> AsyncGenerator[bytes, None]:
     awaitable = inspect.iscoroutinefunction(file.read)
     if awaitable and hasattr(file, "seek"):
-        await file.seek(0)  # an app may have looked at its UploadFile before it saves it
+        await file.seek(0)  # the app may have read its UploadFile before it saves it
     while piece := await (file.read(CHUNK) if awaitable else threads.run(file.read, CHUNK)):
         if not isinstance(piece, bytes):
             raise TypeError("the file object reads text; open it in binary mode")
@@ -81,5 +79,5 @@ async def _read(file: Readable, threads: Threads) -> AsyncGenerator[bytes, None]
 
 
 def _is_readable(source: object) -> TypeGuard[Readable]:
-    """Not `isinstance`: from Python 3.12 on that does not see what a wrapper (Flask's, `tempfile`'s) hands on."""
+    """Whether there is a `read`. From Python 3.12 on, `isinstance` does not see what wrappers (Flask's) delegate."""
     return hasattr(source, "read")

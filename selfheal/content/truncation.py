@@ -1,20 +1,18 @@
-"""Where a picture ends: formats are walked from part to part, without decoding, as their bytes come."""
-
-from __future__ import annotations
+"""Truncated images: formats are parsed part by part as their bytes come, without decoding, up to their end."""
 
 import re
 from collections.abc import Callable, Generator
 
 Walk = Generator[int | re.Pattern[bytes], bytes, None]
-"""Says how many bytes it wants to see (above 0), to skip (below 0), or what to look for; returns at the end."""
+"""A parser: yields how many bytes it reads (above 0) or skips (below 0), or a pattern to search; returns at the end."""
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _SVG_END = re.compile(rb"</(?:[\w.-]+:)?svg\s*>|<(?:[\w.-]+:)?svg\b[^>]*/>", re.IGNORECASE)
 _OVERLAP = 4096
 
 
-class Ending:
-    """Told the pieces of a file of the content type `kind`, it knows whether the file's end was among them."""
+class EndDetector:
+    """Reads the pieces of a file of content type `kind` and detects whether its end has come."""
 
     def __init__(self, kind: str) -> None:
         make = _WALKS.get(kind)
@@ -25,11 +23,11 @@ class Ending:
 
     @property
     def is_reached(self) -> bool:
-        """Whether the end has come; always, for a format whose end cannot be told."""
+        """Whether the end has come; always true for a format that has no detectable end."""
         return self._walk is None
 
     def feed(self, piece: bytes) -> None:
-        """The next piece, of any size."""
+        """Read the next piece, of any size."""
         if self._walk is None:
             return
         self._buffer, self._at = self._buffer[self._at :] + piece, 0
@@ -70,7 +68,7 @@ def _number(part: bytes) -> int:
 
 
 def _jpeg() -> Walk:
-    """ITU T.81, annex B: segments with a length, and scans in which no marker but a restart begins with 0xFF."""
+    """JPEG (ITU T.81, annex B): segments with a length, and scans in which 0xFF begins only restart markers."""
     yield 2
     while (marker := (yield _MARKER)[1]) != 0xD9:
         if marker not in (0x01, 0xD8):
@@ -87,7 +85,7 @@ def _png() -> Walk:
 
 
 def _gif() -> Walk:
-    """GIF89a: blocks, each a list of sub-blocks, until the trailer."""
+    """GIF89a: blocks of sub-blocks, up to the trailer."""
     yield from _skip(_colours((yield 13)[10]))
     while (kind := (yield 1)) != b";":
         if kind == b",":
@@ -120,7 +118,7 @@ def _ico() -> Walk:
 
 
 def _boxes() -> Walk:
-    """ISO 14496-12: boxes with a length; a file may end after any of them, once it holds the picture's data."""
+    """ISO 14496-12 (AVIF, HEIC): boxes with a length; the file may end after any box once it holds the image data."""
     while True:
         head = yield 8
         size, used = _number(head[:4]), 8

@@ -1,4 +1,4 @@
-"""What is on the disk: a walk over everything, and whether names are there without a look at each."""
+"""Directory listings: a walk over all files, and fast tests whether many names exist."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from . import syscalls
 from .directory import UploadsDirectory
 from .syscalls import Directory
 
-LISTED_AT_MOST = 100_000
-"""Names held in memory; in a directory that has more, each is looked for."""
+LISTED_AT_MOST = 100_000  # names held in memory; in a larger directory, every name costs a stat
 FOLDERS_AT_MOST = 32
-"""Directories held in memory, of those that were asked for last: those of ten times as many names fit no cache."""
+"""Directories held in memory, least recently used first out: more do not fit the processor's caches."""
 
 _NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
 _NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG)
@@ -27,10 +26,7 @@ _NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.EN
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A directory entry that a walk met, its `size` in bytes, and its mtime in ns since the epoch.
-
-    `fault` says why it cannot be an upload, or is empty if it can.
-    """
+    """A directory entry: `size` in bytes, mtime in ns; `fault` says why it cannot be an upload."""
 
     name: str
     size: int
@@ -39,32 +35,32 @@ class Entry:
 
 
 def walk(disk: UploadsDirectory) -> Iterator[Entry]:
-    """Every entry below the root in the order of names (of their bytes), following no link."""
+    """Yield every entry below the root in the byte order of names; follow no link."""
     root = disk.root()
     if root is not None:
         yield from _walk(root, "")
 
 
 class Listing:
-    """Which names have a regular file: each directory is read once, in the order in which names are asked for."""
+    """Which names have a regular file. Each directory is read once if names are asked for in order."""
 
     def __init__(self, disk: UploadsDirectory) -> None:
         self._disk = disk
-        self._folders: dict[str, frozenset[str] | _Large] = {}
+        self._folders: dict[str, frozenset[str] | _LargeFolder] = {}
         self._held = 0
 
     def has(self, name: str) -> bool:
-        """Whether a regular file has this name, without following a link; raises `OSError` if nobody can tell."""
+        """Whether a regular file has this name; follows no link. Raises `OSError` if that cannot be found out."""
         folder, _, last = name.rpartition("/")
         return last in self._files(folder)
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """As `has`, of many names: quickly where those below a folder are all in it, and in no folder below that."""
+        """As `has`, for many names; fast where the names below a folder are all directly in it."""
         ordered = sorted(names)
         start = 0
         while start < len(ordered):
             folder = _folder_of(ordered[start])
-            # what is below a folder lies before the name that has a 0, which comes after the /, in its place
+            # names below `folder/` sort before `folder0`, for 0 is the character after /
             stop = bisect.bisect_left(ordered, f"{folder}0", start) if folder else len(ordered)
             below, cut = ordered[start:stop], len(folder) + 1 if folder else 0
             if not self._files(folder).issuperset([name[cut:] for name in below]) and not all(map(self.has, below)):
@@ -72,17 +68,17 @@ class Listing:
             start = stop
         return True
 
-    def _files(self, folder: str) -> frozenset[str] | _Large:
+    def _files(self, folder: str) -> frozenset[str] | _LargeFolder:
         files = self._folders.pop(folder, None)
         if files is None:
             files = self._read(folder)
             self._held += len(files)
             self._make_room(folder)
-        self._folders[folder] = files  # the last to be forgotten
+        self._folders[folder] = files  # now the most recently used
         return files
 
     def _make_room(self, folder: str) -> None:
-        """Forget those that were not asked for lately; those above this one last: they alone are asked for again."""
+        """Drop the least recently used folders; keep those above `folder`, which are asked for again."""
         while folder:
             folder = _folder_of(folder)
             if folder in self._folders:
@@ -90,7 +86,7 @@ class Listing:
         while self._folders and (self._held > LISTED_AT_MOST or len(self._folders) >= FOLDERS_AT_MOST):
             self._held -= len(self._folders.pop(next(iter(self._folders))))
 
-    def _read(self, folder: str) -> frozenset[str] | _Large:
+    def _read(self, folder: str) -> frozenset[str] | _LargeFolder:
         root = self._disk.root()
         try:
             directory = None if root is None else Directory(syscalls.open_directory(root.fd, folder))
@@ -105,19 +101,19 @@ class Listing:
             files = frozenset([entry.name for entry in listed if entry.is_file(follow_symlinks=False)])
             is_large = next(scan, None) is not None
         if is_large:
-            return _Large(directory)
+            return _LargeFolder(directory)
         directory.close()
         return files
 
 
-class _Large:
+class _LargeFolder:
     """A directory with more files than are held in memory."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
 
     def __len__(self) -> int:
-        return 0  # of those in memory
+        return 0  # none in memory
 
     def __contains__(self, last: str) -> bool:
         try:
@@ -127,7 +123,7 @@ class _Large:
         return stat.S_ISREG(found.st_mode)
 
     def issuperset(self, wanted: Iterable[str]) -> bool:
-        return all("/" not in last and last in self for last in wanted)  # on the way to others may be a link
+        return all("/" not in last and last in self for last in wanted)  # a path to a deeper name may go through a link
 
 
 def _folder_of(name: str) -> str:
@@ -138,7 +134,7 @@ def _walk(root: Directory, folder: str) -> Iterator[Entry]:
     try:
         directory = Directory(syscalls.open_directory(root.fd, folder.rstrip("/")))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory a moment ago
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory when its parent was read
             return
         raise
     with directory:

@@ -1,6 +1,4 @@
-"""A file before it has its name: written, hashed, synced, and only then published. A name is absent or whole."""
-
-from __future__ import annotations
+"""Staged files: a file is written, hashed and synced before it gets its name. A name is absent or whole."""
 
 import contextlib
 import errno
@@ -8,30 +6,25 @@ import fcntl
 import hashlib
 import os
 import secrets
-from typing import Self
 
 from ..names import OWN_PREFIX
 from . import syscalls
-from .syscalls import Directory
+from .syscalls import Closing, Directory
 
-TEMPORARY = f"{OWN_PREFIX}-tmp"
-"""The directory, directly below the root, in which a file stands that needs a name before its own."""
+TEMPORARY = f"{OWN_PREFIX}-tmp"  # the directory below the root for files that need a temporary name
 
 WRITE_BEHIND = 8 * 1024 * 1024
-"""Bytes after which the disk is let begin with a large file, rather than with all of it at the sync."""
+"""Bytes of a large file after which the disk starts to write, so that the sync has less to wait for."""
 
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
 
 
-class Staged:
-    """Bytes on their way to a name. Use as a context manager: what was not published leaves no trace.
-
-    `parent` is the descriptor of the directory that is to hold it; it is duplicated.
-    """
+class StagedFile(Closing):
+    """A context manager: a file without a name, removed unless published; `parent` is its directory."""
 
     def __init__(self, root: Directory, parent: int, name: str) -> None:
-        self.size = self._begun = 0
+        self.size = self._written_back = 0
         self._hash = hashlib.sha256()
         self._last = name.rpartition("/")[2]
         self._temporary: _Temporary | None = None
@@ -43,45 +36,34 @@ class Staged:
             os.close(self._parent)
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @property
     def sha256(self) -> str:
-        """The digest, in hex, of all that was written so far."""
+        """The digest of the bytes written so far, in hex."""
         return self._hash.hexdigest()
 
-    @property
-    def modified_ns(self) -> int:
-        """In ns since the epoch, as the file system keeps it: some keep whole seconds only."""
-        return os.fstat(self.fd).st_mtime_ns
-
     def write(self, chunk: bytes) -> None:
-        """Append and hash; raises `OSError` (ENOSPC, EDQUOT, EFBIG, EIO) if the disk does not take it all."""
+        """Append and hash a chunk. Raises `OSError` (ENOSPC, EDQUOT, EFBIG, EIO) if the disk does not take it all."""
         view = memoryview(chunk)
         while view:
             view = view[os.pwrite(self.fd, view, self.size + len(chunk) - len(view)) :]
         self._hash.update(chunk)
         self.size += len(chunk)
-        if self.size - self._begun >= WRITE_BEHIND:
-            syscalls.begin_writing_back(self.fd, self._begun, self.size - self._begun)
-            self._begun = self.size
+        if self.size - self._written_back >= WRITE_BEHIND:
+            syscalls.begin_writing_back(self.fd, self._written_back, self.size - self._written_back)
+            self._written_back = self.size
 
     def seal(self, modified_ns: int, mode: int) -> None:
-        """Set the mode, whatever the umask, and the time of last modification, in ns since the epoch."""
+        """Set the mode, whatever the umask, and the mtime, in ns since the epoch."""
         os.fchmod(self.fd, mode)
-        with contextlib.suppress(OverflowError):  # an absurd time (CVE-2017-20005) keeps the present one
+        with contextlib.suppress(OverflowError):  # a time out of range (CVE-2017-20005): the present one stays
             os.utime(self.fd, ns=(modified_ns, modified_ns))
 
     def sync(self) -> None:
-        """Bring the bytes to the disk. After an error nothing can be said of them: throw the file away."""
+        """Write the bytes to the disk (fsync). After an error their state is unknown: throw the file away."""
         os.fsync(self.fd)
 
     def publish(self) -> bool:
-        """Give the file its name; False, and no change, if the name is taken."""
+        """Give the file its name; return False, and change nothing, if the name is taken."""
         try:
             if self._temporary is None:
                 syscalls.name_descriptor(self.fd, self._parent, self._last)
@@ -92,7 +74,7 @@ class Staged:
         return True
 
     def replace(self) -> None:
-        """Give the file its name, in place of whatever file has it: readers see the old or the new one, whole."""
+        """Give the file its name and replace the file that has it: readers see the old or the new one, whole."""
         if self.publish():
             return
         if self._temporary is None:
@@ -101,7 +83,7 @@ class Staged:
         self._temporary.rename(self._parent, self._last)
 
     def close(self) -> None:
-        """Close both descriptors; remove what was not published."""
+        """Close both descriptors; remove the file if it was not published."""
         if self._temporary is not None:
             self._temporary.close(self._root.fd)
             self._temporary = None
@@ -129,9 +111,7 @@ class Staged:
 
 
 class _Temporary:
-    """A name in the temporary directory. Whoever uses that directory holds a shared lock on it; so a lock that nobody
-    else holds says that everything in it was left by the dead.
-    """
+    """A name in the temporary directory. Its users share a lock: an exclusive one proves that all died."""
 
     def __init__(self, root: int) -> None:
         self.name = secrets.token_hex()
@@ -158,7 +138,7 @@ class _Temporary:
         sweep(root)
 
     def _move(self, parent: int, last: str) -> None:
-        """Publish on a file system without links (FAT); between look and rename another process could be first."""
+        """Publish on a file system without links (FAT); another process may take the name between check and rename."""
         with contextlib.suppress(FileNotFoundError):
             os.lstat(last, dir_fd=parent)
             raise FileExistsError
@@ -166,7 +146,7 @@ class _Temporary:
 
 
 def _enter(root: int) -> int:
-    """Make and open the temporary directory, which another process may just be removing, and share its lock."""
+    """Make and open the temporary directory, which another process may remove meanwhile, and share its lock."""
     for _ in range(100):
         with contextlib.suppress(FileExistsError):
             os.mkdir(TEMPORARY, 0o700, dir_fd=root)
@@ -177,7 +157,7 @@ def _enter(root: int) -> int:
         except OSError:
             _remove(root)
             raise
-        with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever swept
+        with contextlib.suppress(OSError):  # a file system without locks: nothing is swept then
             fcntl.flock(directory, fcntl.LOCK_SH)
         if _is_there(root, directory):
             return directory
@@ -186,7 +166,7 @@ def _enter(root: int) -> int:
 
 
 def _is_there(root: int, directory: int) -> bool:
-    """Whether the open directory still has its name."""
+    """Whether the open temporary directory still has its name."""
     try:
         return os.path.samestat(os.lstat(TEMPORARY, dir_fd=root), os.fstat(directory))
     except FileNotFoundError:
@@ -194,10 +174,7 @@ def _is_there(root: int, directory: int) -> bool:
 
 
 def sweep(root: int) -> int:
-    """Remove the temporary directory, and the files that dead processes left in it, unless somebody is using it.
-
-    `root` is the descriptor of the uploads directory. Returns how many files went.
-    """
+    """Remove the files that dead processes left in the temporary directory; return their number."""
     try:
         directory = syscalls.open_directory(root, TEMPORARY)
     except OSError:
@@ -206,9 +183,9 @@ def sweep(root: int) -> int:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return _sweep_locked(root, directory)
     except BlockingIOError:
-        return 0  # somebody is at work in it
+        return 0  # a process uses it
     except OSError:
-        _remove(root)  # a file system without locks: only an empty directory goes
+        _remove(root)  # a file system without locks: remove only an empty directory
         return 0
     finally:
         os.close(directory)

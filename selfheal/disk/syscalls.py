@@ -1,6 +1,6 @@
-"""What the kernel offers and Python does not: opening beneath a directory without links, naming a descriptor, syncfs.
+"""System calls that Python lacks: opening beneath a directory without links, naming a descriptor, syncfs.
 
-Everything here has a portable fallback, except what is asked for by name (`open_cached`).
+All have a portable fallback, except `open_cached`, which raises where the kernel does not offer it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _how(flags: int, resolve: int) -> ctypes._CArgObject:
     return ctypes.byref(how)
 
 
-# made once: every hit opens a file, and making them anew takes a third of the time of that
+# made once: every hit opens a file, and making these takes a third of that time
 _NUMBER = ctypes.c_long(437)
 _HOW_CACHED = _how(_FILE, _RESOLVE_CACHED)
 _HOW_FILE = _how(_FILE, 0)
@@ -39,18 +39,15 @@ _HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
-# for what never waits: it keeps the interpreter's lock, which beside busy threads takes longer to get back than a call
+# for calls that never wait: it keeps the interpreter's lock, which takes longer to get back than the call
 _syscall_at_once = ctypes.PyDLL(None, use_errno=True).syscall
 _syscall_at_once.restype = ctypes.c_long
 
 
-class Directory:
-    """An open directory, closed when it is told to be, or when the last one who works through it lets go of it."""
+class Closing:
+    """A context manager that closes itself."""
 
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    __slots__ = ()
 
     def __enter__(self) -> Self:
         return self
@@ -58,18 +55,29 @@ class Directory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def close(self) -> None:
+        """Close it; closing twice is harmless."""
+
+
+class Directory(Closing):
+    """An open directory, closed by `close` or with its last reference."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close it; closing twice is harmless."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 def failure(code: int, path: str | None = None) -> OSError:
-    """What the system would raise with an errno: the subclass for it, with its message."""
+    """Return the `OSError` of an errno: its subclass, with the system's message."""
     return OSError(code, os.strerror(code), path)
 
 
@@ -88,11 +96,7 @@ def _has_openat2() -> bool:
     try:
         os.close(_openat2(_AT_FDCWD, ".", _HOW_DIRECTORY))
     except OSError as error:
-        return error.errno not in (
-            errno.ENOSYS,
-            errno.EPERM,
-            errno.EINVAL,
-        )  # old kernel, or a sandbox that forbids it
+        return error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL)  # old kernel, or a sandbox that forbids it
     return True
 
 
@@ -101,11 +105,7 @@ HAS_OPENAT2 = _has_openat2()
 
 
 def open_cached(root: int, name: str) -> int:
-    """Open a file beneath `root` for reading, only if the kernel can do so without waiting for a disk.
-
-    Raises `BlockingIOError` if it cannot tell without one (also for most absent names); follows no link anywhere
-    (CVE-2024-23334). See openat2(2), RESOLVE_CACHED, Linux 5.12.
-    """
+    """Open a file beneath `root` if no disk is needed, else `BlockingIOError` (CVE-2024-23334, openat2(2))."""
     if not HAS_OPENAT2:
         raise BlockingIOError
     try:
@@ -117,17 +117,17 @@ def open_cached(root: int, name: str) -> int:
 
 
 def open_known(root: int, path: bytes) -> int:
-    """As `open_cached`, for a path that was opened before; a negative number if it cannot be, for whatever reason."""
+    """As `open_cached`, for the encoded path of a file that was opened before; negative on any error."""
     return _syscall_at_once(_NUMBER, root, path, _HOW_CACHED, _HOW_SIZE) if HAS_OPENAT2 else -1
 
 
 def open_file(root: int, name: str) -> int:
-    """Open a file beneath `root` for reading, following no link anywhere; raises `OSError`. May wait for a disk."""
+    """Open a file beneath `root` for reading; follow no link. Raises `OSError`. May wait for a disk."""
     return _open_beneath(root, name, _HOW_FILE, _FILE)
 
 
 def open_directory(root: int, name: str) -> int:
-    """Open the directory `name` beneath `root` (the empty name is `root` itself), following no link anywhere."""
+    """Open the directory `name` beneath `root` (the empty name is `root` itself); follow no link."""
     if not name:
         return os.dup(root)
     return _open_beneath(root, name, _HOW_DIRECTORY, _DIRECTORY)
@@ -151,27 +151,27 @@ def _open_beneath(root: int, name: str, how: ctypes._CArgObject, flags: int) -> 
 
 
 def open_unnamed(directory: int) -> int:
-    """Open a new file without a name in `directory`; raises `OSError` where the file system has none (O_TMPFILE)."""
+    """Open a new file without a name in `directory` (O_TMPFILE); raises `OSError` where that is not supported."""
     if not hasattr(os, "O_TMPFILE"):
         raise failure(errno.EOPNOTSUPP)
     return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
 
 
 def name_descriptor(fd: int, directory: int, name: str) -> None:
-    """Give an unnamed file a name in `directory`; raises `FileExistsError` rather than replace what is there."""
+    """Give an unnamed file a name in `directory`; raises `FileExistsError` if the name is taken."""
     # src_dir_fd makes Python 3.11 call linkat with AT_SYMLINK_FOLLOW; without it /proc/self/fd gives EXDEV
     os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=_AT_FDCWD, dst_dir_fd=directory, follow_symlinks=True)
 
 
 def begin_writing_back(fd: int, start: int, size: int) -> None:
-    """Let the disk begin with some bytes of a file, without waiting; a promise of nothing (sync_file_range(2))."""
+    """Start to write a part of a file to the disk, without waiting; it guarantees nothing (sync_file_range(2))."""
     if hasattr(_libc, "sync_file_range"):
         write = ctypes.c_uint(2)
         _libc.sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), ctypes.c_int64(size), write)
 
 
 def sync_filesystem(fd: int) -> None:
-    """Write everything of the file system that holds `fd` to its disk; raises `OSError` if that fails."""
+    """Write all data of the file system that holds `fd` to its disk (syncfs(2)); raises `OSError`."""
     if hasattr(_libc, "syncfs"):
         if _libc.syncfs(ctypes.c_int(fd)) != 0:
             raise failure(ctypes.get_errno())
@@ -180,15 +180,13 @@ def sync_filesystem(fd: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process be killed when the thread that forked it ends; where that can be asked for (prctl(2))."""
+    """Have the kernel kill this process when the thread that forked it ends, where it can (prctl(2))."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(ctypes.c_int(_PR_SET_PDEATHSIG), ctypes.c_ulong(signal.SIGKILL))
 
 
 def keep_freed_memory() -> None:
-    """Let this process use memory that was freed again: glibc fetches that of each chunk anew, page by page, and has a
-    heap for every thread (mallopt(3)). For a process of our own: it may keep 16 MiB that nobody uses until it ends.
-    """
+    """Make glibc reuse freed memory (mallopt(3)): only for a command, which then keeps up to 16 MiB."""
     if hasattr(_libc, "mallopt"):
         for what, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 16 * 2**20)):
             _libc.mallopt(ctypes.c_int(what), ctypes.c_int(value))

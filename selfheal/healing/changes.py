@@ -1,33 +1,27 @@
-"""What other nodes and processes did to names: a node asks for it every few seconds, for as long as it has visitors."""
-
-from __future__ import annotations
+"""Changes of other nodes and processes: each node asks the catalogue for them while it has visitors."""
 
 from .. import names
-from ..db import ImageStorage
+from ..sql.catalogue import Catalogue
 
 CHANGES_AT_MOST = 10_000
 
 
 class Follower:
-    """The changes of names that exist for longer; a new name can have no old copy anywhere."""
+    """Finds the names that others changed. New names are left out: no node has an old copy of them."""
 
-    def __init__(self, database: ImageStorage) -> None:
-        self._database = database
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
         self._since: object = None
-        self._known: dict[str, tuple[int, bool]] = {}
+        self._seen: dict[str, tuple[int, bool]] = {}
 
     async def changed(self) -> list[str] | None:
-        """Names that were changed since the last time but one; None if they are too many to be told.
-
-        Who changes a name commits first, and then takes the file away: it is given the time between two askings.
-        Raises `DatabaseUnavailable`.
-        """
-        changes, self._since = await self._database.changes(self._since, CHANGES_AT_MOST)
+        """Return names changed before the last call (their writers change the disk first); None if too many."""
+        changes, self._since = await self._catalogue.changes(self._since, CHANGES_AT_MOST)
         now, due = dict[str, tuple[int, bool]](), list[str]()
         for name, generation in changes:
-            before, was_told = self._known.get(name, (0, False))
+            before, is_reported = self._seen.get(name, (0, False))
             now[name] = generation, before == generation
-            if before == generation and not was_told and names.is_valid(name):
+            if before == generation and not is_reported and names.is_valid(name):
                 due.append(name)
-        self._known = now
+        self._seen = now
         return None if len(changes) >= CHANGES_AT_MOST else due

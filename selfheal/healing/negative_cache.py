@@ -1,41 +1,38 @@
-"""Names of which the database has said that there are none: remembered for a moment, and told so in turns."""
-
-from __future__ import annotations
+"""Negative cache: names the database said do not exist, for 2 s."""
 
 import asyncio
 import time
 
-from ..aio.single_flight import Places
+from ..aio.tasks import LoopSemaphore
 
-ABSENT_FOR = 2.0
-"""Seconds for which an absent name is remembered."""
-ABSENT_AT_MOST = 10_000
-TURNS_OF_AN_ABSENT = 2
-"""Turns of the event loop per answer that a name is absent: a flood of such names waits for hits, not they for it."""
+FORGET_AFTER = 2.0  # seconds for which a name is remembered
+NAMES_AT_MOST = 10_000
+TURNS_PER_ANSWER = 2  # turns of the event loop per answer "no such name": hits do not wait for a flood of them
 
 
-class AbsentNames:
-    """A set of names that forgets each of them after `ABSENT_FOR` seconds."""
+class NegativeCache:
+    """A set of names that forgets each of them after `FORGET_AFTER` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = NAMES_AT_MOST) -> None:
+        self._limit = limit
         self._until: dict[str, float] = {}
-        self._turns = Places(1)
+        self._one_at_a_time = LoopSemaphore(1)
 
     def __contains__(self, name: str) -> bool:
         return time.monotonic() < self._until.get(name, 0.0)
 
     def add(self, name: str) -> None:
-        """The database has just said so of a name."""
-        if len(self._until) >= ABSENT_AT_MOST:
+        """Remember a name that does not exist."""
+        if len(self._until) >= self._limit:
             self._until.clear()
-        self._until[name] = time.monotonic() + ABSENT_FOR
+        self._until[name] = time.monotonic() + FORGET_AFTER
 
     def discard(self, name: str) -> None:
-        """A name was saved."""
+        """Forget a name: it was saved."""
         self._until.pop(name, None)
 
     async def turn(self) -> None:
-        """Wait until an answer that a name is absent may be given."""
-        async with self._turns.one():
-            for _ in range(TURNS_OF_AN_ABSENT):
+        """Wait for the turn of one answer "no such name"."""
+        async with self._one_at_a_time:
+            for _ in range(TURNS_PER_ANSWER):
                 await asyncio.sleep(0)

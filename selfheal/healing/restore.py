@@ -1,356 +1,273 @@
-"""Database → disk, one name: one flight that many askers follow, and from which each is served as the bytes come."""
+"""Restore: database → disk, one name at a time. All callers of a name share one restore, and are answered from it."""
 
-from __future__ import annotations
-
-import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass
 
-from ..aio.single_flight import Batches, Flights, Places, Tasks, ahead
-from ..blobs.database import READ_AT_ONCE
+from ..aio.batching import Batcher
+from ..aio.single_flight import Call, SingleFlight
+from ..aio.tasks import LoopSemaphore, Tasks
+from ..blobs.blob_store import READ_AT_ONCE
 from ..content.sources import CHUNK
 from ..db import ImageStorage
 from ..disk.directory import UploadsDirectory
 from ..disk.open_file import OpenFile
-from ..disk.staged_file import Staged
+from ..disk.staged_file import StagedFile
 from ..errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
 from ..events import Events, Kind, logger
-from ..sql.models import Found, Record, Version
-from .bodies import FromDatabase, Incoming, InMemory, Landed
-from .negative_cache import AbsentNames
+from ..sql.models import Found, Record
+from .bodies import Body, FromDatabase, InMemory, Restoring
+from .disk_copies import DiskCopies
+from .negative_cache import NegativeCache
+from .publish import Published, Publisher, outdated
 
 WHOLE_FIRST = 16 * 1024 * 1024
 """Bytes up to which a file is restored and checked whole before its answer begins; a larger one streams meanwhile."""
+RESTORES_AT_ONCE = 32
 LOOKUPS_AT_ONCE = 64
-HERE_AT_ONCE = 8
-"""Threads that may be asking the database themselves; the others are there for the disk."""
+THREADS_AT_MOST = 8  # threads that may read the database themselves; the others are for the disk
+TRIES = 3
+
+_BROKEN = frozenset(getattr(errno, name, errno.EIO) for name in ("EIO", "ESTALE", "EUCLEAN"))
 
 
-class OnDisk:
-    """Says that the file stands on the disk, for everybody to open."""
+def is_broken(error: BaseException) -> bool:
+    """Whether an error says that the disk lost a file."""
+    return isinstance(error, OSError) and error.errno in _BROKEN
 
 
-Answer = Incoming | FromDatabase | InMemory | OnDisk | None
-
-
-_LookedUp = tuple[Found | None, Landed | OnDisk | None, SelfHealError | None]
-"""What was found of a name; its file, if it stands on the disk already; and why it does not, if that was tried."""
-
-
-class _Gone(Exception):
-    pass
-
-
+@dataclass(eq=False)
 class Restorer:
-    """Brings missing names back. `deadline`: seconds until an asker gets an answer; `at_once`: restores at a time."""
+    """Opens names, and restores those that are missing on disk. `deadline`: seconds until a caller gets an answer."""
 
-    def __init__(
-        self,
-        disk: UploadsDirectory,
-        database: ImageStorage,
-        events: Events,
-        tasks: Tasks,
-        *,
-        deadline: float,
-        at_once: int = 32,
-    ) -> None:
-        self._disk = disk
-        self._database = database
-        self._events = events
-        self._threads = disk.threads
-        self._deadline = deadline
-        self._places = Places(at_once)
-        self._flights: Flights[str, asyncio.Future[Answer]] = Flights(tasks)
-        self._lookups: Batches[str, Found] = Batches(database.fetch, tasks, size=LOOKUPS_AT_ONCE, at_once=2)
-        self._absent = AbsentNames()
-        self._here = 0
+    disk: UploadsDirectory
+    database: ImageStorage
+    publisher: Publisher
+    copies: DiskCopies
+    events: Events
+    tasks: Tasks
+    deadline: float
 
-    async def bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
-        """What to answer for a name that is missing on disk; None if the database says that there is no such name.
+    def __post_init__(self) -> None:
+        self._negative_cache = NegativeCache()
+        parts = (self.disk, self.database, self.publisher, self._negative_cache, self.events, self.tasks)
+        work = FileRestorer(*parts, patience=self.deadline).restore
+        self._flights: SingleFlight[str, Body | None] = SingleFlight(self.tasks, work, share=_hold, release=_close)
 
-        Raises `DatabaseUnavailable` if nobody can tell by the deadline, `CorruptBlob`, `NotAFile`, `OSError`.
-        """
-        body = await self._bring_back(name)
+    async def open(self, name: str) -> OpenFile | Body | None:
+        """Return a file, or what restores it; None if there is no such name. The caller closes what it gets."""
+        try:
+            try:
+                file = self.disk.open_cached(name)
+            except BlockingIOError:
+                file = await self.disk.threads.run(self.disk.open, name)
+        except OSError as error:
+            if not is_broken(error):
+                raise
+            await self.set_aside_unreadable(name)
+            file = None
+        return await self.restore(name) if file is None else file
+
+    async def restore(self, name: str) -> Body | None:
+        """Restore a name that is missing on disk; None if there is no such name. Raises as `open` does."""
+        if name not in self._negative_cache:
+            try:
+                body = await self._flights.get(name, self.deadline)
+            except TimeoutError:
+                raise DatabaseUnavailable(f"the database gave no answer within {self.deadline:g} s") from None
+            if isinstance(body, Restoring) and body.error and not isinstance(body.error, DiskUnwritable):
+                body.close()
+                raise body.error
+            if body is not None:
+                return body
+        await self._negative_cache.turn()
+        return None
+
+    async def restore_to_disk(self, name: str) -> bool:
+        """Restore a missing name onto the disk; False if there is none. Raises `DiskUnwritable`, and as `open`."""
+        body = await self.restore(name)
         if body is None:
-            await self._absent.turn()
-        return body
+            return False
+        try:
+            await body.on_disk()
+        finally:
+            body.close()
+        return True
+
+    async def set_aside_unreadable(self, name: str) -> None:
+        """Set a file aside that the disk has lost; log it if that fails too."""
+        try:
+            await self.copies.set_aside(name, "the disk copy cannot be read")
+        except OSError as error:
+            logger.error("%r cannot be read, nor moved away: %s", name, error)
 
     def forget(self, name: str) -> None:
-        """A name was saved: it is no longer known to be absent."""
-        self._absent.discard(name)
+        """Remove a name from the negative cache: it was saved."""
+        self._negative_cache.discard(name)
 
-    async def put(self, record: Record) -> None:
-        """Make the disk's copy of a living record what the record says; what stands there unrecorded is quarantined.
 
-        Raises `CorruptBlob` (and leaves the disk as it is), `DiskUnwritable`, `DatabaseUnavailable`.
-        """
-        with await self._threads.run(self._stage, record) as staged:
-            async for _ in self._write_all(staged, self._database.read_whole(record)):
-                pass
-            await self.place(staged, record)
+@dataclass(eq=False)
+class FileRestorer:
+    """Restores one name for all its callers. `patience`: seconds that they wait for the next bytes of a large file."""
 
-    async def place(self, staged: Staged, record: Record) -> None:
-        """Publish a staged file in place of what has its name; what is not in the history goes to quarantine."""
-        await self._threads.run(self._seal, staged, record)
-        if not await self._threads.run(self._publish, staged):
-            if not await self.is_recorded(record):
-                await self.quarantine(record.name, "other bytes than the recorded ones")
-            await self._threads.run(self._replace, staged)
+    disk: UploadsDirectory
+    database: ImageStorage
+    publisher: Publisher
+    negative_cache: NegativeCache
+    events: Events
+    tasks: Tasks
+    patience: float
 
-    async def check(self, version: Version) -> None:
-        """Read all bytes of a version; raises `CorruptBlob` if they are not the recorded ones."""
-        if await self._database.digest(version) != version.sha256:
-            raise CorruptBlob(version.name, "the whole does not match its digest")
+    def __post_init__(self) -> None:
+        self._threads = self.disk.threads
+        self._limit = LoopSemaphore(RESTORES_AT_ONCE)
+        self._lookups: Batcher[str, Found] = Batcher(
+            self.database.blobs.fetch, self.tasks, size=LOOKUPS_AT_ONCE, limit=2
+        )
+        self._reading_threads = 0
 
-    async def withdraw(self, record: Record) -> None:
-        """The disk did not take a record's file: at least what has its name must not be served for it."""
-        there = await self._threads.run(self._disk.stat, record.name)
-        if there is None or (there.st_mtime_ns, there.st_size) == (record.modified_ns, record.size):
-            return
-        if await self.is_recorded(record):
-            await self._threads.run(self._disk.remove, record.name)
-        else:
-            await self.quarantine(record.name, "other bytes than the recorded ones")
-
-    async def is_recorded(self, record: Record) -> bool:
-        """Whether the bytes on disk are this record's, or some that its history holds; then they can go."""
-        file = await self._threads.run(self._disk.open, record.name)
-        if file is None:
-            return True
-        try:
-            with file:
-                digest = await self._threads.run(file.sha256)
-            versions = await self._database.history(record.name)
-        except (DatabaseUnavailable, OSError):
-            return False
-        return digest in {record.sha256, *(version.sha256 for version in versions)}
-
-    async def quarantine(self, name: str, why: str) -> None:
-        """Move a disk copy to where nobody is served from, and say so."""
-        moved = await self._threads.run(self._disk.quarantine, name)
-        if moved is not None:
-            self._events.emit(Kind.QUARANTINED, name, detail=f"{why}; moved to {moved}")
-            logger.warning("%r: %s; the disk copy was moved to %s", name, why, moved)
-
-    # -- one flight -----------------------------------------------------------------------------------------------
-
-    async def _bring_back(self, name: str) -> OpenFile | Incoming | FromDatabase | InMemory | None:
-        failed: SelfHealError | None = None
-        for _ in range(3):
-            if name in self._absent:
-                return None
-            answer = await self._join(name)
-            failed = answer.progress.error if isinstance(answer, Incoming) else None
-            if isinstance(answer, Incoming) and (not answer.progress.is_over or isinstance(failed, DiskUnwritable)):
-                return answer.hold()  # which sends from the database what the disk did not take
-            if not isinstance(answer, OnDisk | Incoming):
-                return answer
-            try:
-                file = self._disk.open_cached(name)  # it was named a moment ago
-            except BlockingIOError:
-                file = await self._threads.run(self._disk.open, name)
-            if file is not None:
-                return file
-        raise failed or DatabaseUnavailable(f"{name!r} vanishes as often as it is restored")
-
-    async def _join(self, name: str) -> Answer:
-        flight = self._flights.join(name, lambda: self._board(name))
-        done, _ = await asyncio.wait((flight,), timeout=self._deadline)
-        if not done:
-            raise DatabaseUnavailable(f"the database gave no answer within {self._deadline:g} s")
-        return flight.result()
-
-    def _board(self, name: str) -> tuple[asyncio.Future[Answer], Coroutine[Any, Any, None]]:
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        return answer, self._fly(name, answer)
-
-    async def _fly(self, name: str, answer: asyncio.Future[Answer]) -> None:
-        try:
-            async with self._places.one():
-                await self._restore_as_it_is(name, answer)
-        except BaseException as error:
-            if answer.done():
-                if not isinstance(error, SelfHealError):
-                    raise
-                return
-            answer.set_exception(error)
-            answer.exception()  # read: the askers may have gone
-            if not isinstance(error, Exception):
-                raise
-
-    async def _restore_as_it_is(self, name: str, answer: asyncio.Future[Answer]) -> None:
-        for _ in range(3):
-            with contextlib.suppress(_Gone):
-                await self._restore(name, answer)
-            if answer.done():
-                return
+    async def restore(self, name: str, call: Call[Body | None]) -> None:
+        """Restore a name and answer its callers: a body, or None if there is no such name."""
+        async with self._limit:
+            for _ in range(TRIES):
+                with contextlib.suppress(_Changed):
+                    await self._restore_once(name, call)
+                    return
         raise DatabaseUnavailable(f"{name!r} is changed as often as it is restored")
 
-    async def _restore(self, name: str, answer: asyncio.Future[Answer]) -> None:
-        found, there, error = await self._look_up(name)
+    async def _restore_once(self, name: str, call: Call[Body | None]) -> None:
+        found, published = await self._fetch(name)
         if found is None or found.record.is_deleted:
-            self._settle(name, 0, None, answer)
+            self.negative_cache.add(name)
+            call.answer(None)
+            self.events.emit(Kind.ABSENT, name)
             return
         record = found.record
         try:
-            if error is not None:
-                raise error
-            if there is None and record.size <= CHUNK:
-                there = await self._threads.run(self._land, found)
-                await self._look_again(record, published=isinstance(there, Landed))
-            elif there is None:
-                with await self._threads.run(self._stage, record) as staged:
-                    await self._fill(staged, found, answer)
-            self._settle(name, record.size, there or OnDisk(), answer)
+            if record.size > CHUNK:
+                await self._restore_large(found, call)
+            else:
+                call.answer(await self._restore_small(found, published))
+            self.events.emit(Kind.RESTORED, name, record.size)
         except CorruptBlob as error:
-            await self._raise_if_still(record, error)
+            await self._raise_unless_changed(record, error)
         except DiskUnwritable as error:
-            self._events.log_once(logging.WARNING, "unwritable", f"{error}; served from the database meanwhile")
-            if not answer.done():
-                answer.set_result(await self._without_disk(found))
-            self._events.emit(Kind.STREAMED, name, record.size, str(error))
+            self.events.log_once(logging.WARNING, "unwritable", f"{error}; served from the database meanwhile")
+            if not call.is_answered:
+                call.answer(await self._without_disk(found, error))
+            self.events.emit(Kind.STREAMED, name, record.size, str(error))
 
-    async def _look_up(self, name: str) -> _LookedUp:
-        """What the database has of a name; where any thread can ask it, small files are restored on the way."""
-        if self._database.is_at_hand and self._here < HERE_AT_ONCE:
-            self._here += 1
+    async def _fetch(self, name: str) -> tuple[Found | None, Published | None]:
+        """Read a record and its first chunk; where a thread can read the database, it publishes a small file too."""
+        if self.database.can_read_in_thread and self._reading_threads < THREADS_AT_MOST:
+            self._reading_threads += 1
             try:
-                return await self._threads.run(self._restore_here, name)
+                return await self._threads.run(self._fetch_and_publish, name)
             except DatabaseUnavailable:
-                pass  # it is locked: others wait for it without holding a thread
+                pass  # it is locked: wait without a thread
             finally:
-                self._here -= 1
-        return await self._lookups.get(name), None, None
+                self._reading_threads -= 1
+        return await self._lookups.get(name), None
 
-    def _settle(self, name: str, size: int, there: Landed | OnDisk | None, answer: asyncio.Future[Answer]) -> None:
-        """A name was restored and is there, or there is no such name."""
-        if there is None:
-            self._absent.add(name)
-        if not answer.done():
-            answer.set_result(there)
-        self._events.emit(Kind.ABSENT if there is None else Kind.RESTORED, name, size)
+    def _fetch_and_publish(self, name: str) -> tuple[Found | None, Published | None]:
+        found = self.database.blobs.fetch_in_thread(name)
+        if found is None or found.record.is_deleted or found.record.size > CHUNK:
+            return found, None
+        (published,) = self.publisher.publish_small([found])
+        if published.error is None:
+            with contextlib.suppress(DatabaseUnavailable):  # the record was right a moment ago
+                if outdated([published], {name: self.database.catalogue.generation_in_thread(name)}):
+                    self.publisher.take_back([published])
+                    raise _Changed
+        return found, published
 
-    async def _fill(self, staged: Staged, found: Found, answer: asyncio.Future[Answer]) -> None:
+    async def _restore_small(self, found: Found, published: Published | None) -> InMemory:
+        if published is None:
+            (published,) = await self._threads.run(self.publisher.publish_small, [found])
+            await self._keep_if_current(published)
+        if published.error is not None:
+            raise published.error
+        return InMemory(found.first or b"", published.modified_ns)
+
+    async def _restore_large(self, found: Found, call: Call[Body | None]) -> None:
         record = found.record
-        if record.size > WHOLE_FIRST:
-            await self._fill_while_answering(staged, record, answer)
-            return
-        async for _ in self._write_all(staged, self._database.read_whole(record, found.first)):
-            pass
-        await self._look_again(record, published=await self._threads.run(self._seal_and_publish, staged, record))
-
-    async def _fill_while_answering(self, staged: Staged, record: Record, answer: asyncio.Future[Answer]) -> None:
-        reader = self._disk.reader(staged, record.name)
-        incoming = Incoming(record, reader, FromDatabase(self._database, record), self._deadline)
         error: SelfHealError | None = DatabaseUnavailable(f"the restore of {record.name!r} was broken off")
-        try:
-            async for checked in self._write_all(staged, self._database.read_handfuls(record)):
-                incoming.progress.move(checked)
-                if not answer.done():
-                    answer.set_result(incoming)
-            published = await self._threads.run(self._seal_and_publish, staged, record)
-            with contextlib.suppress(_Gone):  # who is being sent it meanwhile gets the whole old file
-                await self._look_again(record, published=published)
-            error = None
-        except SelfHealError as failed:
-            error = failed
-            raise
-        finally:
-            incoming.progress.end(error)
-            incoming.close()
+        with await self._threads.run(self.disk.stage, record.name) as staged:
+            reader = self.disk.reader(staged, record.name)
+            body = Restoring(record, reader, FromDatabase(self.database, record), self.patience)
+            try:
+                await self._write(staged, found, body, call)
+                (published,) = await self._threads.run(self.publisher.publish, [(record, staged)])
+                if published.error is not None:
+                    raise published.error
+                with contextlib.suppress(_Changed) if call.is_answered else contextlib.nullcontext():
+                    await self._keep_if_current(published)  # who is answered already gets the whole old file
+                error = None
+            except SelfHealError as failure:
+                error = failure
+                raise
+            finally:
+                body.finish(error)
+                if error is None and not call.is_answered:
+                    body.modified_ns = published.modified_ns
+                    call.answer(body)
+                body.close()
 
-    async def _write_all(self, staged: Staged, source: AsyncGenerator[list[bytes], None]) -> AsyncGenerator[int, None]:
-        async with aclosing(ahead(source)) as handfuls:
-            async for chunks in handfuls:
-                await self._threads.run(self._write, staged, chunks)
-                yield staged.size
+    async def _write(self, staged: StagedFile, found: Found, body: Restoring, call: Call[Body | None]) -> None:
+        """Write a file of several chunks; a very large one is sent to the callers meanwhile, chunk by checked chunk."""
+        record, blobs = found.record, self.database.blobs
+        is_sent = record.size > WHOLE_FIRST
+        source = blobs.read(record) if is_sent else blobs.read_unchecked(record, found.first)
+        async with aclosing(self.publisher.write_all(staged, source)) as sizes:
+            async for size in sizes:
+                if is_sent:
+                    body.advance(size)
+                    call.answer(body)
 
-    async def _look_again(self, record: Record, *, published: bool) -> None:
-        """Was the name deleted or overwritten meanwhile? Then what was published does not stay (raises `_Gone`)."""
+    async def _keep_if_current(self, published: Published) -> None:
+        """Take a file back if its name was deleted or overwritten meanwhile (raises `_Changed`)."""
+        if published.error is not None:
+            return
         try:
-            now = await self._database.generations([record.name])
+            generations = await self.database.catalogue.generations([published.record.name])
         except DatabaseUnavailable:
-            return  # it was right a moment ago
-        if now.get(record.name) != record.generation:
-            if published:
-                await self._threads.run(self._disk.remove, record.name)
-            raise _Gone
+            return  # the record was right a moment ago
+        if outdated([published], generations):
+            await self._threads.run(self.publisher.take_back, [published])
+            raise _Changed
 
-    async def _raise_if_still(self, record: Record, error: CorruptBlob) -> None:
-        """Bytes that were dropped or replaced while they were read look like damage; they are not."""
-        now = await self._database.find(record.name)
+    async def _raise_unless_changed(self, record: Record, error: CorruptBlob) -> None:
+        """Bytes that were dropped or replaced while they were read look like damage."""
+        now = await self.database.find(record.name)
         if now is None or now.generation != record.generation:
-            raise _Gone from error
-        self._events.emit(Kind.CORRUPT, record.name, record.size, error.why)
+            raise _Changed from error
+        self.events.emit(Kind.CORRUPT, record.name, record.size, error.why)
         logger.error("%s", error)
         raise error
 
-    async def _without_disk(self, found: Found) -> FromDatabase | InMemory:
-        """What is small is checked whole before the answer begins."""
+    async def _without_disk(self, found: Found, error: DiskUnwritable) -> FromDatabase | InMemory:
+        """The bytes of a small file are checked as a whole before the answer begins."""
         record = found.record
         if record.size > READ_AT_ONCE * CHUNK:
-            return FromDatabase(self._database, record)
-        async with aclosing(self._database.read(record)) as chunks:
+            return FromDatabase(self.database, record)
+        async with aclosing(self.database.read(record)) as chunks:
             data = b"".join([chunk async for chunk in chunks])
         if (await self._threads.run(hashlib.sha256, data)).hexdigest() != record.sha256:
             raise CorruptBlob(record.name, "the whole does not match its digest")
-        return InMemory(data, record.modified_ns)
+        return InMemory(data, record.modified_ns, error)
 
-    # -- in a thread ----------------------------------------------------------------------------------------------
 
-    def _restore_here(self, name: str) -> _LookedUp:
-        """Look up and restore a file of one chunk in one go."""
-        found = self._database.fetch_here(name)
-        if found is None or found.record.is_deleted or found.record.size > CHUNK:
-            return found, None, None
-        try:
-            there = self._land(found)
-        except SelfHealError as error:
-            return found, None, error
-        with contextlib.suppress(DatabaseUnavailable):  # it was right a moment ago
-            if self._database.generation_here(name) != found.record.generation:
-                if isinstance(there, Landed):
-                    self._disk.remove(name)
-                raise _Gone
-        return found, there, None
+class _Changed(Exception):
+    """The record was changed or deleted while it was restored."""
 
-    def _stage(self, record: Record) -> Staged:
-        return self._disk.stage(record.name)
 
-    def _write(self, staged: Staged, chunks: Iterable[bytes]) -> None:
-        with self._disk.writing():
-            for chunk in chunks:
-                staged.write(chunk)
+def _hold(body: Body | None) -> Body | None:
+    return None if body is None else body.hold()
 
-    def _land(self, found: Found) -> Landed | OnDisk:
-        """Restore a record of one chunk, all of it in one go; what is `OnDisk` took its name meanwhile."""
-        record = found.record
-        if record.size and not isinstance(found.first, bytes):  # SQLite keeps what others wrote, text too
-            raise CorruptBlob(record.name, "chunk 0 is missing")
-        data = found.first or b""
-        with self._disk.stage(record.name) as staged:
-            self._write(staged, [data])
-            return Landed(data, staged.modified_ns) if self._seal_and_publish(staged, record) else OnDisk()
 
-    def _seal_and_publish(self, staged: Staged, record: Record) -> bool:
-        self._seal(staged, record)
-        return self._publish(staged)
-
-    def _seal(self, staged: Staged, record: Record) -> None:
-        if staged.size != record.size or staged.sha256 != record.sha256:
-            raise CorruptBlob(record.name, f"its {staged.size} bytes do not match the recorded digest")
-        with self._disk.writing():
-            staged.seal(record.modified_ns, self._disk.file_mode)
-            staged.sync()
-
-    def _publish(self, staged: Staged) -> bool:
-        with self._disk.writing():
-            return staged.publish()
-
-    def _replace(self, staged: Staged) -> None:
-        with self._disk.writing():
-            staged.replace()
+def _close(body: Body | None) -> None:
+    if body is not None:
+        body.close()

@@ -1,6 +1,4 @@
-"""What is typed at a shell. `main` is the command `selfheal`; each bulk run is also a module of its own."""
-
-from __future__ import annotations
+"""The command line. `main` is the command `selfheal`; each bulk run is also a module of its own."""
 
 import gc
 import sys
@@ -9,8 +7,8 @@ from ..errors import MissingExtra
 
 
 def main(command: str | None = None) -> None:
-    """Run `selfheal`, or just the one of its commands that a module is named after."""
-    gc.disable()  # until all is imported: to look through what stays takes a sixth of that time
+    """Run `selfheal`, or one of its commands."""
+    gc.disable()  # until all is imported: a collection of what stays takes a sixth of that time
     try:
         from . import cli  # noqa: PLC0415 - click is an extra, and its absence is one clear line
     except ImportError as error:

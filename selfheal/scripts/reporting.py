@@ -1,13 +1,11 @@
-"""What a run says: progress on a terminal's standard error, a summary or one JSON object on standard output."""
-
-from __future__ import annotations
+"""Reports: progress on a terminal's standard error; a summary, or one JSON object, on standard output."""
 
 import contextlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -17,12 +15,12 @@ import click
 
 from ..bulk.outcomes import Outcome, Result
 from ..errors import MissingExtra
-from ..sql.models import Record, Version
+from ..sql.models import Contents
 
 
 @dataclass
 class Report:
-    """The sums of a bulk run, and every name that it leaves wrong."""
+    """The totals of a bulk run, and every name that it leaves wrong."""
 
     command: str
     dry_run: bool = False
@@ -39,7 +37,7 @@ class Report:
         return not self.problems and not self.error
 
     def add(self, result: Result) -> None:
-        """Count what was found."""
+        """Add a result."""
         self.examined += result.count
         self.counts[result.outcome.value] += result.count
         if result.outcome in (Outcome.RESTORED, Outcome.MIGRATED, Outcome.OK):
@@ -48,8 +46,7 @@ class Report:
             self.problems.append(result)
 
     def as_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        rest = {"dry_run": True} if self.dry_run else {}
+        """Return the object that `--json` prints."""
         return {
             "command": self.command,
             "ok": self.ok,
@@ -60,20 +57,20 @@ class Report:
             "problems": [
                 {"name": one.name, "outcome": one.outcome.value, "detail": one.detail} for one in self.problems
             ],
-            **rest,
+            **({"dry_run": True} if self.dry_run else {}),
             **({"error": self.error} if self.error else {}),
         }
 
     def as_text(self) -> str:
-        """The summary for people: one line."""
+        """Return the summary for people, in one line."""
         seconds = time.monotonic() - self.started
         counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(self.counts.items())) or "nothing to do"
         mode = " (dry run: nothing was changed)" if self.dry_run else ""
-        return f"{self.command}: {self.examined} examined: {counts}; {megabytes(self.size)} in {seconds:.1f} s{mode}"
+        return f"{self.command}: {self.examined} examined: {counts}; {human_size(self.size)} in {seconds:.1f} s{mode}"
 
 
-def megabytes(size: int) -> str:
-    """A size for people."""
+def human_size(size: int) -> str:
+    """Return a size for people."""
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size} bytes"
 
 
@@ -89,7 +86,7 @@ def show(report: Report, *, as_json: bool, quiet: bool) -> None:
 
 
 def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
-    """Say what a command did until it failed; why it did is said elsewhere, except in JSON."""
+    """Print what a command did before it failed; the reason is printed elsewhere, except in JSON."""
     context = click.get_current_context()
     if isinstance(context.obj, Report):
         context.obj.error = why
@@ -98,40 +95,47 @@ def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps({"command": context.command.name, "ok": False, "error": why}))
 
 
-def answer(said: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
-    """Print what a command about single names did: as JSON, or as text if there is any."""
-    if as_json:
-        click.echo(json.dumps(said))
-    elif text and not quiet:
-        click.echo(text)
+@dataclass(frozen=True)
+class Output:
+    """How a command prints what it did."""
+
+    as_json: bool
+    quiet: bool
+
+    def answer(self, text: str, *, ok: bool = True, **fields: Any) -> None:
+        """Print the text for people, or the fields as JSON."""
+        if self.as_json:
+            click.echo(json.dumps({"command": click.get_current_context().command.name, "ok": ok, **fields}))
+        elif text and not self.quiet:
+            click.echo(text)
 
 
-def plain(what: Record | Version) -> dict[str, Any]:
-    """A record or version as JSON takes it."""
+def plain(what: Contents) -> dict[str, Any]:
+    """Return a record or version as JSON values."""
     values = {key: value for key, value in asdict(what).items() if value is not None}
     return {key: value if isinstance(value, int | str) else str(value) for key, value in values.items()}
 
 
 def moment(modified_ns: int) -> str:
-    """A time of last modification for people."""
+    """Return an mtime for people."""
     with contextlib.suppress(ValueError, OverflowError):
         return f"{datetime.fromtimestamp(modified_ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}"
     return "?" * 19
 
 
 def printable(name: str) -> str:
-    """A name as it can be printed: file names need not be text, and may hold what a terminal would obey."""
+    """Return a name that can be printed: file names may have bytes that are not text, or control a terminal."""
     return name if name.isprintable() else ascii(name)
 
 
 def has_progress(*, quiet: bool) -> bool:
-    """Whether there is a terminal to draw progress on."""
+    """Whether progress is drawn: standard error is a terminal."""
     return not quiet and sys.stderr.isatty()
 
 
 @contextmanager
 def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
-    """A function to call with every result; it draws a bar with rate and time left if standard error is a terminal."""
+    """Yield a function that draws a result on a progress bar, with rate and time left, if there is a terminal."""
     if not has_progress(quiet=quiet):
         yield lambda _result: None
         return
@@ -140,13 +144,8 @@ def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
         from rich.console import Console  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtra("cli", "rich") from error
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[rate]}"),
-        bars.TimeRemainingColumn(),
-    )
+    rate = bars.TextColumn("{task.fields[rate]}")
+    columns = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), rate, bars.TimeRemainingColumn())
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total, rate="")
         started, done, size = time.monotonic(), 0, 0
@@ -155,15 +154,7 @@ def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
             nonlocal done, size
             done, size = done + result.count, size + result.size
             seconds = max(time.monotonic() - started, 0.001)
-            bar.update(
-                task, advance=result.count, rate=f"{done / seconds:,.0f} files/s, {size / seconds / 1e6:,.0f} MB/s"
-            )
+            speed = f"{done / seconds:,.0f} files/s, {size / seconds / 1e6:,.0f} MB/s"
+            bar.update(task, advance=result.count, rate=speed)
 
         yield draw
-
-
-async def tell(results: AsyncIterator[Result], report: Report, draw: Any) -> None:
-    """Count every result and draw it."""
-    async for result in results:
-        report.add(result)
-        draw(result)

@@ -1,94 +1,86 @@
-"""Records and their history inside a transaction: whoever changes a name locks its record first."""
+"""The catalogue: reads of records and their history, one name or many at a time."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import CompoundSelect, Select, Table, delete, func, select, union, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Select
 
-from ..errors import DatabaseUnavailable
-from .models import Record, Version, contents, earlier, to_record, to_version
+from .backend import Rows
+from .engine import Engine
+from .models import KeyRange, Record, Summary, Version, to_record, to_version
+from .queries import Queries
 from .schema import Tables
-from .statements import execute_many
 
 
 class Catalogue:
-    """The tables `image_storage` and `image_history`. `insert` is the dialect's own, which knows ON CONFLICT."""
+    """Reads `image_storage` and `image_history`. Every method may raise `DatabaseUnavailable`."""
 
-    def __init__(self, tables: Tables, insert: Callable[[Table], Any]) -> None:
-        self._records = tables.records
-        self._history = tables.history
-        self._insert = insert
-        self._put_new = insert(tables.records).on_conflict_do_nothing()
+    def __init__(self, engine: Engine, tables: Tables) -> None:
+        self._engine = engine
+        self._queries = Queries(tables, engine.backend)
 
-    async def lock(self, connection: AsyncConnection, name: str) -> Record | None:
-        """The record of a name, which nobody else changes until the transaction ends; None if there is none."""
-        row = (await connection.execute(self._select(name).with_for_update())).first()
-        return None if row is None else to_record(row)
+    async def find(self, wanted: Iterable[str]) -> dict[str, Record]:
+        """Return the records, tombstones among them, of the names that have one."""
+        rows = await self._engine.rows(self._queries.records, wanted=self._engine.backend.name_list(wanted))
+        return {row[0]: to_record(row) for row in rows}
 
-    async def put(self, connection: AsyncConnection, values: dict[str, Any], *, only_new: bool) -> Record:
-        """Make the record of a name hold `values`. `only_new`: a name that has a record, or a tombstone, keeps it."""
-        name = values["name"]
-        insert = self._insert(self._records).values(values)
-        if (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
-            return await self._get(connection, name)
-        record = await self.lock(connection, name)
-        if record is None:
-            raise DatabaseUnavailable(f"the record of {name!r} vanished while it was written; try again")
-        if only_new or (not record.is_deleted and record.sha256 == values["sha256"]):
-            return record
-        return await self.change(connection, record, Version(generation=0, replaced_at=record.changed_at, **values))
+    async def generations(self, wanted: Iterable[str]) -> dict[str, int]:
+        """Return the generations of the names that have a record: they show whether a name was changed meanwhile."""
+        return {row[0]: row[1] for row in await self._engine.rows_by_name(self._queries.generations, wanted)}
 
-    async def put_new(self, connection: AsyncConnection, values: Sequence[dict[str, Any]]) -> None:
-        """Make records of names that have none."""
-        await execute_many(connection, self._put_new, values)
+    def generation_in_thread(self, name: str) -> int | None:
+        """As `generations`, for one name in the calling thread; see `Engine.rows_in_thread`."""
+        rows = self._engine.rows_in_thread(self._queries.generations.one, name=name)
+        return rows[0][1] if rows else None
 
-    async def change(self, connection: AsyncConnection, record: Record, to: Version) -> Record:
-        """Make a locked record hold what a version does; what it was before goes into the history."""
-        if not record.is_deleted:
-            await self._remember(connection, record)
-        return await self._update(connection, record, contents(to) | {"deleted_at": None})
+    async def digests(self, wanted: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 of the living records of names."""
+        rows = await self._engine.rows(self._queries.digests, wanted=self._engine.backend.name_list(wanted))
+        return {row[0]: row[1] for row in rows}
 
-    async def bury(self, connection: AsyncConnection, name: str) -> Record | None:
-        """Make the record of a name a tombstone; None if there is none."""
-        record = await self.lock(connection, name)
-        if record is None or record.is_deleted:
-            return record
-        await self._remember(connection, record)
-        return await self._update(connection, record, {"deleted_at": func.now()})
+    async def history(self, name: str) -> list[Version]:
+        """Return the versions of a name, newest first."""
+        return [to_version(row) for row in await self._engine.rows(self._queries.history, name=name)]
 
-    async def earlier(self, connection: AsyncConnection, record: Record, generation: int | None) -> Version | None:
-        """What a locked record goes back to (`records.earlier`), locked as well."""
-        table = self._history
-        query = select(table).where(table.c.name == record.name).order_by(table.c.generation.desc())
-        rows = (await connection.execute(query.with_for_update())).all()
-        return earlier(record, map(to_version, rows), generation)
+    async def count(self) -> int:
+        """Return the number of living records."""
+        return int((await self._engine.rows(self._queries.count))[0][0])
 
-    async def drop_history(self, connection: AsyncConnection, before: datetime) -> int:
-        """Drop the versions that were replaced before a moment; how many there were."""
-        dropped = delete(self._history).where(self._history.c.replaced_at < before)
-        return int((await connection.execute(dropped)).rowcount)
+    async def pages(self, *, deleted: bool | None, size: int) -> AsyncGenerator[list[Record], None]:
+        """Yield records in the order of names, `size` at a time: the living, the deleted, or (None) all."""
+        after = ""
+        while rows := await self._engine.rows(self._queries.pages[deleted], after=self._bound(after), size=size):
+            yield [to_record(row) for row in rows]
+            after = rows[-1][0]
 
-    def digests(self) -> CompoundSelect[Any]:
-        """The digests of all bytes that a living record or a version refers to."""
-        living = select(self._records.c.sha256).where(self._records.c.deleted_at.is_(None))
-        return union(living, select(self._history.c.sha256))
+    async def key_ranges(self, size: int) -> AsyncGenerator[KeyRange, None]:
+        """Yield ranges that cover all names; each has at most `size` records, and those that are saved meanwhile."""
+        first = ""
+        while rows := await self._engine.rows(self._queries.next_range, first=self._bound(first), size=size):
+            yield KeyRange(first, rows[0][0])
+            first = rows[0][0]
+        yield KeyRange(first, None)
 
-    async def _update(self, connection: AsyncConnection, record: Record, values: dict[str, Any]) -> Record:
-        table = self._records
-        values |= {"generation": record.generation + 1, "changed_at": func.now()}
-        await connection.execute(update(table).where(table.c.name == record.name).values(values))
-        return await self._get(connection, record.name)
+    async def summary(self, key_range: KeyRange) -> Summary:
+        """Return a range of names as one row."""
+        return Summary(*(await self._rows_in(self._queries.summary, key_range))[0])
 
-    async def _remember(self, connection: AsyncConnection, record: Record) -> None:
-        values = contents(record) | {"name": record.name, "generation": record.generation}
-        await connection.execute(self._insert(self._history).values(values).on_conflict_do_nothing())
+    async def names_in(self, key_range: KeyRange, *, deleted: bool = False) -> list[tuple[str, int]]:
+        """Return the names in a range, in order, with the sizes of their records: the living ones, or the deleted."""
+        return [(row[0], row[1]) for row in await self._rows_in(self._queries.names[deleted], key_range)]
 
-    async def _get(self, connection: AsyncConnection, name: str) -> Record:
-        return to_record((await connection.execute(self._select(name))).one())
+    async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
+        """Return up to `size` names changed `since`, and the next `since`: a minute ago, as some commit late."""
+        if since is None:
+            return [], (await self._engine.rows(self._queries.moment))[0][0]
+        rows = await self._engine.rows(self._queries.changes, since=since, size=size)
+        return [(row[0], row[1]) for row in rows], rows[0][2] if rows else since
 
-    def _select(self, name: str) -> Select[Any]:
-        return select(self._records).where(self._records.c.name == name)
+    async def _rows_in(self, query: Mapping[bool, Select[Any]], key_range: KeyRange) -> Rows:
+        bounds = {"first": self._bound(key_range.first)}
+        if key_range.stop is not None:
+            bounds["stop"] = self._bound(key_range.stop)
+        return await self._engine.rows(query[key_range.stop is None], **bounds)
+
+    def _bound(self, name: str) -> Any:
+        return self._engine.backend.bound_value(name)

@@ -1,90 +1,126 @@
-"""The engine: one per process and loop, tuned, and with every failure told as *unknown*, never as *absent*."""
-
-from __future__ import annotations
+"""The engine: reads, writes and retries; every failure means *unknown*, never *absent*."""
 
 import asyncio
 import contextlib
 import math
 import os
-import sqlite3
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from importlib import import_module
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, event, select
-from sqlalchemy.engine import URL
+from sqlalchemy import Select, select
+from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import Pool, QueuePool, StaticPool
 
-from ..aio.single_flight import Places, Tasks, to_its_end
+from ..aio.tasks import LoopSemaphore, Tasks, run_to_end
 from ..errors import DatabaseUnavailable, MissingExtra, SchemaError
-from ..settings import database_url, is_in_memory, sqlite_file
-from .postgresql import Readers
-from .schema import SCHEMA_VERSION, Tables
-from .sqlite import Direct
-from .statements import DeadConnection, Statements
-from .transactions import LOCK_TURN, is_shared, transaction
+from .backend import LOCK_TIMEOUT, POOL_AT_MOST, Reader, Rows
+from .backends import backend_of, url_of
+from .queries import ByName
+from .schema import Tables, check_version
+from .statements import DeadConnection, bind
+from .transactions import transaction
 
 T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
-_SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
-_NO_SUCH = ("no such table", "no such column", "has no column named")
-_POOL_AT_MOST = 10
-_NO_SUCH_STATES = ("42P01", "42703")
-_BROKEN_OFF_STATES = ("40P01", "40001", "55P03", "23505")
-"""A deadlock, no order of transactions, a lock that was not to be had in time, others' rows that could not be seen."""
 
+class Connections:
+    """Opens connections; those from before a fork, or of another event loop, are not used."""
 
-def wal_is_safe(version: tuple[int, ...]) -> bool:
-    """Whether this SQLite has the fix for the WAL-reset corruption (3.51.3 and later, or 3.50.7, 3.44.6)."""
-    return version >= (3, 51, 3) or version[2] >= _SAFE_WAL_PATCHES.get((version[0], version[1]), 1 << 30)
+    def __init__(self, database: str | URL | AsyncEngine, *, timeout: float, tasks: Tasks) -> None:
+        self.url = url_of(database)
+        self.backend = backend_of(self.url)
+        self._given = database if isinstance(database, AsyncEngine) else None
+        self._timeout = timeout
+        self._tasks = tasks
+        self._engine: AsyncEngine | None = None
+        self.reader: Reader | None = None
+        self.dialect: Dialect
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._abandoned: list[object] = []
+        self.backend.import_driver()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is one connection for everything, as to a database in memory."""
+        return isinstance(self._given.pool, StaticPool) if self._given else self.backend.is_in_memory(self.url)
+
+    @property
+    def engine(self) -> AsyncEngine | None:
+        """The engine of this process and event loop; None if it was not opened."""
+        return self._engine if self._owner == (os.getpid(), asyncio.get_running_loop()) else None
+
+    async def connect(self) -> AsyncConnection:
+        """Take a connection, or open one; a cancelled opening goes on: SQLAlchemy would leave it half made."""
+        engine = self._get_engine()
+        if not _opens_a_connection(engine.pool):
+            return await self._connect(engine)
+        opening = self._tasks.start(self._connect(engine))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._tasks.start(_close(opening))
+            raise
+
+    async def close(self) -> None:
+        """Close what was opened here; the app's own engine stays open."""
+        engine, self._engine = self.engine, None
+        reader, self.reader = self.reader, None
+        if engine is not None and engine is not self._given:
+            if reader is not None:
+                reader.close()
+            await engine.dispose()
+
+    async def _connect(self, engine: AsyncEngine) -> AsyncConnection:
+        if self.reader is not None:
+            self.reader.make_room()
+        return await engine.connect()
+
+    def _get_engine(self) -> AsyncEngine:
+        if self.engine is not None:
+            return self.engine
+        if self._given is not None:
+            if self._owner is not None and self._owner[0] != os.getpid():
+                self._abandon(self._given)
+            self._engine = self._given
+        else:
+            if self._engine is not None:
+                self._abandon(self._engine)
+                self._abandoned.append(self.reader)
+            self._engine = self.backend.create_engine(self.url, self._timeout)
+            self.reader = self.backend.create_reader(self._engine)
+        self.dialect = self._engine.dialect
+        self._owner = (os.getpid(), asyncio.get_running_loop())
+        return self._engine
+
+    def _abandon(self, engine: AsyncEngine) -> None:
+        """Its connections belong to a parent process, or to a loop that has ended: they are neither used nor closed."""
+        self._abandoned.append(engine.sync_engine.pool)
+        engine.sync_engine.dispose(close=False)
 
 
 class Engine:
-    """Connections for reading and for writing, from a URL or from the app's own `AsyncEngine`.
-
-    `timeout` (seconds) bounds connecting, every statement, and waiting for a lock or for a free connection.
-    Raises `DatabaseUnavailable` (or `SchemaError`) whenever there is no answer.
-    """
+    """Connections from a URL or the app's engine. `timeout` (seconds) bounds every wait: `DatabaseUnavailable`."""
 
     def __init__(self, database: str | URL | AsyncEngine, tables: Tables, *, timeout: float, tasks: Tasks) -> None:
-        self._given = database if isinstance(database, AsyncEngine) else None
-        self.url = url_of(database)
+        self._connections = Connections(database, timeout=timeout, tasks=tasks)
+        self.url = self._connections.url
+        self.backend = self._connections.backend
         self.timeout = timeout
         self._tables = tables
         self._tasks = tasks
-        self._engine: AsyncEngine | None = None
-        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._checked = False
-        self._left: list[object] = []
-        self._is_shared = is_in_memory(self.url) if self._given is None else is_shared(self._given)
-        self._turns = Places(1)  # on a connection that all share: it has one transaction
-        self._statements = Statements()
-        self._direct: Direct | None = None
-        self._readers: Readers | None = None
-        if self.dialect == "postgresql":
-            with contextlib.suppress(ImportError):  # told when it is needed
-                import_module("asyncpg")  # now: it takes a tenth of a second, for which no event loop must stand still
-
-    @property
-    def dialect(self) -> str:
-        """`sqlite` or `postgresql`."""
-        return self.url.get_backend_name()
-
-    @property
-    def has_one_writer(self) -> bool:
-        """Whether nobody else writes while a transaction does: SQLite locks all of a file."""
-        return self.dialect == "sqlite"
+        self._checked: AsyncEngine | None = None
+        # one connection for everything has one transaction
+        self._shared = LoopSemaphore(1) if self._connections.is_shared else None
 
     async def read(self, work: Work[T]) -> T:
-        """Run `work` on a connection; anew for as long as the pool hands out connections that have died."""
-        if self._is_shared:  # not to be broken off: what is given back late is rolled back under whoever is next
-            async with self._turns.one():
-                return await to_its_end(self._read(work))
-        for _ in range(_POOL_AT_MOST):
+        """Run `work` on a connection; again for as long as the pool hands out connections that have died."""
+        if self._shared is not None:
+            async with self._shared:  # a read that is broken off would be rolled back under the next caller
+                return await run_to_end(self._read(work))
+        for _ in range(POOL_AT_MOST):
             try:
                 return await self._read(work)
             except DatabaseUnavailable as error:
@@ -93,230 +129,146 @@ class Engine:
         return await self._read(work)
 
     async def write(self, work: Work[T]) -> T:
-        """Run `work` in a transaction of its own; it ends, one way or the other, even if the caller is cancelled.
-
-        It is run anew where the server breaks it off because others have what it waits for, until it has waited for as
-        long as the timeout.
-        """
+        """Run `work` in a transaction to its end, even if cancelled; again if the server breaks it off."""
         return await self._tasks.finish(self._write(work))
 
     async def write_schema(self, work: Work[T]) -> T:
-        """As `write`, on a database whose tables may not be there yet."""
-        return await self._tasks.finish(self._write(work, has_tables=False))
+        """As `write`, in a database that may have no tables yet."""
+        return await self._tasks.finish(self._write(work, needs_tables=False))
 
-    async def rows(self, query: Select[Any], **values: Any) -> Sequence[Sequence[Any]]:
-        """All rows of a query, read as by `read`; `values` are those of its bound parameters.
-
-        Times come as the driver gives them (see `to_utc`). A query that is always the same object is compiled once.
-        """
-        readers = self._readers
-        if readers is not None and self._checked and self._is_ours() and readers.has_idle:
+    async def rows(self, query: Select[Any], **values: Any) -> Rows:
+        """Return all rows of a query; `values` are those of its parameters. Times come as the driver returns them."""
+        reader = self._connections.reader
+        if reader is not None and self._is_ready:
             try:
-                return await readers.ask(lambda driver: self._statements.ask(driver, readers.dialect, query, values))
-            except _database_errors() as error:
+                rows = await reader.rows(*bind(query, self._connections.dialect, values))
+            except self._errors() as error:
                 if not _was_dead(error):
-                    raise unavailable(error) from error
-        return await self.read(lambda connection: self._statements.fetch(connection, query, values))
+                    raise self.unavailable(error) from error
+            else:
+                if rows is not None:
+                    return rows
+        return await self.read(lambda connection: self._fetch(connection, query, values))
+
+    async def rows_by_name(self, query: ByName, wanted: Iterable[str]) -> Rows:
+        """Return all rows about the names in `wanted`."""
+        names = list(wanted)
+        if len(names) == 1:
+            return await self.rows(query.one, name=names[0])
+        return await self.rows(query.many, wanted=self.backend.name_list(names))
 
     @property
-    def is_at_hand(self) -> bool:
-        """Whether any thread can ask the database itself (`rows_here`)."""
-        return self._direct is not None and self._checked and self._is_ours()
+    def can_read_in_thread(self) -> bool:
+        """Whether `rows_in_thread` works now."""
+        reader = self._connections.reader
+        return reader is not None and reader.can_read_in_thread and self._is_ready
 
-    def rows_here(self, query: Select[Any], **values: Any) -> Sequence[Sequence[Any]]:
-        """As `rows`, in the calling thread, without waiting for a lock; only while the database `is_at_hand`."""
-        engine, direct = self._engine, self._direct
-        if engine is None or direct is None:
+    def rows_in_thread(self, query: Select[Any], **values: Any) -> Rows:
+        """As `rows`, in the calling thread; raises `DatabaseUnavailable` rather than wait for a lock."""
+        reader = self._connections.reader
+        if reader is None:
             raise DatabaseUnavailable("the database was closed meanwhile")
-        return direct.rows(*self._statements.bind(engine.dialect, query, values))
+        try:
+            return reader.rows_in_thread(*bind(query, self._connections.dialect, values))
+        except self._errors() as error:
+            raise self.unavailable(error) from error
+
+    def unavailable(self, error: BaseException) -> DatabaseUnavailable:
+        """Return what a failure of the database means to us; the message holds no password."""
+        cause = getattr(error, "orig", None) or error
+        message = str(cause).partition("\n")[0] or type(cause).__name__
+        if self.backend.is_missing_table(cause):
+            return SchemaError("the catalogue's tables are missing or old; run `selfheal migrate` to make them")
+        return DatabaseUnavailable(f"the database gave no answer: {message}")
 
     async def close(self) -> None:
-        """Close what was opened here; the app's own engine is the app's to close."""
-        engine, self._engine = self._engine, None
-        direct, self._direct = self._direct, None
-        readers, self._readers = self._readers, None
-        if engine is not None and engine is not self._given and self._is_ours():
-            if readers is not None:
-                readers.close()
-            await engine.dispose()
-            if direct is not None:
-                direct.close()
+        """Close what was opened here; the app's own engine stays open."""
+        self._checked = None
+        await self._connections.close()
 
-    # -- inside ----------------------------------------------------------------------------------------------------
+    @property
+    def _is_ready(self) -> bool:
+        """Whether the schema was checked through the engine that is in use now."""
+        return self._checked is not None and self._checked is self._connections.engine
 
     async def _read(self, work: Work[T]) -> T:
         async with self._connection() as connection:
             return await work(connection)
 
-    async def _write(self, work: Work[T], *, has_tables: bool = True) -> T:
-        for _ in range(math.ceil(self.timeout / LOCK_TURN)):
+    async def _write(self, work: Work[T], *, needs_tables: bool = True) -> T:
+        for _ in range(math.ceil(self.timeout / LOCK_TIMEOUT)):
             try:
-                return await self._write_once(work, has_tables=has_tables)
+                return await self._write_once(work, needs_tables=needs_tables)
             except DatabaseUnavailable as error:
-                if _state_of(error.__cause__) not in _BROKEN_OFF_STATES:
+                if _state_of(error.__cause__) not in self.backend.retried_states:
                     raise
-        return await self._write_once(work, has_tables=has_tables)
+        return await self._write_once(work, needs_tables=needs_tables)
 
-    async def _write_once(self, work: Work[T], *, has_tables: bool) -> T:
+    async def _write_once(self, work: Work[T], *, needs_tables: bool) -> T:
         async with (
-            self._turns.one() if self._is_shared else contextlib.nullcontext(),
-            self._connection(has_tables=has_tables) as connection,
-            transaction(connection),
+            self._shared or contextlib.nullcontext(),
+            self._connection(needs_tables=needs_tables) as connection,
+            transaction(connection, self.backend),
         ):
             return await work(connection)
 
     @contextlib.asynccontextmanager
-    async def _connection(self, *, has_tables: bool = True) -> AsyncIterator[AsyncConnection]:
+    async def _connection(self, *, needs_tables: bool = True) -> AsyncIterator[AsyncConnection]:
         try:
-            connection = await self._connect(self._get_engine())
+            connection = await self._connections.connect()
         except MissingExtra:
             raise
         except Exception as error:
-            raise unavailable(error) from error
+            raise self.unavailable(error) from error
         try:
             try:
-                if has_tables and not self._checked:
+                if needs_tables and not self._is_ready:
                     await self._check_schema(connection)
                 yield connection
             except TimeoutError:
-                await connection.invalidate()  # the server is silent: this connection never comes back
+                await connection.invalidate()  # the server is silent: this connection is lost
                 raise
             finally:
                 await asyncio.shield(self._tasks.start(connection.close()))
         except (IntegrityError, DataError):
             raise
-        except _database_errors() as error:
-            raise unavailable(error) from error
-
-    async def _connect(self, engine: AsyncEngine) -> AsyncConnection:
-        """A connection. Who breaks off what opens one leaves it behind half made, so the caller alone is broken off."""
-        if not _opens_one(engine.pool):
-            return await self._opened(engine)
-        opening = self._tasks.start(self._opened(engine))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            self._tasks.start(_closed(opening))
-            raise
-
-    async def _opened(self, engine: AsyncEngine) -> AsyncConnection:
-        if self._readers is not None:
-            self._readers.make_room()
-        return await engine.connect()
+        except self._errors() as error:
+            raise self.unavailable(error) from error
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
-        rows = await self._statements.fetch(connection, select(self._tables.schema.c.version), {})
+        rows = await self._fetch(connection, select(self._tables.schema.c.version), {})
         check_version(max((row[0] for row in rows), default=None))
-        self._checked = True
+        self._checked = self._connections.engine
 
-    def _is_ours(self) -> bool:
-        return self._owner == (os.getpid(), asyncio.get_running_loop())
+    async def _fetch(self, connection: AsyncConnection, query: Select[Any], values: dict[str, Any]) -> Any:
+        """Ask the driver itself if it is the one that we know: through SQLAlchemy a query takes several hops."""
+        pooled = connection.sync_connection
+        if pooled is None or connection.dialect.driver != self.backend.driver:
+            return (await connection.execute(query, values)).all()
+        text, positional = bind(query, connection.dialect, values)
+        try:
+            return await self.backend.fetch(pooled.connection.driver_connection, text, positional)
+        except DeadConnection:
+            await connection.invalidate()
+            raise
 
-    def _get_engine(self) -> AsyncEngine:
-        """The engine of this process and loop: connections made before a fork, or in another loop, are not ours."""
-        if self._engine is not None and self._is_ours():
-            return self._engine
-        if self._given is not None:
-            if self._owner is not None and self._owner[0] != os.getpid():
-                self._leave(self._given)
-            self._engine = self._given
-        else:
-            if self._engine is not None:
-                self._leave(self._engine)
-                self._left += [self._direct, self._readers]
-            self._engine = _make(self.url, self.timeout)
-            self._direct = _make_direct(self.url)
-            self._readers = None if self.has_one_writer else Readers(self._engine, _POOL_AT_MOST)
-        self._owner = (os.getpid(), asyncio.get_running_loop())
-        self._checked = False
-        return self._engine
-
-    def _leave(self, engine: AsyncEngine) -> None:
-        """Its connections belong to a parent process, or to a loop that has ended: not to be used, nor to be closed."""
-        self._left.append(engine.sync_engine.pool)
-        engine.sync_engine.dispose(close=False)
-
-
-def check_version(version: int | None) -> None:
-    """Raise `SchemaError` unless the tables are of our version, or nobody said of which (a migration made them)."""
-    if version is not None and version > SCHEMA_VERSION:
-        raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
-    if version is not None and version < SCHEMA_VERSION:
-        raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
-
-
-def url_of(database: str | URL | AsyncEngine) -> URL:
-    """Where a database is, in the words of the driver that we use. Raises `SettingsError`."""
-    if isinstance(database, AsyncEngine):
-        return database.url
-    return database_url(database if isinstance(database, str) else database.render_as_string(hide_password=False))
-
-
-def _opens_one(pool: Pool) -> bool:
-    """Whether the next connection is a new one: none is idle, and there may be more (of another's pool: a guess)."""
-    return not isinstance(pool, QueuePool) or not (pool.checkedin() or pool.checkedout() >= _POOL_AT_MOST)
-
-
-async def _closed(opening: asyncio.Task[AsyncConnection]) -> None:
-    await (await opening).close()
-
-
-def _make(url: URL, timeout: float) -> AsyncEngine:
-    if url.get_backend_name() == "sqlite":
-        limits = {} if is_in_memory(url) else {"pool_size": 5, "max_overflow": 5, "pool_timeout": timeout}
-        # nothing to reset: reads open no transaction, and every write ends its own
-        engine = create_async_engine(url, connect_args={"timeout": timeout}, pool_reset_on_return=None, **limits)
-        event.listen(engine.sync_engine, "connect", _tune_sqlite)
-        return engine
-    try:
-        return create_async_engine(
-            url,
-            pool_size=5,
-            max_overflow=5,
-            pool_timeout=timeout,
-            pool_recycle=1800,
-            connect_args={"timeout": timeout, "command_timeout": timeout},
-        )
-    except ImportError as error:
-        raise MissingExtra("postgres", "asyncpg") from error
-
-
-def _make_direct(url: URL) -> Direct | None:
-    file = sqlite_file(url)
-    return None if file is None or url.query else Direct(file)
-
-
-def _tune_sqlite(connection: Any, _record: PoolProxiedConnection) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA page_size=16384")  # of a new file: a quarter of the writes that 4 KiB pages take
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute("PRAGMA synchronous=FULL")
-    if wal_is_safe(sqlite3.sqlite_version_info):
-        cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.close()
+    def _errors(self) -> tuple[type[Exception], ...]:
+        return (SQLAlchemyError, OSError, *self.backend.driver_errors())
 
 
 def _was_dead(cause: BaseException | None) -> bool:
     return isinstance(cause, DeadConnection) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
 
 
-def _database_errors() -> tuple[type[Exception], ...]:
-    """What SQLAlchemy and the drivers raise; asyncpg is an extra, and only there if it was needed."""
-    asyncpg = sys.modules.get("asyncpg")
-    names = ("PostgresError", "InterfaceError", "InternalClientError")  # the last is not one of the others
-    of_asyncpg = () if asyncpg is None else tuple(getattr(asyncpg, name) for name in names)
-    return (SQLAlchemyError, OSError, sqlite3.Error, *of_asyncpg)
-
-
 def _state_of(error: BaseException | None) -> str | None:
-    """The SQLSTATE that PostgreSQL gave with an error."""
+    """Return the SQLSTATE of a server's error."""
     return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
 
 
-def unavailable(error: BaseException) -> DatabaseUnavailable:
-    """What a failure of the database means to us; the message says what to do, and holds no password."""
-    cause = getattr(error, "orig", None) or error
-    said = str(cause).partition("\n")[0] or type(cause).__name__
-    if _state_of(error) in _NO_SUCH_STATES or any(words in said for words in _NO_SUCH):
-        return SchemaError("the catalogue's tables are missing or old; run `selfheal migrate` to make them")
-    return DatabaseUnavailable(f"the database gave no answer: {said}")
+def _opens_a_connection(pool: Pool) -> bool:
+    """Whether the next connection is a new one: none is idle, and there may be more."""
+    return not isinstance(pool, QueuePool) or not (pool.checkedin() or pool.checkedout() >= POOL_AT_MOST)
+
+
+async def _close(opening: asyncio.Task[AsyncConnection]) -> None:
+    await (await opening).close()

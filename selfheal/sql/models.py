@@ -1,9 +1,7 @@
-"""What the database knows, as values: records, versions, and files on their way in or out."""
-
-from __future__ import annotations
+"""Rows as values: records, versions, and files to be stored."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -14,14 +12,20 @@ RECORD_COLUMNS = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """What the database knows of a name. `size` in bytes, `modified_ns` in ns since the epoch, times in UTC."""
+class Contents:
+    """What a name is, or was: `size` in bytes, `modified_ns` in ns since the epoch."""
 
     name: str
     sha256: str
     size: int
     content_type: str
     modified_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Contents):
+    """What the database knows of a name; times are in UTC."""
+
     generation: int
     created_at: datetime
     changed_at: datetime
@@ -32,23 +36,22 @@ class Record:
         """Whether this is a tombstone."""
         return self.deleted_at is not None
 
+    def matches(self, modified_ns: int, size: int) -> bool:
+        """Whether a file with this mtime and size can be taken for the recorded one, without a look at its bytes."""
+        return (modified_ns, size) == (self.modified_ns, self.size)
+
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class Version(Contents):
     """What a name was before an overwrite or a deletion."""
 
-    name: str
     generation: int
-    sha256: str
-    size: int
-    content_type: str
-    modified_ns: int
     replaced_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A record with the first chunk of its bytes, that chunk's own digest, and whether its blob has a row that fits."""
+    """A record with the first chunk of its blob, that chunk's digest, and whether the blob is complete."""
 
     record: Record
     first: bytes | None
@@ -58,17 +61,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class KeyRange:
-    """The names from `first` on, those from `stop` on not among them (None: all there are), as the driver gave them."""
+    """The names from `first` to before `stop` (None: to the end)."""
 
-    first: Any
-    stop: Any | None
+    first: str
+    stop: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The living names of a range as `lines`, without a look at each: how many there are, how many bytes their records
-    have together, and how many of those are `unsound`; and how many names in it are `deleted`.
-    """
+    """A range of names in one row; an `unsound` record has a negative size."""
 
     lines: str
     count: int
@@ -79,7 +80,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class SmallFile:
-    """A file of a few chunks, whole, on its way into the database."""
+    """A file of a few chunks, read whole, to be stored."""
 
     name: str
     size: int
@@ -90,25 +91,20 @@ class SmallFile:
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """What a purge dropped (or would drop): versions of the history, blobs, and the bytes of those blobs."""
+    """What a purge dropped, or would drop: versions of the history, blobs, and the bytes of those blobs."""
 
     versions: int
     blobs: int
     size: int
 
 
-def contents(version: Record | Version) -> dict[str, Any]:
-    """What an overwrite replaces: the values of a record that its version keeps."""
-    return {
-        "sha256": version.sha256,
-        "size": version.size,
-        "content_type": version.content_type,
-        "modified_ns": version.modified_ns,
-    }
+def contents(of: Contents) -> dict[str, Any]:
+    """Return the columns that a record and its versions have in common, without the name."""
+    return {field.name: getattr(of, field.name) for field in fields(Contents) if field.name != "name"}
 
 
 def earlier(record: Record, versions: Iterable[Version], generation: int | None) -> Version | None:
-    """Which of its versions, newest first, a name goes back to: the `generation`, or the last that was different."""
+    """Return the version that an undo goes back to: of `generation`, or the newest with other bytes; or None."""
     for version in versions:
         if version.generation == generation:
             return version
@@ -118,49 +114,31 @@ def earlier(record: Record, versions: Iterable[Version], generation: int | None)
 
 
 def to_record(row: Sequence[Any]) -> Record:
-    """A record from a row that begins with the columns of `image_storage`, in their order.
-
-    SQLite keeps whatever type somebody else writes: what is no text or number becomes one that no sound record has.
-    """
+    """Make a record of a row that begins with the columns of `image_storage`."""
     name, sha256, size, kind, modified_ns, created_at, changed_at, generation, deleted_at = row[:RECORD_COLUMNS]
-    name, size = to_name((name, size))
-    if not isinstance(modified_ns, int):
-        modified_ns = 0
-    gone = None if deleted_at is None else to_utc(deleted_at)
-    return Record(
-        name, _to_digest(sha256), size, kind, modified_ns, generation, to_utc(created_at), to_utc(changed_at), gone
-    )
+    deleted_at = None if deleted_at is None else to_utc(deleted_at)
+    times = to_utc(created_at), to_utc(changed_at), deleted_at
+    return Record(name, sha256 if sha256.isascii() else "", size, kind, modified_ns, generation, *times)
 
 
-def to_name(row: Sequence[Any]) -> tuple[str, int]:
-    """A name and the size of its record, from a row of the two; what is no text or number as in `to_record`."""
-    name, size = row
-    if not isinstance(name, str):
-        name = name.decode(errors="replace") if isinstance(name, bytes) else repr(name)
-    return name, size if isinstance(size, int) else -1
+def to_found(row: Sequence[Any]) -> Found:
+    """Make a `Found` of a row: a record, its first chunk, the chunk's digest, a column of the blob."""
+    first, digest, chunks = row[RECORD_COLUMNS:]
+    return Found(to_record(row), first, digest, chunks is not None)
 
 
 def to_version(row: Sequence[Any]) -> Version:
-    """A version from a row of `image_history`, its columns in their order."""
+    """Make a version of a row of `image_history`."""
     name, generation, sha256, size, kind, modified_ns, replaced_at = row
-    return Version(name, generation, _to_digest(sha256), size, kind, modified_ns, to_utc(replaced_at))
+    sha256 = sha256 if sha256.isascii() else ""
+    return Version(name, sha256, size, kind, modified_ns, generation, to_utc(replaced_at))
 
 
-def _to_digest(sha256: str) -> str:
-    """What is no digest becomes the digest of nothing that is stored."""
-    return sha256 if sha256.isascii() else ""
-
-
+@lru_cache(1024)  # names that are saved together have the same time
 def to_utc(moment: datetime | str) -> datetime:
-    """SQLite has no zones, and gives the clock as text: what it says is UTC. What is no time is the first there is."""
-    if not isinstance(moment, datetime):
-        return _parsed(moment)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-@lru_cache(1024)  # what was saved together has the same time
-def _parsed(moment: str) -> datetime:
+    """Return a time in UTC. SQLite has no time zones and returns text; what is not a time becomes the year 1."""
     try:
-        return to_utc(datetime.fromisoformat(moment))
+        moment = moment if isinstance(moment, datetime) else datetime.fromisoformat(moment)
     except (TypeError, ValueError):
-        return datetime.min.replace(tzinfo=UTC)
+        moment = datetime.min.replace(tzinfo=UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,93 +1,167 @@
-"""Connections to a server that are kept for reading: to have the pool hand one out takes as long as a small query."""
+"""PostgreSQL through asyncpg: all that is particular to it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib import import_module
 from typing import Any, TypeVar, cast
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
+from ..errors import MissingExtra
+from .backend import LOCK_TIMEOUT, POOL_AT_MOST, POOL_SIZE, Backend, Reader, Rows
 from .statements import DeadConnection
 
 T = TypeVar("T")
 
-KEPT_AT_MOST = 2
-"""Connections that are kept while nobody asks; to the pool they are taken."""
-KEPT_FOR = 60.0
-"""Seconds after which one goes back into the pool before it is asked, and the pool looks at its age."""
+KEPT_AT_MOST = 2  # Idle connections that a reader keeps; the pool counts them as taken
+KEPT_FOR = 60.0  # seconds after which a kept connection goes back to the pool, which checks its age
+
+_UNDEFINED_TABLE, _UNDEFINED_COLUMN = "42P01", "42703"
+_DEADLOCK, _SERIALIZATION_FAILURE, _LOCK_NOT_AVAILABLE, _UNIQUE_VIOLATION = "40P01", "40001", "55P03", "23505"
+_URL_PARAMETERS = (
+    *("command_timeout", "host", "passfile", "port", "prepared_statement_cache_size", "ssl", "statement_cache_size"),
+    *("target_session_attrs", "timeout"),
+)
 
 
-class Readers:
-    """Connections of asyncpg's, from the pool of an engine of our own, `in_all` of them at most.
+class PostgreSQL(Backend):
+    """The backend of PostgreSQL."""
 
-    Each is asked outside of any transaction. None is kept that somebody else is waiting for.
-    """
+    name = "postgresql"
+    driver = "asyncpg"
+    drivernames = ("postgres", "postgresql", "postgresql+asyncpg")
+    types = {"name": sa.Text(collation="C")}  # noqa: RUF012
+    # a unique violation: another transaction's rows, which a stricter level than READ COMMITTED does not see
+    retried_states = (_DEADLOCK, _SERIALIZATION_FAILURE, _LOCK_NOT_AVAILABLE, _UNIQUE_VIOLATION)
 
-    def __init__(self, engine: AsyncEngine, in_all: int) -> None:
-        self.dialect = engine.dialect
+    def url(self, url: URL) -> URL:
+        """libpq's `sslmode` is asyncpg's `ssl`; parameters that only libpq knows are left out."""
+        query = {key: value for key, value in url.query.items() if key in _URL_PARAMETERS}
+        if "sslmode" in url.query:
+            query["ssl"] = url.query["sslmode"]
+        return url.set(drivername=self.drivernames[-1], query=query)
+
+    def import_driver(self) -> None:
+        with contextlib.suppress(ImportError):  # reported when an engine is made
+            import_module("asyncpg")  # a tenth of a second
+
+    def create_engine(self, url: URL, timeout: float) -> AsyncEngine:
+        try:
+            return create_async_engine(
+                url,
+                pool_size=POOL_SIZE,
+                max_overflow=POOL_AT_MOST - POOL_SIZE,
+                pool_timeout=timeout,
+                pool_recycle=1800,
+                connect_args={"timeout": timeout, "command_timeout": timeout},
+            )
+        except ImportError as error:
+            raise MissingExtra("postgres", "asyncpg") from error
+
+    def create_reader(self, engine: AsyncEngine) -> PostgreSQLReader:
+        return PostgreSQLReader(engine)
+
+    def driver_errors(self) -> tuple[type[Exception], ...]:
+        asyncpg = sys.modules.get("asyncpg")
+        names = ("PostgresError", "InterfaceError", "InternalClientError")  # they have no base class in common
+        return () if asyncpg is None else tuple(getattr(asyncpg, name) for name in names)
+
+    def is_missing_table(self, error: BaseException) -> bool:
+        return getattr(error, "sqlstate", None) in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN)
+
+    async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
+        return await _fetch(driver, text, values)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, connection: AsyncConnection) -> AsyncIterator[None]:
+        """READ COMMITTED, whatever the default: other levels refuse a write that waited for another one."""
+        await connection.execution_options(isolation_level="READ COMMITTED")
+        yield
+        await connection.commit()
+
+    async def limit_lock_waits(self, connection: AsyncConnection) -> None:
+        await connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT * 1000:.0f}")
+
+    async def lock_blob(self, connection: AsyncConnection, sha256: str) -> None:
+        """An advisory lock: an UPDATE locks rows in no order, and rows yet to come have no lock."""
+        key = int(sha256[:16], 16) - (1 << 63)
+        await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
+
+    def prepare_chunks(self, chunks: sa.Table) -> None:
+        """Images do not compress: PostgreSQL would try it on every chunk, and then could not read a part of one."""
+        external = sa.DDL("ALTER TABLE %(fullname)s ALTER COLUMN data SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
+        sa.event.listen(chunks, "after_create", external.execute_if(dialect=self.name))
+
+    def is_wanted(self, name: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+        return name == sa.any_(sa.bindparam("wanted", type_=sa.ARRAY(sa.String)))
+
+    def seconds_ago(self, seconds: int) -> sa.ColumnElement[Any]:
+        return sa.literal_column(f"(now() - interval '{seconds} seconds')")
+
+
+class PostgreSQLReader(Reader):
+    """Keeps connections out of SQLAlchemy's pool, where taking one costs as much as a small query."""
+
+    def __init__(self, engine: AsyncEngine, limit: int = POOL_AT_MOST) -> None:
         self._engine = engine
-        self._in_all = in_all
-        self._at_most = KEPT_AT_MOST
+        self._limit = limit
+        self._kept_at_most = KEPT_AT_MOST
         self._kept: list[tuple[PoolProxiedConnection, float]] = []
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter may be ending
-            self._let_go()  # or the pool complains of connections that were never given back
-
-    @property
-    def kept(self) -> int:
-        """How many are kept now."""
-        return len(self._kept)
+            self._give_all_back()  # else the pool warns of connections that were never given back
 
     @property
     def has_idle(self) -> bool:
-        """Whether one is there, kept or in the pool, without opening it."""
+        """Whether a connection can be asked without opening one."""
         return bool(self._kept) or self._pool.checkedin() > 0
 
-    async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
-        """Ask the driver of one that is idle. It is thrown away after any error but one of the server's own words.
+    async def rows(self, text: str, values: Sequence[Any]) -> Rows | None:
+        return await self.ask(lambda driver: _fetch(driver, text, values)) if self.has_idle else None
 
-        Raises `DeadConnection` if that had happened to it before, and it cannot be opened anew.
-        """
-        reader, since = self._take() or (await self._from_pool(), time.monotonic())
+    async def ask(self, question: Callable[[Any], Awaitable[T]]) -> T:
+        """Ask a connection of the driver. Raises `DeadConnection` if it was closed, and no other can be opened."""
+        connection, since = self._take() or (await self._from_pool(), time.monotonic())
         try:
-            answer = await question(reader.driver_connection)
+            answer = await question(connection.driver_connection)
         except BaseException as error:
             has_answered = getattr(error, "sqlstate", None) is not None or isinstance(error, asyncio.CancelledError)
-            self._give_back(reader, since, is_lost=not has_answered)
+            self._give_back(connection, since, is_lost=not has_answered)
             raise
-        self._give_back(reader, since)
+        self._give_back(connection, since)
         return answer
 
     def make_room(self) -> None:
-        """Let somebody else have those that are kept, if the pool has no other left."""
         if self._kept and self._is_exhausted():
-            self._let_go()
+            self._give_all_back()
 
     def close(self) -> None:
-        """Give all of them back to the pool, which is closed next; what is being asked is thrown away after it."""
-        self._at_most = 0
-        self._let_go()
-
-    # -- inside ---------------------------------------------------------------------------------------------------
+        """Give all connections back to the pool, which is closed next; a query under way throws its own away."""
+        self._kept_at_most = 0
+        self._give_all_back()
 
     @property
     def _pool(self) -> QueuePool:
         return cast(QueuePool, self._engine.pool)
 
     def _is_exhausted(self) -> bool:
-        return self._pool.checkedout() >= self._in_all
+        return self._pool.checkedout() >= self._limit
 
     def _take(self) -> tuple[PoolProxiedConnection, float] | None:
         while self._kept:
-            reader, since = self._kept.pop()
+            connection, since = self._kept.pop()
             if time.monotonic() - since < KEPT_FOR:
-                return reader, since
-            self._return(reader)
+                return connection, since
+            self._return(connection)
         return None
 
     async def _from_pool(self) -> PoolProxiedConnection:
@@ -98,21 +172,31 @@ class Readers:
         except Exception as error:
             raise DeadConnection(str(error)) from error
 
-    def _give_back(self, reader: PoolProxiedConnection, since: float, *, is_lost: bool = False) -> None:
-        driver = reader.driver_connection
-        if is_lost or driver is None or driver.is_closed() or not self._at_most:
-            reader.invalidate()
-        elif len(self._kept) < self._at_most and not self._is_exhausted():
-            self._kept.append((reader, since))
+    def _give_back(self, connection: PoolProxiedConnection, since: float, *, is_lost: bool = False) -> None:
+        driver = connection.driver_connection
+        if is_lost or driver is None or driver.is_closed() or not self._kept_at_most:
+            connection.invalidate()
+        elif len(self._kept) < self._kept_at_most and not self._is_exhausted():
+            self._kept.append((connection, since))
         else:
-            self._return(reader)
+            self._return(connection)
 
-    def _return(self, reader: PoolProxiedConnection) -> None:
+    def _return(self, connection: PoolProxiedConnection) -> None:
         if self._pool.checkedin() < self._pool.size():
-            reader.close()
+            connection.close()
         else:
-            reader.invalidate()  # to close one that the pool has no place for, as one should, would take a round trip
+            connection.invalidate()  # the pool would close it in order, which takes a round trip
 
-    def _let_go(self) -> None:
+    def _give_all_back(self) -> None:
         while self._kept:
             self._return(self._kept.pop()[0])
+
+
+async def _fetch(driver: Any, text: str, values: Sequence[Any]) -> Rows:
+    try:
+        rows: Rows = await driver.fetch(text, *values)
+    except Exception as error:
+        if driver.is_closed():
+            raise DeadConnection(str(error)) from error
+        raise
+    return rows

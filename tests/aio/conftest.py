@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from selfheal.aio.single_flight import Tasks
+from selfheal.aio.tasks import Tasks
 
 
 @pytest.fixture

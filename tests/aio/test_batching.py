@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from selfheal.aio.single_flight import Batches, Tasks
+from selfheal.aio.batching import Batcher
+from selfheal.aio.tasks import Tasks
 from tests.support.event_loop import PATIENCE, results_of, run_loop
 
 
@@ -44,14 +45,14 @@ async def database() -> Database:
     return Database()
 
 
-def ask(batches: Batches[int, int], keys: Iterable[int]) -> list[asyncio.Task[int | None]]:
+def ask(batches: Batcher[int, int], keys: Iterable[int]) -> list[asyncio.Task[int | None]]:
     """Start a caller for each of `keys`, each in a task of its own."""
     return [asyncio.create_task(batches.get(key)) for key in keys]
 
 
 async def test_one_query_for_many_keys(database: Database, tasks: Tasks) -> None:
     """Keys asked for at the same time are in one query, each once; an unknown key is None."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1000, limit=1)
     keys = [*range(100)] * 5
     assert await results_of(ask(batches, keys)) == [key * key if key % 2 == 0 else None for key in keys]
     assert [sorted(query) for query in database.queries] == [list(range(100))]
@@ -59,7 +60,7 @@ async def test_one_query_for_many_keys(database: Database, tasks: Tasks) -> None
 
 async def test_a_caller_of_the_next_iteration_is_in_the_first_query(database: Database, tasks: Tasks) -> None:
     """A caller that asks one iteration of the loop after the first one is in the same query."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1000, limit=1)
 
     async def an_iteration_later(key: int) -> int | None:
         await asyncio.sleep(0)
@@ -72,7 +73,7 @@ async def test_a_caller_of_the_next_iteration_is_in_the_first_query(database: Da
 
 async def test_keys_asked_for_during_a_query_wait(database: Database, tasks: Tasks) -> None:
     """Keys asked for during a query are all in the next one."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1000, limit=1)
     database.go.clear()
     first = ask(batches, [0])
     await run_loop()
@@ -88,7 +89,7 @@ async def test_keys_asked_for_during_a_query_wait(database: Database, tasks: Tas
 
 async def test_a_result_is_not_older_than_its_request(database: Database, tasks: Tasks) -> None:
     """A key asked for during a query for it is in the next query too: it may have changed since."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1000, limit=1)
     database.go.clear()
     first = ask(batches, [2])
     await run_loop()
@@ -102,7 +103,7 @@ async def test_a_result_is_not_older_than_its_request(database: Database, tasks:
 @pytest.mark.parametrize(("size", "at_once"), [(1, 1), (7, 1), (7, 3), (100, 2)])
 async def test_bounds(size: int, at_once: int, database: Database, tasks: Tasks) -> None:
     """No query has more than `size` keys, no more than `at_once` queries run, and every caller gets its result."""
-    batches = Batches(database.ask, tasks, size=size, at_once=at_once)
+    batches = Batcher(database.ask, tasks, size=size, limit=at_once)
     callers: list[asyncio.Task[int | None]] = []
     for start in range(0, 100, 10):
         callers += ask(batches, range(start, start + 10))
@@ -115,8 +116,8 @@ async def test_bounds(size: int, at_once: int, database: Database, tasks: Tasks)
 
 
 async def test_a_second_query_during_a_slow_one(database: Database, tasks: Tasks) -> None:
-    """With `at_once=2` a caller does not wait for a slow query."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=2)
+    """With `limit=2` a caller does not wait for a slow query."""
+    batches = Batcher(database.ask, tasks, size=1000, limit=2)
     database.go.clear()
     first = ask(batches, [0])
     await run_loop()
@@ -134,7 +135,7 @@ async def test_an_error_is_raised_for_all_callers_of_its_query(
     database: Database, tasks: Tasks, reports: list[dict[str, Any]]
 ) -> None:
     """All callers of a query that fails get its error; the next query is made again."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1000, limit=1)
     database.error = OSError(5, "Input/output error")
     assert await results_of(ask(batches, range(50))) == [database.error] * 50
     database.error = None
@@ -153,7 +154,7 @@ async def test_an_error_does_not_reach_the_next_query(database: Database, tasks:
             raise OSError(5, "Input/output error")
         return await database.ask(keys)
 
-    batches = Batches(flaky, tasks, size=2, at_once=1)
+    batches = Batcher(flaky, tasks, size=2, limit=1)
     results = await results_of(ask(batches, [0, 2, 4, 6]))
     assert [type(result) for result in results] == [OSError, OSError, int, int]
     assert results[2:] == [16, 36]
@@ -161,7 +162,7 @@ async def test_an_error_does_not_reach_the_next_query(database: Database, tasks:
 
 async def test_a_cancelled_caller(database: Database, tasks: Tasks, reports: list[dict[str, Any]]) -> None:
     """A cancelled caller affects neither the query nor other callers of the same key or of others."""
-    batches = Batches(database.ask, tasks, size=1000, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1000, limit=1)
     database.go.clear()
     callers = ask(batches, [2, 2, 4])
     await run_loop()
@@ -177,7 +178,7 @@ async def test_a_cancelled_caller(database: Database, tasks: Tasks, reports: lis
     await run_loop(2)
     alone[0].cancel()
     await results_of(alone)
-    await tasks.settle(PATIENCE)
+    await tasks.drain(PATIENCE)
     del alone, callers, results
     gc.collect()
     await run_loop()
@@ -187,11 +188,11 @@ async def test_a_cancelled_caller(database: Database, tasks: Tasks, reports: lis
 @pytest.mark.parametrize("started", [1, 10], ids=["before its query", "in its query"])
 async def test_a_cancelled_query_ends_every_caller(started: int, database: Database, tasks: Tasks) -> None:
     """If the query is cancelled, every caller ends, those of the next query too; a later caller gets its result."""
-    batches = Batches(database.ask, tasks, size=1, at_once=1)
+    batches = Batcher(database.ask, tasks, size=1, limit=1)
     database.go.clear()
     callers = ask(batches, [2, 4, 6])
     await run_loop(started)
-    await tasks.settle(0)
+    await tasks.drain(0)
     results = await results_of(callers)
     assert all(isinstance(result, BaseException) for result in results)
     database.go.set()
@@ -206,7 +207,7 @@ def test_a_loop_that_ends_during_a_query(started: int) -> None:
         await run_loop(3)
         return {key: key * key for key in keys}
 
-    batches = Batches(lookup, Tasks(), size=1, at_once=1)
+    batches = Batcher(lookup, Tasks(), size=1, limit=1)
 
     async def leave() -> None:
         callers = ask(batches, [2, 4])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from selfheal.aio.single_flight import Flights, Tasks
+from selfheal.aio.single_flight import Call, SingleFlight
+from selfheal.aio.tasks import Tasks
 from tests.support.event_loop import PATIENCE, results_of, run_loop
 
 
@@ -17,34 +17,32 @@ class WaitingWork:
     """Work for keys that waits until the test sets `may_end`; `started` lists the keys for which work was started."""
 
     def __init__(self, tasks: Tasks) -> None:
-        self.flights: Flights[str, asyncio.Future[str]] = Flights(tasks)
+        self.flights: SingleFlight[str, str] = SingleFlight(
+            tasks, self._run, share=lambda value: value, release=self.released_append
+        )
         self.started: list[str] = []
+        self.released: list[str] = []
         self.may_end = asyncio.Event()
+        self.early: str | None = None
         self.error: Exception | None = None
 
-    def ask(self, key: str) -> asyncio.Future[str]:
+    def released_append(self, value: str) -> None:
+        """Note a value that was given back."""
+        self.released.append(value)
+
+    def ask(self, key: str, timeout: float = PATIENCE) -> asyncio.Task[str]:
         """Start a caller of `key` in a task of its own."""
-        return asyncio.ensure_future(self._ask(key))
+        return asyncio.ensure_future(self.flights.get(key, timeout))
 
-    async def _ask(self, key: str) -> str:
-        return await asyncio.shield(self.flights.join(key, self._starter(key)))
-
-    def _starter(self, key: str) -> Callable[[], tuple[asyncio.Future[str], Coroutine[Any, Any, None]]]:
-        def start() -> tuple[asyncio.Future[str], Coroutine[Any, Any, None]]:
-            self.started.append(key)
-            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            return answer, self._run(f"{key} {len(self.started)}", answer)
-
-        return start
-
-    async def _run(self, result: str, answer: asyncio.Future[str]) -> None:
+    async def _run(self, key: str, call: Call[str]) -> None:
+        self.started.append(key)
+        result = f"{key} {len(self.started)}"
+        if self.early is not None:
+            call.answer(self.early)
         await self.may_end.wait()
-        if self.error is None:
-            answer.set_result(result)
-        else:
-            answer.set_exception(self.error)
-            answer.exception()
+        if self.error is not None:
             raise self.error
+        call.answer(result)
 
 
 @pytest.fixture
@@ -115,14 +113,51 @@ async def test_an_error_is_raised_for_all_callers(waiting_work: WaitingWork, rep
     assert reports == []
 
 
-async def test_work_that_cannot_be_started(tasks: Tasks) -> None:
-    """If the work cannot be started, the caller gets the error, and the next caller starts new work."""
-    flights: Flights[str, str] = Flights(tasks)
+async def test_an_answer_before_the_work_ends(waiting_work: WaitingWork) -> None:
+    """Work may answer before it ends: all callers get that answer at once, also those that come while it goes on."""
+    waiting_work.early = "early"
+    first = waiting_work.ask("a.png")
+    assert await first == "early"
+    assert await waiting_work.ask("a.png") == "early"
+    waiting_work.error = OSError(5, "Input/output error")
+    waiting_work.may_end.set()
+    await run_loop()
+    assert waiting_work.started == ["a.png"]
 
-    def fail() -> tuple[str, Coroutine[Any, Any, object]]:
-        raise OSError(24, "Too many open files")
 
-    with pytest.raises(OSError, match="Too many open files"):
-        flights.join("a.png", fail)
-    assert flights.join("a.png", lambda: ("flight", run_loop())) == "flight"
-    await tasks.settle(PATIENCE)
+async def test_a_caller_waits_no_longer_than_its_timeout(waiting_work: WaitingWork) -> None:
+    """A caller whose time is over gets a TimeoutError; the work and the other callers go on."""
+    patient, hurried = waiting_work.ask("a.png"), waiting_work.ask("a.png", 0.01)
+    with pytest.raises(TimeoutError):
+        await hurried
+    waiting_work.may_end.set()
+    assert await patient == "a.png 1"
+
+
+async def test_a_share_of_a_cancelled_caller_is_released(waiting_work: WaitingWork) -> None:
+    """A caller that is cancelled in the moment of the answer gives its share back; no other one does."""
+    waiting_work.early = "early"
+    caller, other = waiting_work.ask("a.png"), waiting_work.ask("a.png")
+    await asyncio.sleep(0)  # both wait
+    await asyncio.sleep(0)  # the work has answered, and the callers have not run yet
+    caller.cancel()
+    results = await results_of([caller, other])
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1] == "early"
+    assert waiting_work.released == ["early"]
+
+
+async def test_work_that_is_cancelled_before_it_starts(tasks: Tasks) -> None:
+    """If the task of the work is cancelled before its first step, its callers end, and the next one starts it again."""
+    answered: list[str] = []
+
+    async def work(key: str, call: Call[str]) -> None:
+        answered.append(key)
+        call.answer(key)
+
+    flights: SingleFlight[str, str] = SingleFlight(tasks, work)
+    caller = asyncio.ensure_future(flights.get("a.png", PATIENCE))
+    await asyncio.sleep(0)
+    await tasks.drain(0)
+    assert isinstance((await results_of([caller]))[0], asyncio.CancelledError) or answered
+    assert await flights.get("a.png", PATIENCE) == "a.png"

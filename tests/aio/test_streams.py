@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from selfheal.aio.single_flight import in_order
+from selfheal.aio.streams import run_in_order
 
 
 async def coroutines(
@@ -33,7 +33,7 @@ async def test_results_come_in_order() -> None:
         running -= 1
         return number * number
 
-    made = [square async for square in in_order(coroutines(10, make, []), 2)]
+    made = [square async for square in run_in_order(coroutines(10, make, []), 2)]
     assert made == [number * number for number in range(10)]
     assert (running, most) == (0, 2)
 
@@ -53,7 +53,7 @@ async def test_an_error_stops_everything() -> None:
         return number
 
     before = asyncio.all_tasks()
-    made = in_order(coroutines(10, make, given), 3)
+    made = run_in_order(coroutines(10, make, given), 3)
     assert await anext(made) == 0
     with pytest.raises(LookupError):
         await anext(made)
@@ -73,7 +73,7 @@ async def test_a_caller_that_stops_early() -> None:
             ended.append(number)
         return number
 
-    async with aclosing(in_order(coroutines(10, make, []), 2)) as made:
+    async with aclosing(run_in_order(coroutines(10, make, []), 2)) as made:
         async for number in made:
             assert number == 0
             break

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from selfheal.aio.single_flight import Tasks, to_its_end
+from selfheal.aio.tasks import Tasks, run_to_end
 from tests.support.event_loop import PATIENCE, run_loop
 
 # -- work that delays the cancellation of its caller ------------------------------------------------------------------
@@ -26,7 +26,7 @@ async def test_a_cancelled_caller_waits_for_the_end(reports: list[dict[str, Any]
         if fails:
             raise EOFError
 
-    closing = asyncio.create_task(to_its_end(close()))
+    closing = asyncio.create_task(run_to_end(close()))
     for _ in range(3):
         await run_loop()
         closing.cancel()
@@ -42,13 +42,13 @@ async def test_a_cancelled_caller_waits_for_the_end(reports: list[dict[str, Any]
 
 async def test_the_caller_gets_the_result_or_the_error() -> None:
     """The caller gets the result or the error of the work."""
-    assert await to_its_end(asyncio.sleep(0, "closed")) == "closed"
+    assert await run_to_end(asyncio.sleep(0, "closed")) == "closed"
 
     async def fail() -> None:
         raise EOFError
 
     with pytest.raises(EOFError):
-        await to_its_end(fail())
+        await run_to_end(fail())
 
 
 # -- background tasks -------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ async def test_tasks_are_held(tasks: Tasks) -> None:
     await run_loop()
     gc.collect()
     assert held() is not None
-    await tasks.settle(0)
+    await tasks.drain(0)
     await run_loop()
     gc.collect()
     assert held() is None
@@ -132,11 +132,11 @@ async def test_settle_waits(tasks: Tasks) -> None:
         await asyncio.sleep(0.05)
         done.append(True)
 
-    await tasks.settle(0)
+    await tasks.drain(0)
     for _ in range(3):
         tasks.start(work())
     async with asyncio.timeout(PATIENCE):
-        await tasks.settle(1000)
+        await tasks.drain(1000)
     assert done == [True] * 3
 
 
@@ -154,7 +154,7 @@ async def test_settle_cancels_late_tasks(tasks: Tasks) -> None:
     late = [tasks.start(work()) for _ in range(3)]
     await run_loop()
     async with asyncio.timeout(PATIENCE):
-        await tasks.settle(0.05)
+        await tasks.drain(0.05)
     assert cleaned == [True] * 3
     assert all(task.cancelled() for task in late)
 
@@ -176,6 +176,6 @@ async def test_settle_waits_for_tasks_of_tasks(grace: float, tasks: Tasks) -> No
     started.append(tasks.start(first()))
     await run_loop(2)
     async with asyncio.timeout(PATIENCE):
-        await tasks.settle(grace)
+        await tasks.drain(grace)
     assert len(started) == 2
     assert all(task.done() for task in started)

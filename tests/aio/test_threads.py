@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from selfheal.aio.threads import Threads
-from selfheal.disk.directory import OpenFile, UploadsDirectory
+from selfheal.disk.directory import UploadsDirectory
+from selfheal.disk.open_file import OpenFile
 from tests.support.descriptors import descriptors_of
 
 GIVE_UP_AFTER = 30.0

@@ -15,7 +15,8 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from selfheal import ImageStorage
-from selfheal.blobs.database import READ_AT_ONCE, WRITE_AT_ONCE
+from selfheal.blobs.blob_store import READ_AT_ONCE
+from selfheal.blobs.database import WRITE_AT_ONCE
 from selfheal.content.sources import CHUNK, Source
 from tests.support.damaged_chunks import (
     CHUNKS,
@@ -147,13 +148,13 @@ async def test_a_first_chunk_is_not_read_again(images: ImageStorage, size: int) 
     """A first chunk that was fetched with the record is not read again, unless it cannot be the right one."""
     data = noise(size)
     record = await images.store_image("a.png", data)
-    first = (await images.fetch(["a.png"]))["a.png"].first
+    first = (await images.blobs.fetch(["a.png"]))["a.png"].first
     odd: list[Any] = [None, b"", data[:CHUNK].hex(), data[: CHUNK - 1]]
     for given in (first, *odd):
-        read = [chunk async for chunks in images.read_whole(record, given) for chunk in chunks]
+        read = [chunk async for chunks in images.blobs.read_unchecked(record, given) for chunk in chunks]
         assert b"".join(read) == data
     if size > CHUNK:
-        read = [chunk async for chunks in images.read_whole(record, first) for chunk in chunks]
+        read = [chunk async for chunks in images.blobs.read_unchecked(record, first) for chunk in chunks]
         assert read[0] is first
 
 

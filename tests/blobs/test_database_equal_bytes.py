@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from selfheal import CorruptBlob, DatabaseUnavailable, ImageStorage, Record
 from selfheal.blobs.database import WRITE_AT_ONCE
 from selfheal.content.sources import CHUNK
-from selfheal.errors import Unsettled
+from selfheal.errors import FileChanged
 from tests.support.constants import set_constants
 from tests.support.damaged_chunks import (
     a_bit_of_the_data,
@@ -101,7 +101,7 @@ async def test_chunks_that_are_moved_in_several_transactions(
     images: ImageStorage, database_url: str, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
 ) -> None:
     """Chunks that are moved to their digest in several transactions replace damaged ones, while others save."""
-    monkeypatch.setattr("selfheal.blobs.database.MOVED_AT_ONCE", 3)
+    monkeypatch.setattr("selfheal.blobs.database.MOVE_AT_ONCE", 3)
     data = noise(2 * LARGE)
     if is_damaged:
         record = await images.store_image("a.png", data, known=digests_of(data))
@@ -123,7 +123,7 @@ async def test_chunks_that_are_moved_in_several_transactions(
 @pytest.mark.parametrize("moved_at_once", [1, 3, 7])
 async def test_any_number_of_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved_at_once: int) -> None:
     """An upload of any number of chunks is stored whole, however they are divided into transactions."""
-    set_constants(monkeypatch, CHUNK=16, HASH_AT_ONCE=2, WRITE_AT_ONCE=5, MOVED_AT_ONCE=moved_at_once)
+    set_constants(monkeypatch, CHUNK=16, HASH_AT_ONCE=2, WRITE_AT_ONCE=5, MOVE_AT_ONCE=moved_at_once)
     database_url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"
     images = ImageStorage(database_url)
     await images.create_tables()
@@ -152,7 +152,7 @@ async def test_a_move_that_breaks_off(tmp_path: Path, monkeypatch: pytest.Monkey
     database_url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"
     images = ImageStorage(database_url)
     await images.create_tables()
-    monkeypatch.setattr("selfheal.blobs.database.MOVED_AT_ONCE", 3)
+    monkeypatch.setattr("selfheal.blobs.database.MOVE_AT_ONCE", 3)
     data = noise(2 * LARGE)
     before = await images.store_image("before.png", data)
     real, left = images._engine.write, done
@@ -206,7 +206,7 @@ async def test_bytes_that_differ_from_known_digests(images: ImageStorage, is_sto
     if is_stored:
         await images.store_image("good.png", good)
     for other in (bad, good[:-1], good + b"x", good[: size // 2] + b"x" + good[size // 2 + 1 :]):
-        with pytest.raises(Unsettled):
+        with pytest.raises(FileChanged):
             await images.store_image("bad.png", other, known=digests_of(good))
     assert await images.find("bad.png") is None
     record = await images.store_image("good.png", good) if not is_stored else await images.find("good.png")

@@ -15,9 +15,8 @@ from selfheal.content.sources import CHUNK
 from selfheal.names import to_path
 from tests.support.asgi import Wrapped, ask
 from tests.support.constants import set_constants
-from tests.support.damage import LARGE, SMALL, DamagedDisk, damage_record, sha256_of
+from tests.support.damage import LARGE, SMALL, DamagedDisk, damage_record
 from tests.support.files import MODIFIED_NS, noise, own_files_below, snapshot_of, write_file
-from tests.support.raw_sql import execute
 from tests.support.runs import SQL, quarantine_of, remove_tree, report_of, rows
 
 # -- everything is restored -------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ async def test_many_batches_and_pages(store: UploadStore, directory: Path, monke
     assert (await report_of(bulk.migrate(store))).counts == {"migrated": 90}
     remove_tree(directory)
     assert (await report_of(bulk.verify(store, jobs=1))).counts == {"missing_on_disk": 90}
-    assert (await report_of(bulk.restore(store))).counts == {"restored": 90}
+    assert (await report_of(bulk.restore(store, names_at_once=20))).counts == {"restored": 90}
     assert (await report_of(bulk.verify(store, drill=True, jobs=64))).counts == {"ok": 90}
     assert (await report_of(bulk.migrate(store))).counts == {"ok": 90}
 
@@ -254,23 +253,6 @@ async def test_a_damaged_chunk_digest(store: UploadStore, directory: Path, sql: 
     assert (await report_of(bulk.verify(store))).counts == {"ok": 1}
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE])
-async def test_text_in_place_of_bytes(sqlite_store: UploadStore, directory: Path, size: int) -> None:
-    """Text in place of bytes, which SQLite accepts from other programs, is reported by name; the run goes on."""
-    await sqlite_store.save("a.png", noise(size))
-    await sqlite_store.save("b.png", noise(10))
-    statement = "UPDATE image_chunk SET data = :data WHERE sha256 = :sha256 AND position = 0"
-    await execute(sqlite_store, statement, data="x" * min(size, CHUNK), sha256=sha256_of(noise(size)))
-    assert (await report_of(bulk.verify(sqlite_store))).problems == {"a.png": "corrupt_in_database"}
-    for path in directory.glob("*"):
-        path.unlink()
-    report = await report_of(bulk.restore(sqlite_store))
-    assert (report.problems, report.counts["restored"]) == ({"a.png": "corrupt_in_database"}, 1)
-    write_file(directory / "a.png", noise(size))
-    assert (await report_of(bulk.migrate(sqlite_store))).counts == {"migrated": 1, "ok": 1}
-    assert (await report_of(bulk.verify(sqlite_store))).counts == {"ok": 2}
-
-
 # -- dry runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -321,12 +303,12 @@ async def test_a_database_that_goes_away_ends_the_run(
         raise DatabaseUnavailable("gone")
         yield b""
 
-    for reading in ("read_handfuls", "read_whole"):
-        monkeypatch.setattr(store.database, reading, fail_reading)
+    for reading in ("read", "read_unchecked"):
+        monkeypatch.setattr(store.database.blobs, reading, fail_reading)
     for run in (bulk.restore(store), bulk.verify(store), bulk.verify(store, drill=True)):
         with pytest.raises(DatabaseUnavailable):
             await report_of(run)
-    monkeypatch.setattr(store.database, "fetch", fail)
+    monkeypatch.setattr(store.database.blobs, "fetch", fail)
     for run in (bulk.restore(store), bulk.verify(store)):
         with pytest.raises(DatabaseUnavailable):
             await report_of(run)
@@ -378,10 +360,11 @@ async def test_a_change_under_way_is_no_damage(
 
     for name in ("small.png", "large.bin"):
         await store.save(name, noise(LARGE if name == "large.bin" else SMALL, name))
-    fetch, names_in, summary_of = store.database.fetch, store.database.names_in, store.database.summary
-    monkeypatch.setattr(store.database, "fetch", old_records)
-    monkeypatch.setattr(store.database, "names_in", old_names)
-    monkeypatch.setattr(store.database, "summary", old_summary)
+    fetch, catalogue = store.database.blobs.fetch, store.database.catalogue
+    names_in, summary_of = catalogue.names_in, catalogue.summary
+    monkeypatch.setattr(store.database.blobs, "fetch", old_records)
+    monkeypatch.setattr(store.database.catalogue, "names_in", old_names)
+    monkeypatch.setattr(store.database.catalogue, "summary", old_summary)
     report = await report_of(run(store))
     assert report.problems == {}
     assert changed == {"small.png", "large.bin"}

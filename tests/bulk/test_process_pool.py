@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from selfheal.bulk.process_pool import Alone, processors
+from selfheal.bulk.process_pool import InlineExecutor, available_cpus
+from tests.support import environment
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -36,7 +37,7 @@ def run(scenario: str, directory: Path) -> tuple[int, str, str]:
 
 
 def pids(directory: Path, what: str) -> set[int]:
-    """Return the ids of the processes that have `begun`, or `closed` their tools."""
+    """Return the ids of the processes that have `begun`, or `closed` their resources."""
     return {int(path.name.partition("-")[2]) for path in directory.glob(f"{what}-*")}
 
 
@@ -49,7 +50,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_work_is_shared(tmp_path: Path) -> None:
-    """Both processes take part, results reach their callers, and each process closes its tool before it ends."""
+    """Both processes take part, results reach their callers, and each process closes its resource before it ends."""
     assert run("share", tmp_path) == (0, "[0, 1, 4, 9, 16, 25, 36, 49, 64, 81] 2\n", "")
     assert len(pids(tmp_path, "begun")) == 2
     assert pids(tmp_path, "closed") == pids(tmp_path, "begun")
@@ -62,9 +63,10 @@ def test_an_error_is_raised_where_the_work_was_given(tmp_path: Path) -> None:
     assert len(pids(tmp_path, "begun")) == 2
 
 
-def test_a_process_that_is_killed_is_reported(tmp_path: Path) -> None:
-    """Work whose process was killed raises an error that says what to do; the others close their tools."""
-    code, _, err = run("lose_one", tmp_path)
+@pytest.mark.parametrize("scenario", ["lose_one", "lose_one_reporting"])
+def test_a_process_that_is_killed_is_reported(tmp_path: Path, scenario: str) -> None:
+    """Work whose process was killed raises an error that says what to do; the others close their resources."""
+    code, _, err = run(scenario, tmp_path)
     assert code == 1
     assert err.endswith("SelfHealError: a process of this run was killed; run it again, it goes on from there\n")
     assert len(pids(tmp_path, "closed")) == 1
@@ -92,19 +94,43 @@ def test_ctrl_c_lets_running_work_finish(tmp_path: Path) -> None:
     assert pids(tmp_path, "closed") == pids(tmp_path, "begun")
 
 
-async def test_alone() -> None:
-    """A run in one process does the work itself, with the tool that it was given."""
+INTERRUPTED_FORK = """if True:
+    import os, signal
+    from selfheal.bulk.process_pool import ProcessPool
+    from tests.support.pool_scenarios import Resource
 
-    class Tool:
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    os.register_at_fork(after_in_parent=interrupt, after_in_child=interrupt)
+    try:
+        with ProcessPool(Resource, 2):
+            print("it was lost")
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_ctrl_c_during_the_fork(tmp_path: Path) -> None:
+    """SIGINT in the middle of a fork is neither lost nor a traceback: the parent is interrupted when all are forked."""
+    command = [sys.executable, "-c", INTERRUPTED_FORK, "", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+async def test_inline_executor() -> None:
+    """The inline executor runs a function in this process, with its resource."""
+
+    class Resource:
         async def close(self) -> None: ...
 
-    async def work(tool: Tool, number: int, *, more: int) -> tuple[Tool, int]:
-        return tool, number + more
+    async def work(resource: Resource, number: int, *, more: int) -> tuple[Resource, int]:
+        return resource, number + more
 
-    tool = Tool()
-    assert await Alone(tool).run(work, 1, more=2) == (tool, 3)
+    resource = Resource()
+    assert await InlineExecutor(resource).run(work, 1, more=2) == (resource, 3)
 
 
-def test_processors() -> None:
+def test_available_cpus() -> None:
     """It is the number of processors that this process may use."""
-    assert processors() == len(os.sched_getaffinity(0))
+    assert available_cpus() == len(os.sched_getaffinity(0))

@@ -202,7 +202,7 @@ async def test_a_change_after_the_file_has_its_name(
 ) -> None:
     """A change between the file's publication and the last check of its record wins, on whichever node it is made."""
     await sqlite_store.database.store_image("a.png", noise(size, "old"))
-    generations, changes = sqlite_store.database.generations, [change]
+    generations, changes = sqlite_store.database.catalogue.generations, [change]
 
     async def change_first(wanted: Any) -> dict[str, int]:
         if changes:
@@ -215,7 +215,7 @@ async def test_a_change_after_the_file_has_its_name(
                 await sqlite_store.database.store_image("a.png", noise(size, "new"))
         return await generations(wanted)
 
-    monkeypatch.setattr(sqlite_store.database, "generations", change_first)
+    monkeypatch.setattr(sqlite_store.database.catalogue, "generations", change_first)
     assert (await report_of(bulk.restore(sqlite_store))).problems == {}
     assert changes == []
     if change == "delete":

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from selfheal import Record, UploadStore, bulk
+from selfheal import UploadStore, bulk
 from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
-from selfheal.healing.batch_restore import Landed, Landing
+from selfheal.healing.publish import Published, Publisher
 from tests.support.damage import (
     BLOCKED,
     DELETED,
@@ -112,13 +112,14 @@ async def test_a_drill_reports_what_cannot_be_restored(
     """If the restored bytes would not be the recorded ones, a drill reports it, though files and blobs look fine."""
     await store.save("a.png", noise(100))
     await store.save("b.bin", noise(LARGE))
-    publish = Landing._publish
+    publish = Publisher.publish
 
-    def publish_and_damage(self: Landing, record: Record, staged: Any) -> Landed:
-        landed = publish(self, record, staged)
-        flip_a_bit(self._disk.path_of(record.name))
-        return landed
+    def publish_and_damage(self: Publisher, staged: Any) -> list[Published]:
+        results = publish(self, staged)
+        for one in results:
+            flip_a_bit(self._disk.path_of(one.record.name))
+        return results
 
-    monkeypatch.setattr(Landing, "_publish", publish_and_damage)
+    monkeypatch.setattr(Publisher, "publish", publish_and_damage)
     assert (await report_of(bulk.verify(store))).counts == {"ok": 2}
     assert (await report_of(bulk.verify(store, drill=True))).counts == {"corrupt_in_database": 2}

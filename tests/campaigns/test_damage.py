@@ -22,7 +22,7 @@ from starlette.types import Message
 
 from selfheal import CorruptBlob, SelfHealMiddleware, UploadStore, bulk
 from selfheal.bulk.outcomes import Outcome
-from selfheal.settings import sqlite_file
+from selfheal.sql.backends import backend_of
 from tests.support.asgi import Answer, Wrapped, scope_of
 from tests.support.constants import set_constants
 from tests.support.store_state import files_below, in_quarantine
@@ -58,7 +58,7 @@ class StoredFiles:
         except CorruptBlob:
             assert not answer.is_over, "an answer that broke off looks whole"
             answer.status = 0
-        await self.store.tasks.settle(30)
+        await self.store.tasks.drain(30)
         return answer.status, answer.body
 
     async def run(self, run: Any) -> dict[str, Outcome]:
@@ -93,7 +93,7 @@ class StoredFiles:
             connection.executemany(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", values)
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(str(sqlite_file(self.store.database.url)))
+        connection = sqlite3.connect(str(backend_of(self.store.database.url).file(self.store.database.url)))
         connection.execute("PRAGMA synchronous = OFF")
         return connection
 
@@ -205,7 +205,7 @@ async def check_reported_and_never_written(stored: StoredFiles, names: Sequence[
     corrupt = dict.fromkeys(names, Outcome.CORRUPT_IN_DATABASE)
     missing = dict.fromkeys(stored.files, Outcome.MISSING_ON_DISK)
     assert await stored.run(bulk.verify(stored.store)) == missing | corrupt
-    if not stored.store.disk.require_marker:
+    if not stored.store.disk._root.require_marker:
         assert await stored.run(bulk.restore(stored.store)) == dict.fromkeys(stored.files, Outcome.RESTORED) | corrupt
         assert files_below(stored.store.disk.path) == sorted(stored.files.keys() - corrupt.keys())
         stored.lose_disk()

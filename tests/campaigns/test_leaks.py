@@ -276,7 +276,7 @@ async def drain(results: Any) -> None:
 
 async def streamed(store: UploadStore) -> None:
     """Restore a missing file and read it meanwhile, as a server does."""
-    body = await store.bring_back(NAME)
+    body = await store.restorer.restore(NAME)
     assert body is not None
     size = 0
     try:
@@ -286,7 +286,7 @@ async def streamed(store: UploadStore) -> None:
     finally:
         body.close()
     assert size == body.size
-    await store.tasks.settle(60)
+    await store.tasks.drain(60)
 
 
 def check_latencies(latencies: dict[str, Latency]) -> None:

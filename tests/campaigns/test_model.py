@@ -49,7 +49,7 @@ async def test_a_change_reaches_every_node(sqlite_store: UploadStore, tmp_path: 
         await sqlite_store.save(name, b"old")
         for _ in range(2):
             assert (await ask(app, path)).body == b"old"
-            await other.tasks.settle(30)
+            await other.tasks.drain(30)
         await (sqlite_store.delete(name) if change == "delete" else sqlite_store.save(name, b"new"))
 
         async def has_changed() -> bool:

@@ -1,4 +1,4 @@
-"""Sources of an upload: each becomes chunks of one size, and everything that was opened is closed."""
+"""Sources of an upload: each becomes read_chunks of one size, and everything that was opened is closed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from starlette.datastructures import UploadFile
 
 from selfheal.aio.threads import Threads
-from selfheal.content.sources import CHUNK, Source, chunks
+from selfheal.content.sources import CHUNK, Source, read_chunks
 from tests.support.descriptors import descriptors_of
 
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 7]
@@ -108,12 +108,12 @@ SOURCES: dict[str, Maker] = {
 
 
 async def collected(source: Source, threads: Threads) -> list[bytes]:
-    """Return all chunks of a source."""
-    return [chunk async for chunk in chunks(source, threads)]
+    """Return all read_chunks of a source."""
+    return [chunk async for chunk in read_chunks(source, threads)]
 
 
 def assert_is_whole(pieces: list[bytes], data: bytes) -> None:
-    """Fail unless the chunks are the data, each of `CHUNK` bytes but the last, which is not empty."""
+    """Fail unless the read_chunks are the data, each of `CHUNK` bytes but the last, which is not empty."""
     assert b"".join(pieces) == data
     assert all(type(piece) is bytes for piece in pieces)
     assert [len(piece) for piece in pieces[:-1]] == [CHUNK] * (len(pieces) - 1)
@@ -123,7 +123,7 @@ def assert_is_whole(pieces: list[bytes], data: bytes) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES.keys())
 async def test_every_source(make: Maker, size: int, threads: Threads, tmp_path: Path) -> None:
-    """Every kind of source, of every edge-case size, gives its whole data in chunks of one size."""
+    """Every kind of source, of every edge-case size, gives its whole data in read_chunks of one size."""
     data = data_of(size)
     assert_is_whole(await collected(make(data, tmp_path / "upload"), threads), data)
 
@@ -131,7 +131,7 @@ async def test_every_source(make: Maker, size: int, threads: Threads, tmp_path: 
 @given(st.lists(st.sampled_from([0, 1, 2, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3]), max_size=8))
 @settings(deadline=None, max_examples=30)
 def test_odd_pieces(sizes: list[int]) -> None:
-    """A stream in pieces of any size, empty ones too, gives its whole data in chunks of one size."""
+    """A stream in pieces of any size, empty ones too, gives its whole data in read_chunks of one size."""
     data = data_of(sum(sizes))
 
     async def cut() -> AsyncIterator[bytes]:
@@ -242,7 +242,7 @@ async def test_errors_of_a_source_reach_the_caller(threads: Threads, tmp_path: P
         def read(self, size: int | None = -1, /) -> bytes:
             raise OSError(5, "Input/output error")
 
-    stream = chunks(broken(), threads)
+    stream = read_chunks(broken(), threads)
     assert await anext(stream) == bytes(CHUNK)
     with pytest.raises(ConnectionResetError, match="the client is gone"):
         await anext(stream)
@@ -260,7 +260,7 @@ async def test_a_path_is_closed_at_its_end(threads: Threads, tmp_path: Path) -> 
 async def test_a_path_is_closed_when_the_reader_stops(threads: Threads, tmp_path: Path) -> None:
     """A file opened for its path is closed when the reader stops early."""
     path = written(data_of(4 * CHUNK), tmp_path / "upload")
-    async with aclosing(chunks(path, threads)) as stream:
+    async with aclosing(read_chunks(path, threads)) as stream:
         await anext(stream)
         assert descriptors_of(path) == 1
     assert descriptors_of(path) == 0
@@ -277,7 +277,7 @@ async def test_a_stream_is_closed_when_the_reader_stops(threads: Threads) -> Non
         finally:
             ended.append(True)
 
-    async with aclosing(chunks(stream(), threads)) as read:
+    async with aclosing(read_chunks(stream(), threads)) as read:
         await anext(read)
     assert ended == [True]
 
@@ -302,7 +302,7 @@ async def test_cancelled_while_the_file_opens(threads: Threads, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["stream", "path", "bytes"])
 async def test_memory_does_not_grow_with_the_file(kind: str, threads: Threads, tmp_path: Path) -> None:
-    """Besides what the caller holds, only a few chunks are in memory, however large the upload is."""
+    """Besides what the caller holds, only a few read_chunks are in memory, however large the upload is."""
     size = 48 * CHUNK
 
     async def stream() -> AsyncIterator[bytes]:
@@ -318,7 +318,7 @@ async def test_memory_does_not_grow_with_the_file(kind: str, threads: Threads, t
     tracemalloc.start()
     try:
         total = 0
-        async for chunk in chunks(source, threads):
+        async for chunk in read_chunks(source, threads):
             total += len(chunk)
         _, peak = tracemalloc.get_traced_memory()
     finally:

@@ -16,7 +16,7 @@ from tests.support.tables import contents
 async def stored_many(images: ImageStorage, files: list[SmallFile]) -> dict[str, Record]:
     """Store a batch, and return the records of its names."""
     stored = await images.store_many(files)
-    records = await images.find_many(file.name for file in files)
+    records = await images.catalogue.find(file.name for file in files)
     assert stored == {
         file.name
         for file in files
@@ -32,7 +32,7 @@ async def test_store_many(images: ImageStorage) -> None:
     batch = [small_file(name, data, modified_ns=number) for number, (name, data) in enumerate(files.items())]
     records = await stored_many(images, batch)
     assert sorted(records) == sorted(files)
-    assert records == await images.find_many(files)
+    assert records == await images.catalogue.find(files)
     for number, (name, data) in enumerate(files.items()):
         record = records[name]
         assert (record.sha256, record.size, record.modified_ns) == (sha256_of(data), len(data), number)
@@ -60,8 +60,8 @@ async def test_store_nothing(images: ImageStorage, database_url: str) -> None:
     """An empty batch changes nothing."""
     before = await contents(database_url)
     assert await stored_many(images, []) == {}
-    assert await images.find_many([]) == {}
-    assert await images.fetch([]) == {}
+    assert await images.catalogue.find([]) == {}
+    assert await images.blobs.fetch([]) == {}
     assert await contents(database_url) == before
 
 
@@ -80,7 +80,7 @@ async def test_two_batches_of_the_same_names(images: ImageStorage) -> None:
     one = [small_file(name, b"one" + name.encode()) for name in names]
     two = [small_file(name, b"two" + name.encode()) for name in reversed(names)]
     for_one, for_two = await asyncio.gather(stored_many(images, one), stored_many(images, two))
-    assert for_one == for_two == await images.find_many(names)
+    assert for_one == for_two == await images.catalogue.find(names)
     assert {record.sha256 for record in for_one.values()} <= {file.digests.whole for file in one + two}
 
 
@@ -92,9 +92,9 @@ async def test_fetch(images: ImageStorage) -> None:
         await images.store_image(name, data)
     await images.store_image("dead.png", b"dead")
     await images.bury("dead.png")
-    found = await images.fetch([*files, "dead.png", "unknown.png"])
+    found = await images.blobs.fetch([*files, "dead.png", "unknown.png"])
     assert sorted(found) == sorted([*files, "dead.png"])
-    assert {name: found[name].record for name in found} == await images.find_many(found)
+    assert {name: found[name].record for name in found} == await images.catalogue.find(found)
     assert found["small.png"].first == b"small"
     assert found["large.png"].first == found["chunk.png"].first == large[:CHUNK]
     assert not found["empty.png"].first
@@ -108,11 +108,11 @@ async def test_one_name_alone_or_among_many(images: ImageStorage) -> None:
     for name in names[:-1]:
         await images.store_image(name, name.encode())
     await images.bury("dead.png")
-    together, generations = await images.fetch(names), await images.generations(names)
+    together, generations = await images.blobs.fetch(names), await images.catalogue.generations(names)
     assert len(together) == len(generations) == len(names) - 1
     for name in names:
-        assert await images.fetch([name]) == {key: found for key, found in together.items() if key == name}
-        assert await images.generations([name]) == {key: it for key, it in generations.items() if key == name}
+        assert await images.blobs.fetch([name]) == {key: found for key, found in together.items() if key == name}
+        assert await images.catalogue.generations([name]) == {key: it for key, it in generations.items() if key == name}
 
 
 async def test_many_names_in_one_call(images: ImageStorage) -> None:
@@ -120,6 +120,6 @@ async def test_many_names_in_one_call(images: ImageStorage) -> None:
     files = [small_file(f"{number}.png", b"%d" % number) for number in range(300)]
     await images.store_many(files)
     names = [f"{number}.png" for number in range(40_000)]
-    assert sorted(await images.find_many(names)) == sorted(file.name for file in files)
-    found = await images.fetch(names)
+    assert sorted(await images.catalogue.find(names)) == sorted(file.name for file in files)
+    found = await images.blobs.fetch(names)
     assert {name: what.first for name, what in found.items()} == {file.name: file.chunks[0] for file in files}

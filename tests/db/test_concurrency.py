@@ -78,7 +78,7 @@ async def test_cancelled_saves(store: UploadStore, size: int, times: int) -> Non
         await asyncio.sleep(random.uniform(0, 1.3) * seconds)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await store.tasks.settle(20)
+        await store.tasks.drain(20)
         found = await images.find(name)
         assert await bytes_of(images, name) in ((None,) if found is None else (data,))
         again = await images.store_image(name, data)
@@ -99,7 +99,7 @@ async def test_cancelled_overwrites(store: UploadStore) -> None:
         await asyncio.sleep(random.uniform(0, 0.02))
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await store.tasks.settle(20)
+        await store.tasks.drain(20)
         got = await bytes_of(images, "a.png")
         assert got in (done[-1], data)
         done += [data] if got == data else []

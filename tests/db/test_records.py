@@ -63,8 +63,8 @@ async def test_an_unknown_name(images: ImageStorage) -> None:
     """Reads of an unknown name answer that there is no record."""
     await images.store_image("a.png", b"x")
     assert await images.find("b.png") is None
-    assert await images.find_many(["b.png", "c.png"]) == {}
-    assert await images.fetch(["b.png"]) == {}
+    assert await images.catalogue.find(["b.png", "c.png"]) == {}
+    assert await images.blobs.fetch(["b.png"]) == {}
     assert await images.history("b.png") == []
 
 
@@ -120,7 +120,7 @@ async def test_deleting(images: ImageStorage) -> None:
     assert is_recent(tombstone.deleted_at)
     assert (tombstone.generation, tombstone.created_at) == (2, record.created_at)
     assert await images.find("a.png") == tombstone
-    assert await images.find_many(["a.png"]) == {"a.png": tombstone}
+    assert await images.catalogue.find(["a.png"]) == {"a.png": tombstone}
     assert [version.sha256 for version in await images.history("a.png")] == [record.sha256]
     assert await images.count() == 1
 

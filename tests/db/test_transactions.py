@@ -13,7 +13,7 @@ from sqlalchemy.pool import NullPool
 from selfheal import ImageStorage, InvalidName, Record
 from selfheal.blobs.database import WRITE_AT_ONCE
 from selfheal.content.sources import CHUNK
-from selfheal.errors import Unsettled
+from selfheal.errors import FileChanged
 from tests.support.raw_sql import sql
 from tests.support.records import bytes_of, digests_of, sha256_of
 from tests.support.tables import contents
@@ -116,7 +116,7 @@ async def test_a_refusal_inside_a_transaction(images: ImageStorage, database_url
     async def work(connection: AsyncConnection | AsyncSession) -> None:
         with pytest.raises(InvalidName):
             await images.store_image("../a.png", b"x", connection=connection)
-        with pytest.raises(Unsettled):
+        with pytest.raises(FileChanged):
             await images.store_image("a.png", b"x", known=digests_of(b"y"), connection=connection)
         await images.store_image("b.png", b"good", connection=connection)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from selfheal.disk import directory as directory_module
+from selfheal.disk import refusals as refusals_module
+from selfheal.disk import root as root_module
 from selfheal.disk import syscalls
 from selfheal.disk.directory import UploadsDirectory
 from tests.support.descriptors import assert_no_more_than, open_descriptors
@@ -115,7 +116,8 @@ def outside(tmp_path: Path) -> Path:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monotonic clock of the disk layer, stopped at `now` seconds."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(directory_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (root_module, refusals_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 

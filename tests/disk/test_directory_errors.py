@@ -97,7 +97,7 @@ def test_too_many_open_files(disk: UploadsDirectory, left: int) -> None:
 )
 def test_an_unwritable_disk_says_why(disk: UploadsDirectory, code: int) -> None:
     """Any errno of writing becomes `DiskUnwritable` with the directory and the reason in its message."""
-    with pytest.raises(DiskUnwritable) as caught, disk.writing():
+    with pytest.raises(DiskUnwritable) as caught, disk.refusals.raised():
         raise OSError(code, os.strerror(code))
     assert str(disk.path) in str(caught.value)
     assert os.strerror(code) in str(caught.value)
@@ -106,7 +106,7 @@ def test_an_unwritable_disk_says_why(disk: UploadsDirectory, code: int) -> None:
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_a_lack_of_resources_is_not_an_unwritable_disk(disk: UploadsDirectory, code: int) -> None:
     """Too many open files or too little memory stays an `OSError` (503), and the next write is tried at once."""
-    with pytest.raises(OSError) as caught, disk.writing():
+    with pytest.raises(OSError) as caught, disk.refusals.raised():
         raise OSError(code, os.strerror(code))
     assert caught.value.errno == code
     put(disk, "tom.png")
@@ -114,7 +114,7 @@ def test_a_lack_of_resources_is_not_an_unwritable_disk(disk: UploadsDirectory, c
 
 def test_other_errors_pass(disk: UploadsDirectory) -> None:
     """An error that does not come from the disk is not changed."""
-    with pytest.raises(ZeroDivisionError), disk.writing():
+    with pytest.raises(ZeroDivisionError), disk.refusals.raised():
         raise ZeroDivisionError
 
 
@@ -123,7 +123,7 @@ def test_an_unwritable_disk_is_not_tried_again_for_30_seconds(
     disk: UploadsDirectory, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """After EROFS, EACCES or EPERM no write is tried for 30 s, then one is."""
-    with pytest.raises(DiskUnwritable) as first, disk.writing():
+    with pytest.raises(DiskUnwritable) as first, disk.refusals.raised():
         raise OSError(code, os.strerror(code))
     clock.now += 29.9
     with pytest.raises(DiskUnwritable) as second:
@@ -138,7 +138,7 @@ def test_an_unwritable_disk_is_not_tried_again_for_30_seconds(
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR])
 def test_a_full_disk_is_tried_again_at_once(disk: UploadsDirectory, clock: SimpleNamespace, code: int) -> None:
     """After ENOSPC and the like the next write is tried at once: a smaller file may fit."""
-    with pytest.raises(DiskUnwritable), disk.writing():
+    with pytest.raises(DiskUnwritable), disk.refusals.raised():
         raise OSError(code, os.strerror(code))
     put(disk, "tom.png")
     assert read(disk, "tom.png") == PICTURE

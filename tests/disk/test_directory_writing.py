@@ -15,8 +15,9 @@ import pytest
 
 from selfheal.disk import directory as directory_module
 from selfheal.disk import syscalls
-from selfheal.disk.directory import Opened, UploadsDirectory
+from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
+from selfheal.disk.root import OpenFolders
 from selfheal.disk.staged_file import TEMPORARY
 from selfheal.errors import DiskUnwritable
 from tests.support.descriptors import open_descriptors
@@ -112,7 +113,7 @@ def test_the_deepest_name(disk: UploadsDirectory) -> None:
 
 def test_a_directory_removed_while_it_is_staged_in(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the directory is removed while a file is staged, that file may be refused, but not the next one."""
-    real = directory_module.Staged
+    real = directory_module.StagedFile
 
     def stage_after_removal(root: int, parent: int, name: str) -> object:
         shutil.rmtree(disk.path)
@@ -120,7 +121,7 @@ def test_a_directory_removed_while_it_is_staged_in(disk: UploadsDirectory, monke
 
     disk.path.mkdir(parents=True)
     with monkeypatch.context() as patch, contextlib.suppress(DiskUnwritable):
-        patch.setattr(directory_module, "Staged", stage_after_removal)
+        patch.setattr(directory_module, "StagedFile", stage_after_removal)
         put(disk, "cats/tom.png")
     put(disk, "cats/tom.png")
     assert read(disk, "cats/tom.png") == PICTURE
@@ -134,7 +135,7 @@ def test_many_are_staged_among_directories_that_stay_open(disk: UploadsDirectory
     names = [f"{folder}{number}.png" for folder in ("", "cats/", "cats/old/") for number in range(3)]
     disk.stage("tom.png").close()
     before = open_descriptors()
-    with Opened() as opened:
+    with OpenFolders() as opened:
         for name in names:
             with disk.stage_among(opened, name) as staged:
                 staged.write(name.encode())
@@ -147,7 +148,7 @@ def test_many_are_staged_among_directories_that_stay_open(disk: UploadsDirectory
 def test_threads_that_open_a_directory_at_once_share_one_descriptor(tmp_path: Path) -> None:
     """Threads that open a directory at once use the first descriptor; all descriptors are closed at the end."""
     first, second = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
-    with Opened() as opened:
+    with OpenFolders() as opened:
         assert [opened.keep("cats", fd) for fd in (first, second, first)] == [first, first, first]
         assert all(stat.S_ISDIR(os.fstat(fd).st_mode) for fd in (first, second))
     for fd in (first, second):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from selfheal.disk.directory import MARKER, QUARANTINE, UploadsDirectory
+from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
+from selfheal.disk.quarantine import QUARANTINE
+from selfheal.disk.root import MARKER
 from selfheal.disk.staged_file import TEMPORARY
 from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import MODIFIED, PICTURE, contents_below, put, read, write_file

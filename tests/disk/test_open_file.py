@@ -19,7 +19,7 @@ from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
 from selfheal.disk import open_file as files
 from selfheal.disk.open_file import PIECE, OpenFile, ReadFailed, identity_of, read_cached
-from selfheal.errors import Unsettled
+from selfheal.errors import FileChanged
 from tests.support.os_errors import fails
 
 PICTURE = bytes(range(256)) * 40
@@ -256,11 +256,11 @@ async def test_pieces_are_those_between_start_and_stop(
 
 @pytest.mark.parametrize("left", [0, 100])
 async def test_a_file_that_is_cut_short_raises(file: OpenFile, path: Path, left: int) -> None:
-    """If a file is truncated, its remaining bytes are yielded; then `Unsettled` is raised with its path."""
+    """If a file is truncated, its remaining bytes are yielded; then `FileChanged` is raised with its path."""
     os.truncate(path, left)
     pieces = file.pieces(0, file.size)
     assert left == 0 or await anext(pieces) == PICTURE[:left]
-    with pytest.raises(Unsettled) as caught:
+    with pytest.raises(FileChanged) as caught:
         await anext(pieces)
     assert str(path) in str(caught.value)
 
@@ -291,11 +291,11 @@ async def test_chunks_are_those_of_the_file_that_was_measured(
 async def test_chunks_of_a_file_that_is_cut_short(
     path: Path, threads: Threads, take: Callable[[OpenFile], Awaitable[object]]
 ) -> None:
-    """If a file is truncated, `chunks` and `digests` raise `Unsettled` with its path."""
+    """If a file is truncated, `chunks` and `digests` raise `FileChanged` with its path."""
     path.write_bytes(LONG)
     with open_path(path, threads) as file:
         os.truncate(path, len(LONG) - 1)
-        with pytest.raises(Unsettled, match=re.escape(str(path))):
+        with pytest.raises(FileChanged, match=re.escape(str(path))):
             await take(file)
 
 

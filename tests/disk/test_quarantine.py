@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from selfheal.disk import directory as directory_module
-from selfheal.disk.directory import QUARANTINE, UploadsDirectory
+from selfheal.disk import quarantine as quarantine_module
+from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
+from selfheal.disk.quarantine import QUARANTINE
 from tests.support.disk_files import MODIFIED, PICTURE, SECRET, contents_below, mode_of, put, read, write_file
 from tests.support.mounts import Mount
 from tests.support.os_errors import fails
@@ -208,7 +209,7 @@ def test_all_bad_copies_of_a_name_are_kept(disk: UploadsDirectory) -> None:
 
 def test_nothing_in_quarantine_is_overwritten(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the random part of a directory's name repeats, a bad copy is kept or the move is refused; none is lost."""
-    monkeypatch.setattr(directory_module.secrets, "token_hex", lambda size: "0" * 2 * size)
+    monkeypatch.setattr(quarantine_module.secrets, "token_hex", lambda size: "0" * 2 * size)
     kept: dict[Path, bytes] = {}
     for number in range(4):
         data = bytes([number]) * 100

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from selfheal.disk import syscalls
-from selfheal.disk.directory import MARKER, UploadsDirectory
+from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
+from selfheal.disk.root import MARKER
 from selfheal.errors import DiskUnwritable
 from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import OTHER, PICTURE, contents_below, mode_of, put, read, write_file

@@ -16,7 +16,7 @@ import pytest
 
 from selfheal.disk import staged_file as staging
 from selfheal.disk import syscalls
-from selfheal.disk.staged_file import Staged
+from selfheal.disk.staged_file import StagedFile
 from tests.support.disk_files import ABSURD_TIMES
 from tests.support.os_errors import fails
 from tests.support.special_files import dangling_link
@@ -124,19 +124,19 @@ def test_an_impossible_time_is_accepted(root: Root, modified_ns: int) -> None:
 # -- given up before it is published ----------------------------------------------------------------------------------
 
 
-def write(staged: Staged) -> None:
+def write(staged: StagedFile) -> None:
     """Write bytes."""
     staged.write(NEW)
 
 
-def seal(staged: Staged) -> None:
+def seal(staged: StagedFile) -> None:
     """Write bytes and seal the file."""
     staged.write(NEW)
     staged.seal(MODIFIED, 0o644)
 
 
 @pytest.mark.parametrize("step", [lambda staged: None, write, seal], ids=["opened", "written", "sealed"])
-def test_an_abandoned_file_leaves_no_trace(root: Root, step: Callable[[Staged], None]) -> None:
+def test_an_abandoned_file_leaves_no_trace(root: Root, step: Callable[[StagedFile], None]) -> None:
     """An error before publishing leaves the disk unchanged."""
     with contextlib.suppress(ZeroDivisionError), root.stage() as staged:
         step(staged)

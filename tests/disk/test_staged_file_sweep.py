@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from selfheal.disk import syscalls
-from selfheal.disk.staged_file import TEMPORARY, Staged, sweep
+from selfheal.disk.staged_file import TEMPORARY, StagedFile, sweep
 from tests.support.os_errors import fails
 from tests.support.special_files import dangling_link
 from tests.support.staging import MODIFIED, NEW, OLD, WAYS, Root, named_only
@@ -209,7 +209,7 @@ def test_a_temporary_directory_that_cannot_be_opened_is_not_left(root: Root, mon
     """If the new temporary directory cannot be opened (no descriptors), it is removed."""
     monkeypatch.setattr(syscalls, "open_directory", fails(errno.EMFILE))
     with pytest.raises(OSError) as caught:
-        Staged(root.directory, root.fd, "tom.png")
+        StagedFile(root.directory, root.fd, "tom.png")
     assert caught.value.errno == errno.EMFILE
     assert root.entries() == []
 

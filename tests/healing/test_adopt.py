@@ -15,7 +15,7 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
-from selfheal.errors import NotStored, Unsettled
+from selfheal.errors import FileChanged, NotStored
 from tests.support.constants import set_constants
 from tests.support.faults import BrokenDisk, locked_database
 from tests.support.sample_data import noise
@@ -91,7 +91,7 @@ async def test_a_file_is_not_adopted_while_it_is_being_written(
         return await in_database(sqlite_store, NAME) == b"x" * 24_000
 
     await eventually(is_adopted)
-    await sqlite_store.tasks.settle(30)
+    await sqlite_store.tasks.drain(30)
     assert await generation_of(sqlite_store) == before + 1
 
 
@@ -100,7 +100,7 @@ async def test_a_missing_file_cannot_be_adopted(sqlite_store: UploadStore) -> No
     saved = await sqlite_store.save(NAME, OLD)
     saved.path.unlink()
     with pytest.raises(NotStored):
-        await sqlite_store.take_over(NAME)
+        await sqlite_store.reconciler.adopt(NAME, overwrite=True)
     assert await in_database(sqlite_store, NAME) == OLD
     assert await generation_of(sqlite_store) == 1
 
@@ -115,8 +115,8 @@ async def test_a_file_that_only_the_disk_has(store: UploadStore, adopt: bool) ->
     file = store.disk.open(NAME)
     assert file is not None
     file.close()
-    store.noticed(NAME, file.identity, adopt=adopt)
-    await store.tasks.settle(30)
+    store.background.hit(NAME, file.identity, adopt=adopt)
+    await store.tasks.drain(30)
     assert await in_database(store, NAME) == (NEW if adopt else None)
     after = store.disk.path_of(NAME).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -128,7 +128,7 @@ async def test_two_nodes_adopt_one_name(store: UploadStore, other_store: UploadS
     replace_file(other_store, NEW, time.time_ns() - A_DAY_NS)
     await asyncio.gather(hit_and_settle(store, NAME), hit_and_settle(other_store, NAME))
     for node in (store, other_store):
-        await node.check(NAME)
+        await node.reconciler.check(NAME)
     final = await on_disk_and_in_database(store, NAME)
     assert final in (OLD, NEW)
     assert await on_disk_and_in_database(other_store, NAME) == final
@@ -148,7 +148,7 @@ def settled_after(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("settled_after")
 async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: UploadStore) -> None:
-    """Adopting a file that is replaced at this moment raises `Unsettled`, and nothing is stored."""
+    """Adopting a file that is replaced at this moment raises `FileChanged`, and nothing is stored."""
     data = noise(64 * CHUNK)
     path = replace_file(sqlite_store, data, time.time_ns() - A_DAY_NS)
     adopting = asyncio.create_task(sqlite_store.adopt(NAME))
@@ -157,7 +157,7 @@ async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: Upl
             break
         replace_file(sqlite_store, data + bytes(number + 1), time.time_ns() - A_DAY_NS)
         await asyncio.sleep(0)
-    with pytest.raises(Unsettled):
+    with pytest.raises(FileChanged):
         await adopting
     assert await sqlite_store.database.find(NAME) is None
     assert path.exists()
@@ -169,7 +169,7 @@ async def test_a_file_that_moves_while_it_is_read_is_unsettled(sqlite_store: Upl
 async def test_a_file_that_is_overwritten_in_place_while_it_is_read(
     sqlite_store: UploadStore, broken_disk: BrokenDisk, size: int, is_old_again: bool
 ) -> None:
-    """Adopting a file that is half old, half new raises `Unsettled`, and nothing is stored; the next try succeeds."""
+    """Adopting a file that is half old, half new raises `FileChanged`, and nothing is stored; the next try succeeds."""
     modified = time.time_ns() - A_DAY_NS
     path = replace_file(sqlite_store, noise(size), modified)
     held = broken_disk.hold("pread", after=2)
@@ -180,7 +180,7 @@ async def test_a_file_that_is_overwritten_in_place_while_it_is_read(
     if is_old_again:
         os.utime(path, ns=(modified, modified))
     held.release()
-    with pytest.raises(Unsettled):
+    with pytest.raises(FileChanged):
         await adopting
     assert await sqlite_store.database.find(NAME) is None
     record = await sqlite_store.adopt(NAME)

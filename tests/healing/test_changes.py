@@ -23,8 +23,8 @@ async def follow_until(store: UploadStore, holds: Callable[[], bool]) -> None:
     """Let requests arrive until something holds; each of them lets the store follow the changes."""
 
     async def request_came() -> bool:
-        store.follow()
-        await store.tasks.settle(30)
+        store.background.follow()
+        await store.tasks.drain(30)
         return holds()
 
     await eventually(request_came)
@@ -33,7 +33,7 @@ async def follow_until(store: UploadStore, holds: Callable[[], bool]) -> None:
 @pytest.fixture
 async def on_both_nodes(store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two names that both nodes have on disk and have compared with their records."""
-    set_constants(monkeypatch, FOLLOWED_EVERY=0.05, QUIET_FOR=0.2)
+    set_constants(monkeypatch, FOLLOW_EVERY=0.05, PAUSE=0.2)
     for name in (NAME, OTHER_NAME):
         await store.save(name, OLD)
         await other_store.restore(name)
@@ -88,7 +88,7 @@ async def test_too_many_changes_to_follow(
         await other_store.delete(name)
 
     async def is_gone() -> bool:
-        store.follow()
+        store.background.follow()
         await hit_and_settle(store, NAME)
         return on_disk(store, NAME) is None
 
@@ -114,9 +114,9 @@ async def test_following_that_is_broken_off(
     for name in (NAME, OTHER_NAME):
         await other_store.delete(name)
     for _ in range(30):
-        store.follow()
+        store.background.follow()
         await asyncio.sleep(0.06)
-    await store.tasks.settle(0)
+    await store.tasks.drain(0)
     set_constants(monkeypatch, SETTLED_AFTER=0.0)
     for name in (NAME, OTHER_NAME):
         await hit_and_settle(store, name)

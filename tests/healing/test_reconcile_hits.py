@@ -34,7 +34,7 @@ async def test_many_files_share_queries(store: UploadStore) -> None:
     with recorded_statements() as seen:
         for number in range(40):
             hit(store, f"{number}.jpg")
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
     assert len(seen) < 20
 
 
@@ -42,7 +42,7 @@ async def test_a_limited_number_of_files_is_compared_at_once(
     sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many first hits start a limited number of tasks; the other files are compared after a later hit."""
-    monkeypatch.setattr("selfheal.healing.reconcile.BEHIND_AT_ONCE", 3)
+    monkeypatch.setattr("selfheal.healing.background.CHECKS_AT_ONCE", 3)
     names = [f"{number}.jpg" for number in range(5)]
     for name in names:
         await sqlite_store.save(name, NEW)
@@ -50,12 +50,12 @@ async def test_a_limited_number_of_files_is_compared_at_once(
         with recorded_statements() as seen:
             for name in names * 3:
                 hit(sqlite_store, name)
-            await sqlite_store.tasks.settle(30)
+            await sqlite_store.tasks.drain(30)
         assert sum(statement.count(".jpg") for statement in seen) == (3 if known == 3 else 2)
     with recorded_statements() as seen:
         for name in names:
             hit(sqlite_store, name)
-        await sqlite_store.tasks.settle(30)
+        await sqlite_store.tasks.drain(30)
     assert seen == []
 
 
@@ -81,7 +81,7 @@ async def test_a_file_that_cannot_be_compared_is_not_tried_at_every_hit(
 
 async def test_compared_files_take_bounded_memory(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limited number of compared files is remembered; for the others the database is asked again."""
-    monkeypatch.setattr("selfheal.healing.reconcile.SEEN_AT_MOST", 3)
+    monkeypatch.setattr("selfheal.healing.background.SEEN_AT_MOST", 3)
     names = [f"{number}.jpg" for number in range(4)]
 
     async def causes_a_query(name: str) -> bool:
@@ -99,17 +99,17 @@ async def test_expected_changes_take_bounded_memory(
     store: UploadStore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many expected changes, only those whose time is over are forgotten."""
-    monkeypatch.setattr("selfheal.healing.reconcile.CHANGING_AT_MOST", 2)
+    monkeypatch.setattr("selfheal.healing.background.CHANGING_AT_MOST", 2)
 
     async def expect(name: str, seconds: float) -> None:
-        monkeypatch.setattr("selfheal.healing.reconcile.CHANGING_FOR", seconds)
+        monkeypatch.setattr("selfheal.healing.background.CHANGING_FOR", seconds)
         async with engine.begin() as connection:
             await store.save(name, NEW, connection=connection)
 
     await expect("short.jpg", 0.0)
     for name in ("long.jpg", "last.jpg"):
         await expect(name, 60.0)
-    assert len(store._reconciler._changing) == 2
+    assert len(store.background._changing) == 2
     for name, causes_a_query in (("short.jpg", False), ("long.jpg", True), ("last.jpg", True)):
         await store.restore(name)
         await hit_and_settle(store, name)

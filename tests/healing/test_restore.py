@@ -20,7 +20,7 @@ from selfheal import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealE
 from selfheal.content.sources import CHUNK
 from selfheal.disk.open_file import OpenFile
 from selfheal.events import Kind
-from selfheal.healing.bodies import Incoming, Landed
+from selfheal.healing.bodies import InMemory, Restoring
 from tests.support.asgi import Wrapped
 from tests.support.faults import BrokenDisk
 from tests.support.open_files import assert_nothing_open_below
@@ -40,12 +40,12 @@ async def test_many_callers_share_one_restore(store: UploadStore, size: int) -> 
     data = await save_and_lose(store, size)
     with recorded_statements() as statements_of_one:
         assert await restored_bytes(store, NAME) == data
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
     store.disk.path_of(NAME).unlink()
     stop = min(size, 2 * CHUNK)  # enough of a large file to see that all callers follow its restore
     with recorded_statements() as statements_of_many:
         answers = await asyncio.gather(*(restored_bytes(store, NAME, 0, stop) for _ in range(200)))
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
     assert all(answer == data[:stop] for answer in answers)
     assert sum("image_chunk" in statement for statement in statements_of_one) > 0
     assert len(statements_of_many) == len(statements_of_one)
@@ -74,7 +74,7 @@ async def test_a_caller_that_joins_late_gets_the_whole_file(sqlite_store: Upload
     answers: list[asyncio.Task[bytes]] = []
 
     async def call() -> bytes:
-        body = await sqlite_store.bring_back(NAME)
+        body = await sqlite_store.restorer.restore(NAME)
         assert body is not None
         await asyncio.sleep(0)
         try:
@@ -91,7 +91,7 @@ async def test_a_caller_that_joins_late_gets_the_whole_file(sqlite_store: Upload
     assert whole is not None
     assert sha256(whole).digest() == digest
     assert set(await asyncio.gather(*answers)) == {data[-10:]}
-    await sqlite_store.tasks.settle(30)
+    await sqlite_store.tasks.drain(30)
     await assert_nothing_open_below(sqlite_store.disk.path)
 
 
@@ -107,7 +107,7 @@ async def test_a_restore_outlives_its_callers(store: UploadStore, broken_disk: B
         await asyncio.gather(*callers, return_exceptions=True)
         assert on_disk(store, NAME) is None
         held.release()
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
         broken_disk.mend()
         assert on_disk(store, NAME) == data
         store.disk.path_of(NAME).unlink()
@@ -137,7 +137,7 @@ async def main(directory, database, names):
         await store.database.count()
         print("ready", flush=True)
         sys.stdin.readline()
-        bodies = await asyncio.gather(*(store.bring_back(name) for name in names))
+        bodies = await asyncio.gather(*(store.restorer.restore(name) for name in names))
         for body in bodies:
             data = b"".join([piece async for piece in body.pieces(0, body.size)])
             assert len(data) == body.size
@@ -224,7 +224,7 @@ async def test_a_restored_file_looks_the_same(store: UploadStore) -> None:
         mask = os.umask(0o077)
         try:
             missed = await get(app)
-            await store.tasks.settle(30)
+            await store.tasks.drain(30)
         finally:
             os.umask(mask)
         after, stat_after = await get(app), saved.path.stat()
@@ -270,7 +270,7 @@ async def test_a_deleted_uploads_directory_is_made_again(store: UploadStore, oth
 async def test_a_file_whose_name_is_not_cached(sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restored file is opened in a thread if opening it might wait for the disk."""
     data = await save_and_lose(sqlite_store, 1000)
-    monkeypatch.setattr("selfheal.disk.directory.LOOK_EVERY", -1.0)
+    monkeypatch.setattr("selfheal.disk.root.CHECK_EVERY", -1.0)
     assert await restored_bytes(sqlite_store, NAME) == data
 
 
@@ -278,11 +278,11 @@ async def test_a_closed_body_holds_nothing_open(store: UploadStore) -> None:
     """A body that its caller closes, read or not, leaves no file open."""
     for size in RESTORED_SIZES.values():
         await save_and_lose(store, size)
-        bodies = await asyncio.gather(*(store.bring_back(NAME) for _ in range(5)))
-        assert all(isinstance(body, Landed | OpenFile | Incoming) for body in bodies)
+        bodies = await asyncio.gather(*(store.restorer.restore(NAME) for _ in range(5)))
+        assert all(isinstance(body, InMemory | OpenFile | Restoring) for body in bodies)
         for body in bodies:
             assert body is not None
             body.close()
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
         store.disk.path_of(NAME).unlink()
     await assert_nothing_open_below(store.disk.path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 
 import pytest
 
-from selfheal import CorruptBlob, SelfHealMiddleware, UploadStore
+from selfheal import CorruptBlob, SelfHealError, SelfHealMiddleware, UploadStore
+from selfheal.aio.single_flight import SingleFlight
 from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
-from selfheal.healing.bodies import Incoming
-from selfheal.healing.restore import Answer, Restorer
+from selfheal.healing.bodies import Body
 from tests.support.asgi import Wrapped
 from tests.support.faults import BrokenDisk
 from tests.support.open_files import assert_nothing_open_below
@@ -66,7 +67,7 @@ async def sent_before_the_error(store: UploadStore, name: str) -> int:
     """Return how many bytes of a name were sent before `CorruptBlob` was raised; fail if it was not."""
     sent = 0
     try:
-        body = await store.bring_back(name)
+        body = await store.restorer.restore(name)
         assert body is not None
         try:
             async for piece in body.pieces(0, body.size):
@@ -93,7 +94,7 @@ async def test_a_damaged_body_is_never_sent_whole(
         if not takes_files:
             broken_disk.fail("pwrite", errno.ENOSPC)
         assert await sent_before_the_error(sqlite_store, name) < size
-        await sqlite_store.tasks.settle(30)
+        await sqlite_store.tasks.drain(30)
         assert files_below(sqlite_store.disk.path) == []
         assert await sqlite_store.database.find(name) is not None
         broken_disk.mend()
@@ -130,15 +131,15 @@ async def test_bytes_dropped_while_they_are_read_are_not_damage(
 
 def delay_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every caller run only after the restore that it joined has ended."""
-    join = Restorer._join
+    get = SingleFlight.get
 
-    async def late(self: Restorer, name: str) -> Answer:
-        answer = await join(self, name)
-        while isinstance(answer, Incoming) and not answer.progress.is_over:
-            await asyncio.sleep(0.01)
-        return answer
+    async def late(self: SingleFlight[str, Body], name: str, timeout: float) -> Body:
+        body = await get(self, name, timeout)
+        with contextlib.suppress(SelfHealError):
+            await body.on_disk()
+        return body
 
-    monkeypatch.setattr(Restorer, "_join", late)
+    monkeypatch.setattr(SingleFlight, "get", late)
 
 
 async def test_damage_that_is_found_before_the_caller_runs(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:

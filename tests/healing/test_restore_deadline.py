@@ -9,7 +9,7 @@ import pytest
 
 from selfheal import DatabaseUnavailable, SelfHealMiddleware, UploadStore
 from selfheal.content.sources import CHUNK
-from selfheal.healing.bodies import Incoming
+from selfheal.healing.bodies import Restoring
 from tests.support.asgi import Wrapped
 from tests.support.faults import BrokenDisk, locked_database
 from tests.support.open_files import assert_nothing_open_below
@@ -44,7 +44,7 @@ async def test_a_slow_disk_is_unknown_by_the_deadline(sqlite_store: UploadStore,
     async with UploadStore(sqlite_store.disk.path, sqlite_store.database.url, deadline=0.5) as hurried:
         held = broken_disk.hold("fsync")
         with pytest.raises(DatabaseUnavailable):
-            await hurried.bring_back(NAME)
+            await hurried.restorer.restore(NAME)
         held.release()
         assert await restored_bytes(hurried, NAME) == data
 
@@ -56,21 +56,21 @@ async def test_readers_give_up_a_restore_that_makes_no_progress(
     data = await save_and_lose(sqlite_store, STREAMED)
     async with UploadStore(sqlite_store.disk.path, sqlite_store.database.url, deadline=0.4) as hurried:
         held = broken_disk.hold("pwrite", after=16)
-        body = await hurried.bring_back(NAME)
-        assert isinstance(body, Incoming)
+        body = await hurried.restorer.restore(NAME)
+        assert isinstance(body, Restoring)
         await held.met()
         pieces = body.pieces(0, body.size)
         for number in range(16):
             assert await anext(pieces) == data[number * CHUNK : (number + 1) * CHUNK]
-        with pytest.raises(DatabaseUnavailable, match="stands still"):
+        with pytest.raises(DatabaseUnavailable, match="makes no progress"):
             await anext(pieces)
-        with pytest.raises(DatabaseUnavailable, match="stands still"):
-            await body.finished()
+        with pytest.raises(DatabaseUnavailable, match="makes no progress"):
+            await body.on_disk()
         held.release()
-        await body.finished()
+        await body.on_disk()
         assert on_disk(hurried, NAME) == data
         body.close()
-        await hurried.tasks.settle(30)
+        await hurried.tasks.drain(30)
     await assert_nothing_open_below(sqlite_store.disk.path)
 
 
@@ -84,7 +84,7 @@ async def test_callers_of_a_stopped_restore_are_cancelled(
     monkeypatch.setattr("selfheal.store.CLOSING_GRACE", 0.05)
     await save_and_lose(sqlite_store, 3 * CHUNK)
     held = broken_disk.hold("pwrite")
-    caller = asyncio.create_task(sqlite_store.bring_back(NAME))
+    caller = asyncio.create_task(sqlite_store.restorer.restore(NAME))
     await held.met()
     closing = asyncio.create_task(sqlite_store.close())
     await asyncio.sleep(0.1)
@@ -103,8 +103,8 @@ async def test_readers_of_a_stopped_restore_get_an_error(
     monkeypatch.setattr("selfheal.store.CLOSING_GRACE", 0.05)
     data = await save_and_lose(sqlite_store, STREAMED)
     held = broken_disk.hold("pwrite", after=8)
-    body = await sqlite_store.bring_back(NAME)
-    assert isinstance(body, Incoming)
+    body = await sqlite_store.restorer.restore(NAME)
+    assert isinstance(body, Restoring)
     await held.met()
     closing = asyncio.create_task(sqlite_store.close())
     await asyncio.sleep(0.1)
@@ -114,7 +114,7 @@ async def test_readers_of_a_stopped_restore_get_an_error(
     with pytest.raises(DatabaseUnavailable, match="broken off"):
         await anext(pieces)
     with pytest.raises(DatabaseUnavailable, match="broken off"):
-        await body.finished()
+        await body.on_disk()
     assert await body._staged.read(0, CHUNK) == data[:CHUNK]  # the file was open until now
     body.close()
     assert files_below(sqlite_store.disk.path) == []

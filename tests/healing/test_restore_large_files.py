@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from selfheal import SelfHealError, UploadStore
-from selfheal.blobs.database import READ_AT_ONCE
+from selfheal.blobs.blob_store import READ_AT_ONCE
 from selfheal.content.sources import CHUNK
-from selfheal.healing.bodies import FromDatabase, Incoming
+from selfheal.healing.bodies import FromDatabase, Restoring
 from tests.support.faults import BrokenDisk
 from tests.support.open_files import assert_nothing_open_below
 from tests.support.raw_sql import execute
@@ -26,7 +26,7 @@ async def test_a_large_file_is_sent_while_it_is_restored(store: UploadStore, bro
     """The first bytes are sent before the restore ends; a range near the end does not wait for the bytes before it."""
     data = await save_and_lose(store, STREAMED)
     held = broken_disk.hold("pwrite", after=8)
-    body = await store.bring_back(NAME)
+    body = await store.restorer.restore(NAME)
     assert body is not None
     assert body.size == STREAMED
     pieces = body.pieces(0, body.size)
@@ -39,7 +39,7 @@ async def test_a_large_file_is_sent_while_it_is_restored(store: UploadStore, bro
     held.release()
     assert first + b"".join([piece async for piece in pieces]) == data
     body.close()
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
     assert on_disk(store, NAME) == data
     await assert_nothing_open_below(store.disk.path)
 
@@ -50,8 +50,8 @@ async def test_bytes_on_disk_are_not_read_from_the_database_again(
     """Readers of a restore get each piece as soon as it is written, from the disk and not from the database again."""
     data = await save_and_lose(sqlite_store, STREAMED)
     written, sealed = broken_disk.hold("pwrite", after=16), broken_disk.hold("fsync")
-    body = await sqlite_store.bring_back(NAME)
-    assert isinstance(body, Incoming)
+    body = await sqlite_store.restorer.restore(NAME)
+    assert isinstance(body, Restoring)
     await written.met()
     await execute(sqlite_store, "DELETE FROM image_chunk WHERE position < 16")
     assert b"".join([piece async for piece in body.pieces(5, 25)]) == data[5:25]
@@ -69,7 +69,7 @@ async def test_bytes_on_disk_are_not_read_from_the_database_again(
     sealed.release()
     assert [piece async for piece in tail] == [data[-1:]]
     body.close()
-    await sqlite_store.tasks.settle(30)
+    await sqlite_store.tasks.drain(30)
     assert on_disk(sqlite_store, NAME) == data
 
 
@@ -77,7 +77,7 @@ async def test_a_range_is_read_no_further_than_its_end(sqlite_store: UploadStore
     """A range reads no batch of chunks after its end: damage after the range does not spoil it."""
     data = await save_and_lose(sqlite_store, STREAMED)
     broken_disk.fail("pwrite", errno.ENOSPC)
-    body = await sqlite_store.bring_back(NAME)
+    body = await sqlite_store.restorer.restore(NAME)
     assert isinstance(body, FromDatabase)
     await execute(sqlite_store, f"DELETE FROM image_chunk WHERE position >= {READ_AT_ONCE}")
     start, stop = 3, READ_AT_ONCE * CHUNK
@@ -96,11 +96,11 @@ async def test_memory_does_not_grow_with_the_file(store: UploadStore) -> None:
     saved.path.unlink()
     tracemalloc.start()
     try:
-        body = await store.bring_back(NAME)
+        body = await store.restorer.restore(NAME)
         assert body is not None
         assert sum([len(piece) async for piece in body.pieces(0, body.size)]) == size
         body.close()
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -114,11 +114,11 @@ async def test_a_disk_that_fills_up_during_a_large_restore(store: UploadStore, b
     for space in (5 * CHUNK, 30 * CHUNK + 7, STREAMED - 1):
         broken_disk.fill_after(space)
         assert await restored_bytes(store, NAME) == data
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
         assert files_below(store.disk.path) == []
         broken_disk.mend()
     assert await restored_bytes(store, NAME) == data
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
     assert on_disk(store, NAME) == data
     await assert_nothing_open_below(store.disk.path)
 
@@ -130,5 +130,5 @@ async def test_a_large_file_that_cannot_be_named_is_not_restored(
     await save_and_lose(sqlite_store, STREAMED)
     broken_disk.fail("link", errno.ENOMEM)
     with pytest.raises(SelfHealError):
-        await sqlite_store.is_on_disk_again(NAME)
+        await sqlite_store.restorer.restore_to_disk(NAME)
     assert files_below(sqlite_store.disk.path) == []

@@ -32,10 +32,10 @@ async def test_an_unwritable_disk_is_left_alone_for_30_seconds(
         assert await restored_bytes(store, NAME) == data
         assert await restored_bytes(store, NAME, size // 3, size // 2) == data[size // 3 : size // 2]
         assert [name for name in files_below(directory) if not name.startswith(".")] == []
-        monkeypatch.setattr("selfheal.disk.directory.REFUSED_FOR", 0.01)
+        monkeypatch.setattr("selfheal.disk.refusals.REFUSED_FOR", 0.01)
         await anyio.sleep(0.02)
         assert await restored_bytes(store, NAME) == data
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
         assert on_disk(store, NAME) == data
 
 
@@ -62,7 +62,7 @@ async def test_every_refusal_of_the_disk_is_served_from_the_database(
         broken_disk.fail(call, getattr(errno, error))
         assert await restored_bytes(sqlite_store, name) == data
         with pytest.raises(DiskUnwritable):
-            await sqlite_store.is_on_disk_again(name)
+            await sqlite_store.restorer.restore_to_disk(name)
         assert files_below(sqlite_store.disk.path) == []
         broken_disk.mend()
     assert await in_database(sqlite_store, "1000.jpg") == noise(1000)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfheal.http.sending import make_head
+from selfheal.http.headers import make_head
 from tests.support.plans import MODIFIED_NS, STATUSES, plan
 
 HEADERS = (b"range", b"if-range", b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since")

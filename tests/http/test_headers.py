@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.responses import FileResponse
 from starlette.types import Message
 
-from selfheal.http.sending import SANDBOX, Plan, error_messages, make_head, never_stored
+from selfheal.http.headers import SANDBOX, Plan, error_messages, make_head, never_stored
 from tests.support.plans import MODIFIED_NS, plan
 
 # -- validators -------------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from selfheal.disk import directory as directory_module
+from selfheal.disk import root as root_module
 from selfheal.disk import syscalls
-from selfheal.disk.directory import LOOK_EVERY, UploadsDirectory
+from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.open_file import PIECE, identity_of
-from selfheal.http import hit_cache
-from selfheal.http.hit_cache import Hits
-from selfheal.http.sending import Responder, make_head
+from selfheal.disk.root import CHECK_EVERY
+from selfheal.http.headers import make_head
+from selfheal.http.hit_cache import HitCache
+from selfheal.http.sending import Responder
 from tests.support.asgi import Lines, ask_scope, scope_of
 from tests.support.descriptors import assert_no_more_than, open_descriptors
 from tests.support.os_errors import fails
@@ -55,9 +56,9 @@ def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
 
 
 @pytest.fixture
-def hits(disk: UploadsDirectory) -> Hits:
+def hits(disk: UploadsDirectory) -> HitCache:
     """An empty hit cache."""
-    return Hits(disk, Responder())
+    return HitCache(disk, Responder())
 
 
 def write_picture(path: Path, data: bytes = PICTURE) -> None:
@@ -66,12 +67,12 @@ def write_picture(path: Path, data: bytes = PICTURE) -> None:
     os.utime(path, ns=(MODIFIED, MODIFIED))
 
 
-def learn(hits: Hits, disk: UploadsDirectory, name: str = "tom.png", scope: Scope | None = None) -> None:
+def learn(hits: HitCache, disk: UploadsDirectory, name: str = "tom.png", scope: Scope | None = None) -> None:
     """Put a name into the hit cache, as its first request does."""
     file = disk.open(name)
     assert file is not None
     with file:
-        hits.learn(scope or scope_of(f"/static/uploads/{name}"), name, file)
+        hits.add(scope or scope_of(f"/static/uploads/{name}"), name, file)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -90,7 +91,7 @@ def learn(hits: Hits, disk: UploadsDirectory, name: str = "tom.png", scope: Scop
     ids=str,
 )
 async def test_the_answer_equals_the_one_after_a_wait(
-    disk: UploadsDirectory, hits: Hits, method: str, size: int, headers: Lines
+    disk: UploadsDirectory, hits: HitCache, method: str, size: int, headers: Lines
 ) -> None:
     """An answer from the hit cache equals, message by message, the one that is sent after a wait for the disk."""
     write_picture(disk.path / "tom.png", os.urandom(size))
@@ -112,7 +113,7 @@ async def test_the_answer_equals_the_one_after_a_wait(
     assert known.identity == identity_of(os.stat(disk.path / "tom.png"))
 
 
-def test_a_first_request_is_not_answered(hits: Hits) -> None:
+def test_a_first_request_is_not_answered(hits: HitCache) -> None:
     """A path that was not requested before is not in the hit cache."""
     assert hits.answer(scope_of(PATH)) is None
 
@@ -129,14 +130,14 @@ def test_a_first_request_is_not_answered(hits: Hits) -> None:
         scope_of(PATH, root_path=None),
     ],
 )
-def test_another_request_is_not_answered(hits: Hits, disk: UploadsDirectory, scope: Scope) -> None:
+def test_another_request_is_not_answered(hits: HitCache, disk: UploadsDirectory, scope: Scope) -> None:
     """Another method, path, raw path or root path is not answered: `%2f` is no slash, though it is decoded to one."""
     learn(hits, disk)
     assert hits.answer(scope) is None
     assert hits.answer(scope_of(PATH)) is not None
 
 
-def test_headers_that_are_an_iterator(hits: Hits, disk: UploadsDirectory) -> None:
+def test_headers_that_are_an_iterator(hits: HitCache, disk: UploadsDirectory) -> None:
     """Headers that are an iterator are not consumed and not answered."""
     learn(hits, disk)
     scope = scope_of(PATH, headers=[("Range", "bytes=0-9")])
@@ -146,7 +147,7 @@ def test_headers_that_are_an_iterator(hits: Hits, disk: UploadsDirectory) -> Non
     assert list(scope["headers"]) == lines
 
 
-def test_a_scope_without_optional_keys(hits: Hits, disk: UploadsDirectory) -> None:
+def test_a_scope_without_optional_keys(hits: HitCache, disk: UploadsDirectory) -> None:
     """A scope without the optional `raw_path` and `root_path` is answered."""
     scope = scope_of(PATH)
     del scope["raw_path"], scope["root_path"]
@@ -154,7 +155,7 @@ def test_a_scope_without_optional_keys(hits: Hits, disk: UploadsDirectory) -> No
     assert hits.answer(scope) is not None
 
 
-def test_two_spellings_of_a_path(hits: Hits, disk: UploadsDirectory) -> None:
+def test_two_spellings_of_a_path(hits: HitCache, disk: UploadsDirectory) -> None:
     """For two spellings of one path, the last one requested is in the hit cache."""
     for target in ("/static/uploads/%74om.png", PATH):
         learn(hits, disk, scope=scope_of(target))
@@ -190,7 +191,7 @@ def made_a_directory(path: Path) -> None:
     "change", [replaced, overwritten, made_a_link, made_a_directory, Path.unlink, lambda path: os.truncate(path, 10)]
 )
 def test_a_file_that_changed_is_not_answered(
-    hits: Hits, disk: UploadsDirectory, change: Callable[[Path], None]
+    hits: HitCache, disk: UploadsDirectory, change: Callable[[Path], None]
 ) -> None:
     """A file that changed is not answered, even if its name, size and mtime are the same."""
     learn(hits, disk)
@@ -198,7 +199,7 @@ def test_a_file_that_changed_is_not_answered(
     assert hits.answer(scope_of(PATH)) is None
 
 
-def test_a_changed_file_is_cached_again(hits: Hits, disk: UploadsDirectory) -> None:
+def test_a_changed_file_is_cached_again(hits: HitCache, disk: UploadsDirectory) -> None:
     """After a change, the next request puts the new file and its headers into the hit cache."""
     learn(hits, disk)
     (disk.path / "tom.png").write_bytes(b"another")
@@ -212,7 +213,7 @@ def test_a_changed_file_is_cached_again(hits: Hits, disk: UploadsDirectory) -> N
 
 
 @pytest.mark.parametrize("headers", [[], [("Range", f"bytes=0-{PIECE}")]])
-def test_more_than_a_piece_is_not_answered_at_once(hits: Hits, disk: UploadsDirectory, headers: Lines) -> None:
+def test_more_than_a_piece_is_not_answered_at_once(hits: HitCache, disk: UploadsDirectory, headers: Lines) -> None:
     """More bytes than one piece are not answered from the hit cache; a range of one piece is."""
     data = os.urandom(PIECE + 1)
     write_picture(disk.path / "tom.png", data)
@@ -229,7 +230,7 @@ def test_more_than_a_piece_is_not_answered_at_once(hits: Hits, disk: UploadsDire
     ids=["a part is cached", "nothing is", "EIO"],
 )
 def test_an_uncached_file_is_not_answered(
-    hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, preadv: Callable[..., int]
+    hits: HitCache, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, preadv: Callable[..., int]
 ) -> None:
     """A file that is not cached, cached in part, or cannot be read is not answered."""
     learn(hits, disk)
@@ -237,7 +238,7 @@ def test_an_uncached_file_is_not_answered(
     assert hits.answer(scope_of(PATH)) is None
 
 
-def test_descriptor_zero_is_closed(hits: Hits, disk: UploadsDirectory) -> None:
+def test_descriptor_zero_is_closed(hits: HitCache, disk: UploadsDirectory) -> None:
     """Descriptor 0, which a process without standard input can get, works and is closed."""
     learn(hits, disk)
     kept = os.dup(0)
@@ -253,7 +254,9 @@ def test_descriptor_zero_is_closed(hits: Hits, disk: UploadsDirectory) -> None:
     assert found[2]["body"] == PICTURE
 
 
-def test_an_error_of_closing_is_ignored(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_closing_is_ignored(
+    hits: HitCache, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An error of `close`, which some file systems raise, is ignored: the bytes read are correct."""
     real = os.close
 
@@ -270,7 +273,7 @@ def test_an_error_of_closing_is_ignored(hits: Hits, disk: UploadsDirectory, monk
 
 
 def test_without_openat2_nothing_is_answered(
-    hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch
+    hits: HitCache, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without openat2 nothing is answered: opening would block the event loop."""
     monkeypatch.undo()
@@ -279,12 +282,14 @@ def test_without_openat2_nothing_is_answered(
     assert hits.answer(scope_of(PATH)) is None
 
 
-def test_the_root_is_checked_every_second(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_is_checked_every_second(
+    hits: HitCache, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hit cache answers for one second after the root was checked; then the root must be checked again."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(directory_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(root_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     learn(hits, disk)
-    clock.now += LOOK_EVERY
+    clock.now += CHECK_EVERY
     assert hits.answer(scope_of(PATH)) is not None
     clock.now += 0.1
     assert hits.answer(scope_of(PATH)) is None
@@ -295,7 +300,7 @@ def test_the_root_is_checked_every_second(hits: Hits, disk: UploadsDirectory, mo
 
 
 @pytest.mark.parametrize("more", ["path", "raw_path", "root_path"])
-def test_long_paths_are_not_kept(hits: Hits, disk: UploadsDirectory, more: str) -> None:
+def test_long_paths_are_not_kept(hits: HitCache, disk: UploadsDirectory, more: str) -> None:
     """A path longer than 1,024 characters in all its parts is not kept: a client could choose many."""
     sizes = []
     for length in (1024 - 2 * len(PATH), 1024 - 2 * len(PATH) + 1):
@@ -306,13 +311,13 @@ def test_long_paths_are_not_kept(hits: Hits, disk: UploadsDirectory, more: str) 
         else:
             scope["root_path"] = padding
         learn(hits, disk, scope=scope)
-        sizes.append(len(hits._known))
-        hits._known.clear()
+        sizes.append(len(hits._entries))
+        hits._entries.clear()
     assert sizes == [1, 0]
 
 
 @pytest.mark.parametrize("headers", [[], [("Range", "bytes=10-89")], [("If-None-Match", "*")]])
-def test_added_headers_stay_with_their_answer(hits: Hits, disk: UploadsDirectory, headers: Lines) -> None:
+def test_added_headers_stay_with_their_answer(hits: HitCache, disk: UploadsDirectory, headers: Lines) -> None:
     """A middleware that adds headers to one answer does not change the next one."""
     learn(hits, disk)
     for _ in range(2):
@@ -323,19 +328,19 @@ def test_added_headers_stay_with_their_answer(hits: Hits, disk: UploadsDirectory
         assert [key for key, _ in start["headers"]].count(b"x-added") == 1
 
 
-def test_files_are_not_mixed_up(hits: Hits, disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_not_mixed_up(disk: UploadsDirectory) -> None:
     """With more files than the hit cache holds, every answer has the bytes of its own file."""
-    monkeypatch.setattr(hit_cache, "KNOWN_AT_MOST", 5)
+    hits = HitCache(disk, Responder(), limit=5)
     for index in range(12):
         write_picture(disk.path / f"{index}.png", b"%d" % index * (index + 1))
     for repetition in range(3):
         for index in range(12):
             learn(hits, disk, f"{index if repetition else index // 2}.png")
-            assert len(hits._known) <= 5
+            assert len(hits._entries) <= 5
             for other in range(12):
                 found = hits.answer(scope_of(f"/static/uploads/{other}.png"))
                 assert found is None or (found[0].name, found[2]["body"]) == (
                     f"{other}.png",
                     b"%d" % other * (other + 1),
                 )
-    assert [known.name for known in hits._known.values()] == [f"{index}.png" for index in range(7, 12)]
+    assert [known.name for known in hits._entries.values()] == [f"{index}.png" for index in range(7, 12)]

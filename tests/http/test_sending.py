@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.open_file import PIECE as FILE_PIECE
-from selfheal.http.sending import Plan, Responder, can_pathsend, make_head
+from selfheal.http.headers import Plan, make_head
+from selfheal.http.sending import Responder, can_pathsend
 from tests.support.asgi import Answer, ask_and_leave, ask_scope, scope_of
 from tests.support.plans import MODIFIED_NS
 

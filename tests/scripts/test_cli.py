@@ -71,7 +71,7 @@ def test_without_an_extra(site: Site, command: str | None, arguments: list[str],
     assert f"pip install 'selfheal[{extra}]'" in done.error_line
 
 
-@pytest.mark.parametrize("module", ["sqlalchemy.dialects.postgresql", "starlette", "uvicorn"])
+@pytest.mark.parametrize("module", ["sqlalchemy.dialects.postgresql", "uvicorn"])
 def test_a_run_imports_only_what_it_uses(full_site: Site, module: str) -> None:
     """A bulk run over SQLite imports no server and no other database's dialect: that would be a tenth of its start."""
     (full_site.home / "sitecustomize.py").write_text(WITHOUT_MODULE.format(module=module))

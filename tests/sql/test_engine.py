@@ -18,8 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import MetaData
 
 from selfheal import DatabaseUnavailable, ImageStorage, MissingExtra, define_tables
-from selfheal.aio.single_flight import Tasks
-from selfheal.sql.engine import Engine, wal_is_safe
+from selfheal.aio.tasks import Tasks
+from selfheal.sql.engine import Engine
+from selfheal.sql.sqlite import wal_is_safe
 from tests.support import environment
 from tests.support.postgres import PostgresServer
 from tests.support.records import bytes_of
@@ -66,7 +67,7 @@ async def test_pragmas(
 
     for answer in await asyncio.gather(*(engine.read(ask) for _ in range(4))):
         assert answer == [2, 1, int(TIMEOUT * 1000), mode]
-    await tasks.settle(20)
+    await tasks.drain(20)
     await engine.close()
 
 
@@ -91,7 +92,7 @@ async def test_writes_take_the_lock_at_once(sqlite_url: str) -> None:
         return "another connection got the lock"
 
     assert await engine.write(work) == "database is locked"
-    await tasks.settle(20)
+    await tasks.drain(20)
     await engine.close()
 
 
@@ -108,7 +109,7 @@ async def test_a_write_that_fails(database_url: str) -> None:
         with pytest.raises(EOFError):
             await engine.write(work)
         assert await bytes_of(images, "a.png") == b"one"
-    await tasks.settle(20)
+    await tasks.drain(20)
     await engine.close()
 
 
@@ -128,7 +129,7 @@ async def test_a_write_whose_caller_is_cancelled(database_url: str) -> None:
         await begun.wait()
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
-        await tasks.settle(20)
+        await tasks.drain(20)
         record = await images.find("a.png")
         assert record is not None
         assert record.modified_ns == 77

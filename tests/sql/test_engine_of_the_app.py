@@ -18,8 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.schema import MetaData
 
 from selfheal import DatabaseUnavailable, SelfHealError, define_tables
-from selfheal.aio.single_flight import Tasks
-from selfheal.sql import transactions
+from selfheal.aio.tasks import Tasks
 from selfheal.sql.engine import Engine
 from tests.support.raw_sql import sql
 from tests.support.records import bytes_of
@@ -101,7 +100,7 @@ async def test_the_apps_own_engine_that_begins_its_transactions_itself(
 ) -> None:
     """With an engine that begins transactions itself everything works, and a write waits for the lock."""
     engine = make(sqlite_url)
-    async with prepared_storage(engine) as images, opened_storage(sqlite_url) as others:  # type: ignore[arg-type]
+    async with prepared_storage(engine, 8) as images, opened_storage(sqlite_url, 8) as others:  # type: ignore[arg-type]
         for call in WRITES.values():
             with contextlib.suppress(SelfHealError):
                 await call(images)
@@ -148,7 +147,7 @@ async def test_a_lock_that_the_apps_own_engine_does_not_get(
     make: Callable[[str], AsyncEngine],
 ) -> None:
     """A write that does not get the lock reports that, and the connection can be used again."""
-    monkeypatch.setattr(transactions, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr("selfheal.sql.sqlite.LOCK_WAIT", 0.0)
     engine = make(f"{sqlite_url}?timeout=0.1")
     async with prepared_storage(engine) as images:  # type: ignore[arg-type]
         holder = sqlite3.connect(sqlite_url.partition("///")[2], isolation_level=None)
@@ -266,5 +265,5 @@ async def test_the_apps_own_engine_of_another_isolation_level(
         record = await images.find("a.png")
         assert record is not None
         assert (record.modified_ns == 77) is (level == "AUTOCOMMIT")
-    await tasks.settle(20)
+    await tasks.drain(20)
     await engine.dispose()

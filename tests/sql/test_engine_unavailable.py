@@ -15,10 +15,10 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import MetaData
 
 from selfheal import DatabaseUnavailable, SchemaError, define_tables
-from selfheal.aio.single_flight import Tasks
-from selfheal.sql import transactions
-from selfheal.sql.engine import Engine, wal_is_safe
+from selfheal.aio.tasks import Tasks
+from selfheal.sql.engine import Engine
 from selfheal.sql.schema import SCHEMA_VERSION
+from selfheal.sql.sqlite import wal_is_safe
 from tests.support.raw_sql import sql
 from tests.support.records import bytes_of
 from tests.support.sockets import free_port
@@ -134,7 +134,7 @@ async def test_a_missing_directory(tmp_path: Path) -> None:
 
 async def test_a_locked_file(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another connection holds SQLite's lock, calls are unknown; afterwards they are answered."""
-    monkeypatch.setattr(transactions, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr("selfheal.sql.sqlite.LOCK_WAIT", 0.0)
     async with prepared_storage(sqlite_url, timeout=0.2) as images:
         holder = sqlite3.connect(sqlite_url.partition("///")[2], isolation_level=None)
         try:
@@ -223,7 +223,7 @@ async def test_every_connection_is_taken(database_url: str) -> None:
     release.set()
     assert await asyncio.gather(*holding) == [1] * 10
     assert await engine.read(one) == 1
-    await tasks.settle(20)
+    await tasks.drain(20)
     await engine.close()
 
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfheal.sql import postgresql as module
-from selfheal.sql.postgresql import KEPT_AT_MOST, Readers
+from selfheal.sql.postgresql import KEPT_AT_MOST, PostgreSQLReader
 from selfheal.sql.statements import DeadConnection
 from tests.support.postgres import PostgresServer
 from tests.support.raw_sql import sql
@@ -31,9 +31,9 @@ async def engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture
-async def readers(engine: AsyncEngine) -> AsyncIterator[Readers]:
+async def readers(engine: AsyncEngine) -> AsyncIterator[PostgreSQLReader]:
     """The connections that are kept for reading, over this engine."""
-    readers = Readers(engine, 2 * POOL)
+    readers = PostgreSQLReader(engine, 2 * POOL)
     yield readers
     readers.close()
 
@@ -61,13 +61,13 @@ def checked_out(engine: AsyncEngine) -> int:
     return int(pool.checkedout())
 
 
-async def test_one_read_after_the_other(engine: AsyncEngine, readers: Readers) -> None:
+async def test_one_read_after_the_other(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """One read after the other uses the same connection, which is kept."""
     assert len({await readers.ask(process) for _ in range(5)}) == 1
     assert checked_out(engine) == 1
 
 
-async def test_idle_connections(engine: AsyncEngine, readers: Readers) -> None:
+async def test_idle_connections(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """A kept connection, or one in the pool, is idle; one that must be opened first is not."""
     assert readers.has_idle
     async with engine.connect():
@@ -76,7 +76,7 @@ async def test_idle_connections(engine: AsyncEngine, readers: Readers) -> None:
     assert readers.has_idle
 
 
-async def test_many_reads_at_once(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
+async def test_many_reads_at_once(postgres_url: str, engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """Many reads at once are all answered; then two connections are kept, the pool is full, and the
     others are closed.
     """
@@ -89,7 +89,9 @@ async def test_many_reads_at_once(postgres_url: str, engine: AsyncEngine, reader
     assert set(await asyncio.gather(*(readers.ask(slow_process) for _ in range(POOL)))) <= left
 
 
-async def test_a_connection_that_the_server_closes(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
+async def test_a_connection_that_the_server_closes(
+    postgres_url: str, engine: AsyncEngine, readers: PostgreSQLReader
+) -> None:
     """A read on a connection that the server has closed raises an error, and the connection is not kept."""
     ended = await readers.ask(process)
     await sql(postgres_url, f"SELECT pg_terminate_backend({ended})")
@@ -102,7 +104,7 @@ async def test_a_connection_that_the_server_closes(postgres_url: str, engine: As
 
 
 async def test_a_lost_connection_that_cannot_be_replaced(
-    postgres: PostgresServer, engine: AsyncEngine, readers: Readers
+    postgres: PostgresServer, engine: AsyncEngine, readers: PostgreSQLReader
 ) -> None:
     """A read that cannot open a connection reports a dead connection; once the database is back, it opens a new one."""
     async with engine.connect() as connection:
@@ -115,7 +117,7 @@ async def test_a_lost_connection_that_cannot_be_replaced(
     assert await readers.ask(process)
 
 
-async def test_a_connection_on_which_the_server_is_silent(engine: AsyncEngine, readers: Readers) -> None:
+async def test_a_connection_on_which_the_server_is_silent(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """A connection on which the server was silent is closed: a late answer must not reach another read."""
     silent = await readers.ask(process)
     with pytest.raises(TimeoutError):
@@ -126,7 +128,7 @@ async def test_a_connection_on_which_the_server_is_silent(engine: AsyncEngine, r
     assert await readers.ask(process) != silent
 
 
-async def test_a_wrong_statement(engine: AsyncEngine, readers: Readers) -> None:
+async def test_a_wrong_statement(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """A read with a wrong statement raises an error, and the connection is kept."""
     before = await readers.ask(process)
     with pytest.raises(asyncpg.PostgresError):
@@ -134,7 +136,7 @@ async def test_a_wrong_statement(engine: AsyncEngine, readers: Readers) -> None:
     assert await readers.ask(process) == before
 
 
-async def test_an_internal_error_of_the_driver(engine: AsyncEngine, readers: Readers) -> None:
+async def test_an_internal_error_of_the_driver(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """A connection with an internal error of asyncpg, as happens when the server goes away, is not used again."""
     before = await readers.ask(process)
 
@@ -149,7 +151,7 @@ async def test_an_internal_error_of_the_driver(engine: AsyncEngine, readers: Rea
     assert await readers.ask(process) != before
 
 
-async def test_a_read_that_is_cancelled(engine: AsyncEngine, readers: Readers) -> None:
+async def test_a_read_that_is_cancelled(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """After a read is cancelled, the next read gets its own answer."""
     for _ in range(5):
         asking = asyncio.create_task(readers.ask(slow_process))
@@ -162,7 +164,7 @@ async def test_a_read_that_is_cancelled(engine: AsyncEngine, readers: Readers) -
 
 
 async def test_a_connection_that_was_kept_too_long(
-    monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, readers: Readers
+    monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, readers: PostgreSQLReader
 ) -> None:
     """A connection that was kept too long goes back to the pool, which replaces it if it is too old."""
     before = await readers.ask(process)
@@ -175,36 +177,38 @@ async def test_a_connection_that_was_kept_too_long(
     assert checked_out(engine) == 1
 
 
-async def test_kept_connections_are_released_for_waiting_callers(engine: AsyncEngine, readers: Readers) -> None:
+async def test_kept_connections_are_released_for_waiting_callers(
+    engine: AsyncEngine, readers: PostgreSQLReader
+) -> None:
     """Kept connections are released if the pool has no other connection left for callers that wait."""
     await asyncio.gather(*(readers.ask(slow_process) for _ in range(KEPT_AT_MOST)))
-    assert readers.kept == KEPT_AT_MOST
+    assert checked_out(engine) == KEPT_AT_MOST
     others = [await engine.connect() for _ in range(2 * POOL - KEPT_AT_MOST)]
     readers.make_room()
-    assert readers.kept == 0
+    assert checked_out(engine) == len(others)
     others.append(await engine.connect())
     asking = asyncio.create_task(readers.ask(slow_process))
     await asyncio.sleep(0.02)
     async with asyncio.timeout(3):
         others.append(await engine.connect())
     await asking
-    assert readers.kept == 0
+    assert checked_out(engine) == len(others)
     for connection in others:
         await connection.close()
 
 
-async def test_a_pool_that_has_enough_left_keeps_its_readers(engine: AsyncEngine, readers: Readers) -> None:
+async def test_a_pool_that_has_enough_left_keeps_its_readers(engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """Kept connections are not released while the pool has others."""
     await readers.ask(process)
     readers.make_room()
-    assert readers.kept == 1
+    assert checked_out(engine) == 1
 
 
 async def test_readers_that_are_not_closed(
     engine: AsyncEngine, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Kept connections go back to the pool with the garbage collection, without a warning."""
-    readers = Readers(engine, 2 * POOL)
+    readers = PostgreSQLReader(engine, 2 * POOL)
     await readers.ask(process)
     assert checked_out(engine) == 1
     del readers
@@ -213,7 +217,7 @@ async def test_readers_that_are_not_closed(
     assert caplog.records == []
 
 
-async def test_closing(postgres_url: str, engine: AsyncEngine, readers: Readers) -> None:
+async def test_closing(postgres_url: str, engine: AsyncEngine, readers: PostgreSQLReader) -> None:
     """After `close` no connection stays open, neither a kept one nor one that is in use."""
     await readers.ask(process)
     asking = asyncio.create_task(readers.ask(slow_process))

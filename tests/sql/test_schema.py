@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
-from selfheal import ImageStorage, SchemaError, UploadStore, define_tables
+from selfheal import ImageStorage, SchemaError, UploadStore, bulk, define_tables
 from selfheal.sql.schema import SCHEMA_VERSION
 from tests.support.postgres import PostgresServer
 from tests.support.raw_sql import sql
@@ -322,3 +322,22 @@ async def test_a_path_with_special_characters(tmp_path: Path) -> None:
         await images.create_tables()
         await check_working(images)
     assert (directory / "the catalogue.db").stat().st_size > 0
+
+
+async def test_tables_of_an_older_file_go_on_working(sqlite_url: str, tmp_path: Path) -> None:
+    """A SQLite file whose tables are not STRICT, as earlier versions made them, is used as it is."""
+    metadata = MetaData()
+    tables = define_tables(metadata)
+    for table in tables.all():
+        table.dialect_options["sqlite"]["strict"] = False
+    await make_all(sqlite_url, metadata)
+    async with UploadStore(tmp_path / "uploads", sqlite_url) as store:
+        await store.database.create_tables()
+        saved = await store.save("a.png", b"old")
+        await store.save("a.png", b"new")
+        await store.undo("a.png")
+        saved.path.unlink()
+        for run, outcome in ((bulk.verify, "missing_on_disk"), (bulk.restore, "restored"), (bulk.migrate, "ok")):
+            assert [(one.name, one.outcome) async for one in run(store)] == [("a.png", outcome)]
+        assert saved.path.read_bytes() == b"old"
+    assert await sql(sqlite_url, "SELECT count(*) FROM sqlite_master WHERE sql LIKE '%STRICT%'") == [(0,)]

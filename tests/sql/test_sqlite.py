@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from selfheal import DatabaseUnavailable, UploadStore
-from selfheal.sql.sqlite import IDLE_AT_MOST, Direct
+from selfheal import UploadStore
+from selfheal.sql.backend import POOL_SIZE
+from selfheal.sql.sqlite import SQLiteReader
 from tests.support.recorded_statements import recorded_statements
 
 
@@ -35,9 +36,12 @@ def descriptors(file: Path) -> int:
 
 def test_threads_that_read_at_once(file: Path) -> None:
     """Threads that read at once all get the rows; after `close` no connection is open."""
-    direct = Direct(file)
+    direct = SQLiteReader(file)
     rows: list[object] = []
-    threads = [threading.Thread(target=lambda: rows.append(direct.rows("SELECT n + ? FROM t", [1]))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: rows.append(direct.rows_in_thread("SELECT n + ? FROM t", [1])))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -51,57 +55,57 @@ def test_few_connections_stay_open(file: Path) -> None:
     """However many threads have read at once, no more connections stay open than the pool keeps, and they are used
     again.
     """
-    direct, start = Direct(file), threading.Barrier(12)
+    direct, start = SQLiteReader(file), threading.Barrier(12)
     before = descriptors(file)
 
     def ask() -> None:
         start.wait()
         for _ in range(50):
-            direct.rows("SELECT count(*) FROM sqlite_master WHERE name = ?", ("none",))
+            direct.rows_in_thread("SELECT count(*) FROM sqlite_master WHERE name = ?", ("none",))
 
     threads = [threading.Thread(target=ask) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert descriptors(file) - before <= IDLE_AT_MOST
-    held = [direct._connection() for _ in range(12)]
+    assert descriptors(file) - before <= POOL_SIZE
+    held = [direct._take() for _ in range(12)]
     for connection in held:
         direct._give_back(connection)
-    assert descriptors(file) - before == IDLE_AT_MOST
+    assert descriptors(file) - before == POOL_SIZE
     direct.close()
     assert descriptors(file) == before
 
 
 def test_what_others_commit_is_seen(file: Path) -> None:
     """A read sees what another connection has committed: no transaction stays open between two reads."""
-    direct = Direct(file)
-    assert direct.rows("SELECT n FROM t", []) == [(7,)]
+    direct = SQLiteReader(file)
+    assert direct.rows_in_thread("SELECT n FROM t", []) == [(7,)]
     with sqlite3.connect(file) as other:
         other.execute("UPDATE t SET n = 8")
     other.close()
-    assert direct.rows("SELECT n FROM t", []) == [(8,)]
+    assert direct.rows_in_thread("SELECT n FROM t", []) == [(8,)]
     direct.close()
 
 
 def test_a_read_does_not_wait_for_a_lock(file: Path) -> None:
-    """A read of a locked database is unknown at once, and does not wait."""
-    direct = Direct(file)
+    """A read of a locked database raises at once, and does not wait."""
+    direct = SQLiteReader(file)
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(DatabaseUnavailable, match="locked"):
-        direct.rows("SELECT n FROM t", [])
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        direct.rows_in_thread("SELECT n FROM t", [])
     other.execute("ROLLBACK")
     other.close()
-    assert direct.rows("SELECT n FROM t", []) == [(7,)]
+    assert direct.rows_in_thread("SELECT n FROM t", []) == [(7,)]
     direct.close()
 
 
 def test_no_file_is_created(tmp_path: Path) -> None:
-    """A database that does not exist is unknown, and is not created."""
-    direct = Direct(tmp_path / "none.db")
-    with pytest.raises(DatabaseUnavailable, match="unable to open"):
-        direct.rows("SELECT 1", [])
+    """A read of a database that does not exist raises, and creates nothing."""
+    direct = SQLiteReader(tmp_path / "none.db")
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        direct.rows_in_thread("SELECT 1", [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +118,7 @@ async def test_a_locked_database_is_read_on_a_connection_that_waits(sqlite_store
     free = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
     free.start()
     with recorded_statements() as asked:
-        assert await sqlite_store.is_on_disk_again("a.png")
+        assert await sqlite_store.restorer.restore_to_disk("a.png")
     free.join()
     other.close()
     assert saved.path.read_bytes() == b"bytes"

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from selfheal import UploadPolicy
 from selfheal.aio.threads import Threads
-from selfheal.content.sources import Source, chunks
+from selfheal.content.sources import Source, read_chunks
 
 
 async def checked(policy: UploadPolicy, end: str, source: Source, passed: list[bytes] | None = None) -> bytes:
@@ -14,7 +14,7 @@ async def checked(policy: UploadPolicy, end: str, source: Source, passed: list[b
     passed = [] if passed is None else passed
     threads = Threads(2)
     try:
-        async for chunk in policy.watch(end, chunks(source, threads)):
+        async for chunk in policy.checked(end, read_chunks(source, threads)):
             passed.append(chunk)
     finally:
         threads.close()

@@ -138,7 +138,7 @@ class CrashChecker:
             versions = (expected.before, expected.after, expected.other_on_disk)
             data = next((data for data in versions if _digest(data) == digest), b"torn")
             self._check_bytes(name, data, "for a visitor", *also_allowed)
-        await store.tasks.settle(30)
+        await store.tasks.drain(30)
 
     async def _check_disk_and_database(self, store: UploadStore, when: str, *, is_done: bool = False) -> None:
         self._is_done = self._is_done or is_done

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from selfheal import Record
-from selfheal.blobs.database import READ_AT_ONCE
+from selfheal.blobs.blob_store import READ_AT_ONCE
 from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
 from tests.support.raw_sql import sql

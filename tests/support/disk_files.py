@@ -18,7 +18,7 @@ ABSURD_TIMES = [-(2**100), -(2**70), -(2**63), -1, 0, 2**63 - 1, 2**63, 2**70, 2
 
 def put(disk: UploadsDirectory, name: str, data: bytes = PICTURE) -> None:
     """Store bytes under a name, as a restore does."""
-    with disk.writing(), disk.stage(name) as staged:
+    with disk.refusals.raised(), disk.stage(name) as staged:
         staged.write(data)
         staged.seal(MODIFIED, disk.file_mode)
         staged.sync()

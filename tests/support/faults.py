@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from selfheal import UploadStore
-from selfheal.settings import sqlite_file
+from selfheal.sql.backends import backend_of
 
 if TYPE_CHECKING:
     import pytest
@@ -70,7 +70,7 @@ class BrokenDisk:
     def mend(self) -> None:
         """Let everything work again, and make the store forget the failures that it remembers."""
         self._monkeypatch.undo()
-        self._monkeypatch.setattr("selfheal.disk.directory.REFUSED_FOR", 0.0)
+        self._monkeypatch.setattr("selfheal.disk.refusals.REFUSED_FOR", 0.0)
 
 
 class HeldCalls:
@@ -98,7 +98,7 @@ class HeldCalls:
 @asynccontextmanager
 async def locked_database(store: UploadStore) -> AsyncIterator[None]:
     """Lock the tables on another connection: inside the block, the database accepts queries and does not answer."""
-    file = sqlite_file(store.database.url)
+    file = backend_of(store.database.url).file(store.database.url)
     if file is not None:
         connection = sqlite3.connect(file, isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")

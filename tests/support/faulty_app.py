@@ -52,11 +52,11 @@ class App:
     @property
     def in_use(self) -> int:
         """The number of connections that the pool has handed out, without the idle ones kept for reading."""
-        engine = self.store.database._engine
-        if engine._engine is None:
+        connections = self.store.database._engine._connections
+        if connections.engine is None:
             return 0
-        pool: Any = engine._engine.pool
-        return int(pool.checkedout()) - (0 if engine._readers is None else engine._readers.kept)
+        pool: Any = connections.engine.pool
+        return int(pool.checkedout()) - len(getattr(connections.reader, "_kept", ()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from selfheal import CorruptBlob, SelfHealMiddleware, UploadStore, bulk, names
-from selfheal.blobs.database import chunk_digest
 from selfheal.bulk.outcomes import Outcome
+from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
 from selfheal.healing import negative_cache as absent
 from tests.support.asgi import Answer, Wrapped, ask_scope
@@ -64,7 +64,7 @@ class Target:
         self.directory = self.base / "static" / "uploads"
         self.database = self.base / "catalogue.db"
         self.runner = asyncio.Runner()
-        self.absent_for, absent.ABSENT_FOR = absent.ABSENT_FOR, 0.0  # no case depends on the one before
+        self.absent_for, absent.FORGET_AFTER = absent.FORGET_AFTER, 0.0  # no case depends on the one before
         self.store = UploadStore(self.directory, f"sqlite+aiosqlite:///{self.database}")
         self.wrapped = Wrapped()
         self.app = SelfHealMiddleware(self.wrapped, self.store, adopt=False)
@@ -91,11 +91,11 @@ class Target:
         try:
             return await ask_scope(self.app, scope)
         finally:
-            await self.store.tasks.settle(30)
+            await self.store.tasks.drain(30)
 
     def close(self) -> None:
         """Close the store, and remove the directory."""
-        absent.ABSENT_FOR = self.absent_for
+        absent.FORGET_AFTER = self.absent_for
         self.runner.run(self.store.close())
         self.runner.close()
         shutil.rmtree(self.base)
@@ -349,7 +349,7 @@ class Records(Target):
             part = decisions.pick((chunk, chunk, chunk, chunk, chunk[:-1], chunk + b"!", b"", chunk[::-1]))
             at = decisions.pick((position, position, position, position, position + 1, -1, 2**31))
             digest = chunk_digest(position, chunk)
-            digest = decisions.pick((digest, digest, digest, digest, chunk_digest(at % 9, b""), b"", "text"))
+            digest = decisions.pick((digest, digest, digest, digest, chunk_digest(at % 9, b""), b"", b"text"))
             put("INSERT OR IGNORE INTO image_chunk VALUES (?, ?, ?, ?, ?)", (key, at, digest, now, part))
 
     async def _check_served(self) -> None:

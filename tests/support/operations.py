@@ -40,7 +40,7 @@ async def _restore(store: UploadStore, operation: Operation) -> object:
 
 async def _visit(store: UploadStore, operation: Operation) -> object:
     """Return the digest of the bytes that a visitor gets, or None for a 404."""
-    body = await store.threads.run(store.disk.open, operation.name) or await store.bring_back(operation.name)
+    body = await store.threads.run(store.disk.open, operation.name) or await store.restorer.restore(operation.name)
     if body is None:
         return None
     digest = hashlib.sha256()
@@ -50,7 +50,7 @@ async def _visit(store: UploadStore, operation: Operation) -> object:
                 digest.update(piece)
     finally:
         body.close()
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
     return digest.hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from selfheal.http.sending import Head, Plan, plan_of
+from selfheal.http.conditional import plan_of
+from selfheal.http.headers import Head, Plan
 
 MODIFIED_NS = 1_700_000_000_123_456_789
 """A time of last modification, in ns since the epoch."""

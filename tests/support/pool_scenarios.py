@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from selfheal import DatabaseUnavailable
-from selfheal.bulk.process_pool import Processes
+from selfheal.bulk.process_pool import ProcessPool
 
 
-class Tool:
-    """The tool of each process: it writes a file that names its process when it is made, and one when it is closed."""
+class Resource:
+    """The resource of each process: it writes a file when it is made, and one when it is closed."""
 
     def __init__(self) -> None:
         self.directory = Path(sys.argv[2])
@@ -31,57 +32,73 @@ class Tool:
 # -- the work ---------------------------------------------------------------------------------------------------------
 
 
-async def square(_tool: Tool, number: int, *, wait: float = 0.0) -> tuple[int, int]:
+async def square(_resource: Resource, number: int, *, wait: float = 0.0) -> tuple[int, int]:
     """Return the process id and the square of a number."""
     await asyncio.sleep(wait)
     return os.getpid(), number * number
 
 
-async def fail(_tool: Tool) -> None:
+async def fail(_resource: Resource) -> None:
     """Raise the error of a database that gives no answer."""
     raise DatabaseUnavailable("it is down")
 
 
-async def die(_tool: Tool) -> None:
+async def die(_resource: Resource) -> None:
     """Kill this process, as the kernel does when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def block(tool: Tool) -> None:
+async def die_reporting(_resource: Resource) -> bytes:
+    """Kill this process when the first half of its result is written."""
+
+    def write_half(pipe: Connection, message: bytes) -> None:
+        os.write(pipe.fileno(), message[: len(message) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send = write_half  # type: ignore[attr-defined]
+    return bytes(100_000)
+
+
+async def block(resource: Resource) -> None:
     """Block the process for a second, as a slow disk does; write a file before and after."""
-    (tool.directory / "working").touch()
+    (resource.directory / "working").touch()
     time.sleep(1)
-    (tool.directory / "worked").touch()
+    (resource.directory / "worked").touch()
 
 
 # -- the scenarios ----------------------------------------------------------------------------------------------------
 
 
-async def share(workers: Processes) -> None:
+async def share(pool: ProcessPool) -> None:
     """Print the results of ten calls, and how many processes took part."""
-    done = await asyncio.gather(*(workers.run(square, number, wait=0.05) for number in range(10)))
+    done = await asyncio.gather(*(pool.run(square, number, wait=0.05) for number in range(10)))
     print([result for _, result in done], len({pid for pid, _ in done}))
 
 
-async def go_on(workers: Processes) -> None:
+async def go_on(pool: ProcessPool) -> None:
     """Print an error, then do as `share`."""
     try:
-        await workers.run(fail)
+        await pool.run(fail)
     except DatabaseUnavailable as error:
         print(error)
-    await share(workers)
+    await share(pool)
 
 
-async def lose_one(workers: Processes) -> None:
+async def lose_one(pool: ProcessPool) -> None:
     """Let a process be killed during its work."""
-    await workers.run(die)
+    await pool.run(die)
 
 
-async def wait_long(workers: Processes) -> None:
+async def lose_one_reporting(pool: ProcessPool) -> None:
+    """Let a process be killed in the middle of a message."""
+    await pool.run(die_reporting)
+
+
+async def wait_long(pool: ProcessPool) -> None:
     """Wait for work that takes a second."""
-    await workers.run(block)
+    await pool.run(block)
 
 
 if __name__ == "__main__":
-    with Processes(Tool, 2) as workers:
-        asyncio.run(globals()[sys.argv[1]](workers))
+    with ProcessPool(Resource, 2) as pool:
+        asyncio.run(globals()[sys.argv[1]](pool))

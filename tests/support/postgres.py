@@ -32,6 +32,22 @@ class PostgresServer:
         done = subprocess.run([*command, "-d", database, "-c", statement], capture_output=True, text=True, check=True)
         return done.stdout
 
+    def empty(self, database: str) -> None:
+        """Close the connections to a database, and drop its schemas and settings."""
+        self.sql(
+            f"""BEGIN READ WRITE; SET LOCAL lock_timeout = '9s';
+            SELECT pg_terminate_backend(pid, 9000) FROM pg_stat_activity WHERE datname = '{database}'
+                AND pid <> pg_backend_pid();
+            ALTER DATABASE {database} RESET ALL;
+            DO $$ DECLARE found text; BEGIN
+                FOR found IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_|^information_schema$' LOOP
+                    EXECUTE format('DROP SCHEMA %I CASCADE', found);
+                END LOOP;
+            END $$;
+            CREATE SCHEMA public; COMMIT""",
+            database,
+        )
+
     def control(self, *arguments: str) -> None:
         """Run pg_ctl, for instance `restart -m immediate`.
 
@@ -65,7 +81,9 @@ def start_postgres(base: Path) -> PostgresServer:
     port = free_port()
     initdb = [str(programs / "initdb"), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync", "-D", str(data)]
     subprocess.run(initdb, user=user, check=True, capture_output=True, cwd="/")
-    options = f"-h 127.0.0.1 -p {port} -k {run} -c fsync=off -c max_connections=200"
+    options = (
+        f"-h 127.0.0.1 -p {port} -k {run} -c fsync=off -c full_page_writes=off -c autovacuum=off -c max_connections=200"
+    )
     server = PostgresServer(port, data, programs, user)
     server.control("-l", str(run / "log"), "-o", options, "start")
     return server

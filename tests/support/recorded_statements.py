@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
-from selfheal.sql.postgresql import Readers
-from selfheal.sql.sqlite import Direct
+from selfheal.sql.postgresql import PostgreSQLReader
+from selfheal.sql.sqlite import SQLiteReader
 
 
 @contextmanager
@@ -38,27 +38,27 @@ def recorded_statements() -> Iterator[list[str]]:
             watched.add(id(driver))
             driver.add_query_logger(see)
 
-    connect, ask = Direct._connection, Readers.ask
+    take, ask = SQLiteReader._take, PostgreSQLReader.ask
 
-    def ask_watched(readers: Readers, question: Callable[[Any], Awaitable[Any]]) -> Any:
+    def ask_watched(readers: PostgreSQLReader, question: Callable[[Any], Awaitable[Any]]) -> Any:
         def watched_question(driver: Any) -> Awaitable[Any]:
             watch_server(driver)
             return question(driver)
 
         return ask(readers, watched_question)
 
-    def connect_watched(direct: Direct) -> sqlite3.Connection:
-        connection = connect(direct)
+    def take_watched(direct: SQLiteReader) -> sqlite3.Connection:
+        connection = take(direct)
         connection.set_trace_callback(see)
         return connection
 
     event.listen(Pool, "checkout", watch)
-    Direct._connection = connect_watched  # type: ignore[method-assign]
-    Readers.ask = ask_watched  # type: ignore[method-assign]
+    SQLiteReader._take = take_watched  # type: ignore[method-assign]
+    PostgreSQLReader.ask = ask_watched  # type: ignore[method-assign]
     try:
         yield seen
     finally:
         active = False
         event.remove(Pool, "checkout", watch)
-        Direct._connection = connect  # type: ignore[method-assign]
-        Readers.ask = ask  # type: ignore[method-assign]
+        SQLiteReader._take = take  # type: ignore[method-assign]
+        PostgreSQLReader.ask = ask  # type: ignore[method-assign]

@@ -60,14 +60,14 @@ def outcomes(**names: tuple[str, ...]) -> dict[str, str]:
 
 def after_listing(store: UploadStore, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]) -> None:
     """Let `change` happen after a run has read live names and before it looks at them."""
-    names_in = store.database.names_in
+    names_in = store.database.catalogue.names_in
 
     async def and_change(key_range: Any, **which: Any) -> Any:
         names = await names_in(key_range, **which)
         await change()
         return names
 
-    monkeypatch.setattr(store.database, "names_in", and_change)
+    monkeypatch.setattr(store.database.catalogue, "names_in", and_change)
 
 
 # -- disk and database ------------------------------------------------------------------------------------------------

@@ -62,12 +62,12 @@ class ServedFiles:
         if place == WITHOUT_DISK:
             assert not self.no_root.exists(), "something was written below the mount point"
         else:
-            await self.store.tasks.settle(30)
+            await self.store.tasks.drain(30)
             assert (self.root / name).is_file(), "the file was not restored"
         return answer
 
     async def move_to(self, place: str, name: str) -> None:
         """Delete the file if it must be only in the database, once the last restore has finished."""
-        await self.store.tasks.settle(30)
+        await self.store.tasks.drain(30)
         if place == IN_DATABASE:
             (self.root / name).unlink()

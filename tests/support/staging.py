@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from selfheal.disk import syscalls
-from selfheal.disk.staged_file import Staged
+from selfheal.disk.staged_file import StagedFile
 from selfheal.disk.syscalls import Directory
 from tests.support import environment
 from tests.support.os_errors import no_unnamed_files
@@ -39,11 +39,11 @@ class Root:
         """The descriptor of the directory."""
         return self.directory.fd
 
-    def stage(self, name: str = "tom.png") -> Staged:
+    def stage(self, name: str = "tom.png") -> StagedFile:
         """Return a staged file for a name whose folder exists."""
         folder = name.rpartition("/")[0]
         with Directory(syscalls.open_directory(self.fd, folder)) as parent:
-            return Staged(self.directory, parent.fd, name)
+            return StagedFile(self.directory, parent.fd, name)
 
     def put(self, data: bytes, name: str = "tom.png") -> None:
         """Stage bytes and give them the name, in place of any file that has it."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from selfheal import ImageStorage
-from selfheal.aio.single_flight import Tasks
+from selfheal.aio.tasks import Tasks
 from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
 from selfheal.sql.models import Record, SmallFile
@@ -39,8 +39,8 @@ async def all_pages(images: ImageStorage) -> list[Any]:
 
 READS: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {
     "find": lambda images: images.find("a.png"),
-    "find_many": lambda images: images.find_many(["a.png", "b.png"]),
-    "fetch": lambda images: images.fetch(["a.png"]),
+    "find_many": lambda images: images.catalogue.find(["a.png", "b.png"]),
+    "fetch": lambda images: images.blobs.fetch(["a.png"]),
     "read": read_all,
     "history": lambda images: images.history("a.png"),
     "pages": all_pages,
@@ -67,7 +67,7 @@ async def opened_storage(url: Any, timeout: float = TIMEOUT) -> AsyncIterator[Im
     try:
         yield images
     finally:
-        await tasks.settle(20)
+        await tasks.drain(20)
         await images.close()
 
 

@@ -10,18 +10,18 @@ def hit(store: UploadStore, name: str) -> None:
     file = store.disk.open(name)
     assert file is not None
     file.close()
-    store.noticed(name, file.identity, adopt=True)
+    store.background.hit(name, file.identity, adopt=True)
 
 
 async def hit_and_settle(store: UploadStore, name: str) -> None:
     """Do a hit, and wait until the background work that it started is done."""
     hit(store, name)
-    await store.tasks.settle(30)
+    await store.tasks.drain(30)
 
 
 async def restored_bytes(store: UploadStore, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
     """Return the bytes that a visitor gets for a name whose file is missing, or None if there is no such name."""
-    body = await store.bring_back(name)
+    body = await store.restorer.restore(name)
     if body is None:
         return None
     try:

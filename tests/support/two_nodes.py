@@ -43,7 +43,7 @@ SIZES = {
     "WHOLE_FIRST": 600,
     "LARGE": 400,
 }
-TIMES = {"FOLLOWED_EVERY": 1e9, "SETTLED_AFTER": 0.0, "ABSENT_FOR": 0.0, "CHANGING_FOR": 1e9}
+TIMES = {"FOLLOW_EVERY": 1e9, "SETTLED_AFTER": 0.0, "FORGET_AFTER": 0.0, "CHANGING_FOR": 1e9}
 CHUNK = SIZES["CHUNK"]
 NAMES = ["tom.jpg", "cats/über @2x.svg"]
 PICTURES = [
@@ -335,12 +335,12 @@ class TwoNodes(RuleBasedStateMachine):
     def check(self, node: int, name: str) -> None:
         here = self.nodes[node]
         if name not in here.copies:
-            self.run(here.store.check(name))
+            self.run(here.store.reconciler.check(name))
             return
         state = self.catalogue.alive(name)
         is_damaged = state is not None and state.data in self.catalogue.damaged
         try:
-            self.run(here.store.check(name))
+            self.run(here.store.reconciler.check(name))
         except CorruptBlob:
             assert is_damaged
         self._check_in_background(here, name)
@@ -459,7 +459,7 @@ class TwoNodes(RuleBasedStateMachine):
             except CorruptBlob:
                 return 500, b"", ""
             finally:
-                await here.store.tasks.settle(30)
+                await here.store.tasks.drain(30)
             return answer.status, answer.body, answer.headers.get("content-range", "")
 
         status, body, content_range = self.run(work())

@@ -10,7 +10,7 @@ LATE_DRIVER = """
 import sys, time
 import aiosqlite.core as core
 from selfheal import DatabaseUnavailable, UploadStore
-from selfheal.scripts.common import run_on
+from selfheal.scripts.options import run_on
 
 real = core._connection_worker_thread
 

@@ -1,7 +1,5 @@
 """`selfheal serve`: uvicorn around an app and its uploads."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -13,42 +11,35 @@ from starlette.applications import Starlette
 
 from ..errors import MissingExtra, SelfHealError, SettingsError
 from ..middleware import SelfHealMiddleware
-from ..settings import Settings, database_url, is_in_memory
+from ..settings import Settings
 
 _APP = "SELFHEAL_SERVE_APP"
+_MAKE_APP = "selfheal.scripts.serve:make_app"
 _MODULE_AND_APP = re.compile(r"\w+(?:\.\w+)*(?::\w+(?:\.\w+)*)?")
 
 
 def serve(settings: Settings, app: str | None, *, host: str, port: int, workers: int) -> None:
-    """Serve until stopped. Raises `SettingsError` if an app cannot be imported or workers cannot share the database,
-    and `SelfHealError` if the server does not start.
-    """
+    """Serve until stopped. Raises `SettingsError`, or `SelfHealError` if the server does not start."""
     try:
         import uvicorn  # noqa: PLC0415 - an extra, imported where it is used
     except ImportError as error:
         raise MissingExtra("server", "uvicorn") from error
-    if workers > 1 and is_in_memory(database_url(settings.database)):
+    if workers > 1 and settings.is_in_memory:
         raise SettingsError("a database in memory cannot be shared by several workers; name a file or a server")
-    hand_over(settings, app)
+    export(settings, app)
     sys.path.insert(0, str(Path.cwd()))
     load(app)
+    processes = workers if workers > 1 else None
     try:
-        uvicorn.run(
-            "selfheal.scripts.serving:make_app",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers if workers > 1 else None,
-            access_log=False,
-        )
+        uvicorn.run(_MAKE_APP, factory=True, host=host, port=port, workers=processes, access_log=False)
     except SystemExit as stop:
         raise SelfHealError("the server did not start; what it said is above") from stop
     if workers == 1:
-        raise KeyboardInterrupt  # uvicorn returns after one; after a SIGTERM it lets that end the process
+        raise KeyboardInterrupt  # uvicorn returns after SIGINT; SIGTERM ends the process
 
 
-def hand_over(settings: Settings, app: str | None) -> None:
-    """Worker processes are new interpreters: what they are to serve reaches them through the environment."""
+def export(settings: Settings, app: str | None) -> None:
+    """Put the settings into the environment: worker processes are new interpreters and read them there."""
     os.environ.update(
         SELFHEAL_DIRECTORY=str(settings.directory),
         SELFHEAL_DATABASE_URL=settings.database,
@@ -58,12 +49,12 @@ def hand_over(settings: Settings, app: str | None) -> None:
 
 
 def make_app() -> SelfHealMiddleware:
-    """What each worker serves."""
+    """Make the app of a worker, from the environment."""
     return SelfHealMiddleware(load(os.environ.get(_APP) or None))
 
 
 def load(app: str | None) -> Any:
-    """The ASGI app `module:attribute`; without one, an app that has nothing. Raises `SettingsError`."""
+    """Import the ASGI app `module:attribute`; without one, return an empty app. Raises `SettingsError`."""
     if app is None:
         return Starlette()
     if not _MODULE_AND_APP.fullmatch(app):

@@ -1,0 +1,148 @@
+"""What differs between databases: a backend is one database and its driver, with all that is particular to it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+Rows = Sequence[Sequence[Any]]
+Values = dict[str, Any]
+
+POOL_SIZE = 5
+POOL_AT_MOST = 10  # connections of an engine of our own: while idle, and in all
+LOCK_TIMEOUT = 0.9
+"""Seconds that a transaction of ours, which holds locks, waits for another one; then it is run again.
+
+Of two transactions that wait for each other, PostgreSQL breaks one off after a second: that must not be the app's own.
+"""
+
+
+class Reader:
+    """Reads past SQLAlchemy's pool where that is faster, for an engine of our own. Raises the driver's errors."""
+
+    can_read_in_thread = False  # whether `rows_in_thread` works
+
+    async def rows(self, text: str, values: Sequence[Any]) -> Rows | None:
+        """Return all rows of a query; None if there is no idle connection, and the pool is to be asked."""
+        return None
+
+    def rows_in_thread(self, text: str, values: Sequence[Any]) -> Rows:
+        """Return all rows of a query in the calling thread; raise, without waiting, if the database is locked."""
+        raise NotImplementedError
+
+    def make_room(self) -> None:
+        """Give connections back to the pool if it has no other left."""
+
+    def close(self) -> None:
+        """Close the reader's connections; no thread may be reading."""
+
+
+class Backend:
+    """What differs between databases, with what most of them have in common. See sqlite.py and postgresql.py."""
+
+    name: str  # SQLAlchemy's name of the dialect
+    driver: str  # the driver that is asked past SQLAlchemy; an app's own engine may have another one
+    drivernames: tuple[str, ...]  # the names of the database in URLs; the last one is ours
+    has_one_writer = False  # whether a write transaction locks all others out
+    retried_states: tuple[str, ...] = ()  # SQLSTATEs of a transaction that lost against another one: it is run again
+    types: Mapping[str, sa.types.TypeEngine[Any]] = {}
+    """Column types of its own, by kind: `name`, `text`, `integer`, `moment`."""
+    has_partial_indexes = True
+
+    def url(self, url: URL) -> URL:
+        """Return a URL as hosts write it in the form that the driver understands."""
+        return url.set(drivername=self.drivernames[-1])
+
+    def file(self, url: URL) -> Path | None:
+        """Return the absolute path of the database's file; None for a server or a database in memory."""
+        return None
+
+    def is_in_memory(self, url: URL) -> bool:
+        """Whether the database is in the memory of one process."""
+        return False
+
+    def import_driver(self) -> None:
+        """Import the driver now, if it is installed, so that the event loop does not wait for that later."""
+
+    def create_engine(self, url: URL, timeout: float) -> AsyncEngine:
+        """Make an engine of our own; `timeout` (seconds) bounds connecting and statements. Raises `MissingExtra`."""
+        raise NotImplementedError
+
+    def create_reader(self, engine: AsyncEngine) -> Reader | None:
+        """Make the reader of an engine of our own; None if the pool is as fast."""
+        return None
+
+    def driver_errors(self) -> tuple[type[Exception], ...]:
+        """Return the driver's own exception classes."""
+        raise NotImplementedError
+
+    def is_missing_table(self, error: BaseException) -> bool:
+        """Whether a driver's error means that a table or a column is missing."""
+        raise NotImplementedError
+
+    async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
+        """Ask a connection of the driver: one hop or round trip instead of five. Raises `DeadConnection`."""
+        raise NotImplementedError
+
+    async def execute_many(self, connection: AsyncConnection, statement: sa.Insert, rows: Sequence[Values]) -> None:
+        """Execute an INSERT for each of `rows`, which are not empty and have the same keys."""
+        await connection.execute(statement, rows)
+
+    def insert(self, table: sa.Table) -> Any:
+        """Return the dialect's own INSERT, which knows ON CONFLICT. Only the dialect in use is loaded."""
+        return import_module(f"sqlalchemy.dialects.{self.name}").insert(table)
+
+    def transaction(self, connection: AsyncConnection) -> AbstractAsyncContextManager[None]:
+        """Begin a transaction; commit it at the end, or roll it back. Raises `DatabaseUnavailable` if that fails."""
+        raise NotImplementedError
+
+    async def is_autocommit(self, connection: AsyncConnection) -> bool:
+        """Whether a connection that is in a transaction for SQLAlchemy commits every statement all the same."""
+        pooled: Any = await connection.get_raw_connection()
+        return connection.dialect.detect_autocommit_setting(pooled.dbapi_connection)
+
+    async def limit_lock_waits(self, connection: AsyncConnection) -> None:
+        """Wait no longer than `LOCK_TIMEOUT` for a lock from now on: others may wait for those held."""
+
+    async def lock_blob(self, connection: AsyncConnection, sha256: str) -> None:
+        """Keep others from writing chunks of these bytes until the transaction ends."""
+
+    def table_options(self) -> Values:
+        """Return the options of every table."""
+        return {}
+
+    def prepare_chunks(self, chunks: sa.Table) -> None:
+        """Add to the table of chunks what only this database knows."""
+
+    def name_list(self, names: Iterable[str]) -> Any:
+        """Return the value of the parameter `wanted` of `is_wanted`."""
+        return list(names)
+
+    def is_wanted(self, name: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+        """Whether a name is in the list `wanted`: one parameter, however long the list is."""
+        raise NotImplementedError
+
+    def bound(self, parameter: str) -> sa.ColumnElement[Any]:
+        """Return a parameter for a name that a range of names begins or ends with."""
+        return sa.bindparam(parameter, type_=sa.String)
+
+    def bound_value(self, name: str) -> Any:
+        """Return the value of such a parameter."""
+        return name
+
+    def joined(self, name: sa.ColumnElement[str]) -> Any:
+        """Return the aggregate of all names, joined by newlines."""
+        return sa.func.string_agg(name, sa.literal_column("'\n'"))
+
+    def total(self, size: sa.ColumnElement[int]) -> Any:
+        """Return the aggregate of all sizes, which must not overflow."""
+        return sa.func.sum(size)
+
+    def seconds_ago(self, seconds: int) -> sa.ColumnElement[Any]:
+        """Return a moment in the past by the database's clock."""
+        raise NotImplementedError

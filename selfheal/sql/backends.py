@@ -1,0 +1,40 @@
+"""The databases that selfheal works with; the URL of each, as hosts and apps write it."""
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ..errors import SettingsError
+from .backend import Backend
+from .postgresql import PostgreSQL
+from .sqlite import SQLite
+
+BACKENDS: tuple[Backend, ...] = (SQLite(), PostgreSQL())
+
+
+def database_url(url: str) -> URL:
+    """Return the URL that SQLAlchemy takes for one as hosts write it (`postgres://…`). Raises `SettingsError`."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise SettingsError("the database URL cannot be read; write it as sqlite+aiosqlite:///app.db") from error
+    for backend in BACKENDS:
+        if parsed.drivername in backend.drivernames:
+            return backend.url(parsed)
+    supported = ", ".join(backend.drivernames[-1] for backend in BACKENDS)
+    raise SettingsError(f"the database {parsed.drivername!r} is not supported; use one of {supported}")
+
+
+def url_of(database: str | URL | AsyncEngine) -> URL:
+    """Return the URL of a database as the driver understands it. Raises `SettingsError`."""
+    if isinstance(database, AsyncEngine):
+        return database.url
+    return database_url(database if isinstance(database, str) else database.render_as_string(hide_password=False))
+
+
+def backend_of(url: URL) -> Backend:
+    """Return the backend for the URL of an engine. Raises `SettingsError`."""
+    for backend in BACKENDS:
+        if backend.name == url.get_backend_name():
+            return backend
+    raise SettingsError(f"the database {url.get_backend_name()!r} is not supported")
