@@ -204,7 +204,7 @@ class FileRestorer:
                 if published.error is not None:
                     raise published.error
                 with contextlib.suppress(_Changed) if call.is_answered else contextlib.nullcontext():
-                    await self._keep_if_current(published)  # who is answered already gets the whole old file
+                    await self._keep_if_current(published)  # answered callers get the whole old file
                 error = None
             except SelfHealError as failure:
                 error = failure
