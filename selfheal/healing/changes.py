@@ -15,7 +15,7 @@ class Follower:
         self._seen: dict[str, tuple[int, bool]] = {}
 
     async def changed(self) -> list[str] | None:
-        """Return names changed before the last call (their writers change the disk first); None if too many."""
+        """Return names that the last call saw change: their writers have had time for the disk. None if too many."""
         changes, self._since = await self._catalogue.changes(self._since, CHANGES_AT_MOST)
         now, due = dict[str, tuple[int, bool]](), list[str]()
         for name, generation in changes:

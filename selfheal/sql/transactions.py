@@ -28,7 +28,7 @@ def within(
     backend: Backend,
     unavailable: Callable[[BaseException], DatabaseUnavailable],
 ) -> Write:
-    """Return what runs work in the caller's transaction; it must not commit every statement."""
+    """Return what runs work in the caller's transaction: `DatabaseUnavailable` if each statement is committed."""
 
     async def write(work: Callable[[AsyncConnection], Awaitable[Any]], /) -> Any:
         try:
