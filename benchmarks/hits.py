@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .data import KIB, MIB, migrate, sqlite
+from .data import KIB, MIB, migrate, sqlite, warm
 from .measure import Contest, Measures, Run, Unavailable, experiment
 from .servers import PREFIX, Server, granian, loading, nginx, peer, script, uvicorn, wrk
 
@@ -101,7 +101,7 @@ def on_uvicorn(run: Run) -> Iterator[Contest]:
     )  # fmt: skip
 
 
-@experiment("Hits on granian, which sends files by path, 64 connections")
+@experiment("Hits on granian, 64 connections")
 def on_granian(run: Run) -> Iterator[Contest]:
     """One worker each."""
     wants = {size: {"StaticFiles on granian": "≥ 5" if size == "4 KiB" else "> 1"} for size in SIZES}
@@ -141,8 +141,24 @@ def beside_a_flood(run: Run) -> Iterator[Contest]:
         yield run.contest("4 KiB hits", "p99 ms", turns, wants={"alone": "≤ 2"}, subject="with the flood")
 
 
+@experiment("Hits while 10 clients download a file of 1.5 GB as fast as they can")
+def beside_large_files(run: Run) -> Iterator[Contest]:
+    """The file has no bytes on the disk, and is in the page cache."""
+    with uploads() as (directory, database):
+        with (directory / "large.mp4").open("wb") as large:
+            large.truncate(1_500_000_000)
+        warm(directory)
+        with uvicorn("ours", directory=directory, database=database, adopt=0) as server:
+            yield run.contest(
+                "4 KiB hits",
+                "p99 ms",
+                beside(run, server, f"{PREFIX}/large.mp4", "with downloads", connections=10),
+                subject="with downloads",
+            )
+
+
 def beside(
-    run: Run, server: Server, path: str, name: str, lua: str | None = None, nice: int = 0
+    run: Run, server: Server, path: str, name: str, lua: str | None = None, nice: int = 0, connections: int = 64
 ) -> dict[str, Callable[[], Measures]]:
     """Return two tasks: hits alone, and (under `name`) hits during another load."""
     seconds = run.pick(5, 2)
@@ -151,7 +167,7 @@ def beside(
         return wrk(server.url(path_of("4 KiB")), seconds=seconds)
 
     def together() -> Measures:
-        with loading(server.url(path), seconds=seconds + 60, lua=lua, nice=nice):
+        with loading(server.url(path), seconds=seconds + 60, connections=connections, lua=lua, nice=nice):
             return alone()
 
     alone()

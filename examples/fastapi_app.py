@@ -17,17 +17,20 @@ from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from selfheal import (
+    IMAGE_EXTENSIONS,
     DatabaseUnavailable,
     InvalidName,
     NotStored,
     Record,
     SelfHealMiddleware,
     Settings,
+    UploadPolicy,
     UploadRefused,
     UploadStore,
 )
 
 uploads = UploadStore.from_env()
+uploads.policy = UploadPolicy(extensions=IMAGE_EXTENSIONS | {"svg"})  # only selfheal serves them, without their scripts
 PREFIX = Settings.from_env().prefix
 
 

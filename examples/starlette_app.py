@@ -20,17 +20,20 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from selfheal import (
+    IMAGE_EXTENSIONS,
     DatabaseUnavailable,
     InvalidName,
     NotStored,
     Record,
     SelfHealMiddleware,
     Settings,
+    UploadPolicy,
     UploadRefused,
     UploadStore,
 )
 
 uploads = UploadStore.from_env()
+uploads.policy = UploadPolicy(extensions=IMAGE_EXTENSIONS | {"svg"})  # only selfheal serves them, without their scripts
 PREFIX = Settings.from_env().prefix
 
 

@@ -4,18 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .content.content_types import IMAGE_EXTENSIONS
     from .content.policy import UploadPolicy
     from .db import ImageStorage
     from .errors import (
         CorruptBlob,
         DatabaseUnavailable,
         DiskUnwritable,
+        ForeignTables,
         InvalidName,
         MissingExtra,
         NotStored,
         SchemaError,
         SelfHealError,
         SettingsError,
+        UnstorableName,
         UploadIncomplete,
         UploadRefused,
         UploadTooLarge,
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
     from .store import Saved, UploadStore
 
 __all__ = [
+    "IMAGE_EXTENSIONS",
     "CorruptBlob",
     "DatabaseUnavailable",
     "DiskUnwritable",
     "Event",
+    "ForeignTables",
     "ImageStorage",
     "InvalidName",
     "Kind",
@@ -45,6 +50,7 @@ __all__ = [
     "SelfHealMiddleware",
     "Settings",
     "SettingsError",
+    "UnstorableName",
     "UploadIncomplete",
     "UploadPolicy",
     "UploadRefused",

@@ -1,44 +1,50 @@
 """ImageStorage: the database. It keeps records, their history, and blobs; the record is the one commit point."""
 
-import hashlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
-from sqlalchemy import func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
 from . import names
-from .aio.streams import prefetch
 from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .blobs.blob_store import READ_AT_ONCE, BlobStore
 from .blobs.database import DatabaseBlobs
-from .content.content_types import content_type as type_of
-from .content.digests import Digests, update_all
+from .blobs.versions import GRACE, Versions
+from .content.digests import Digests
 from .content.sources import Source
-from .errors import CorruptBlob, DatabaseUnavailable, NotStored
+from .errors import DatabaseUnavailable, UnstorableName
 from .sql.backends import url_of
 from .sql.catalogue import Catalogue
+from .sql.changes import Changes
 from .sql.engine import Engine
-from .sql.models import Contents, Purged, Record, SmallFile, Version, to_utc
+from .sql.models import Contents, Purged, Record, SmallFile, Version, record_values
+from .sql.pool_limit import POOL_SIZE
 from .sql.record_writer import RecordWriter
 from .sql.schema import create_tables, define_tables
 from .sql.transactions import Write, within
 
-GRACE = timedelta(hours=24)  # how long blobs without a record are kept: longer than any upload
+
+class DatabaseOptions(TypedDict, total=False):
+    """Which tables: the app's own `metadata`, `table_prefix`, `schema`; and the most connections, `pool_size`."""
+
+    metadata: MetaData | None
+    table_prefix: str
+    schema: str | None
+    pool_size: int
 
 
 class ImageStorage:
     """The catalogue and its blobs, in the database of a URL or of the app's own engine. `timeout` (seconds) bounds
-    every statement; every method raises `DatabaseUnavailable` if there is no answer. `catalogue`, `blobs` and
-    `backend` are the inside: reads of many names, bytes, and what differs between databases.
+    every statement; every method raises `DatabaseUnavailable` if there is no answer. `catalogue`, `changes`, `blobs`,
+    `versions` and `backend` are the inside: reads of many names, their changes, bytes, and what databases differ in.
     """
 
     def __init__(
@@ -46,19 +52,31 @@ class ImageStorage:
         database: str | URL | AsyncEngine,
         *,
         metadata: MetaData | None = None,
+        table_prefix: str = "",
+        schema: str | None = None,
+        pool_size: int = POOL_SIZE,
         timeout: float = 4.0,
+        before_opening: Callable[[], None] = lambda: None,
         threads: Threads | None = None,
         tasks: Tasks | None = None,
     ) -> None:
         dialects = () if metadata is not None else (url_of(database).get_backend_name(),)
-        self.tables = define_tables(MetaData() if metadata is None else metadata, *dialects)
+        self.app_engine = database if isinstance(database, AsyncEngine) else None  # never closed here
+        self.tables = define_tables(
+            MetaData() if metadata is None else metadata, *dialects, table_prefix=table_prefix, schema=schema
+        )
         self._threads = threads or Threads()
         self._own_tasks = Tasks()
-        self._engine = Engine(database, self.tables, timeout=timeout, tasks=tasks or self._own_tasks)
-        self.backend = self._engine.backend
+        tasks = tasks or self._own_tasks
+        self._engine = Engine(
+            database, self.tables, pool_size=pool_size, timeout=timeout, tasks=tasks, before_opening=before_opening
+        )
+        self.backend, self.share_connections = self._engine.backend, self._engine.share_connections
         self._records = RecordWriter(self.tables, self.backend)
         self.catalogue = Catalogue(self._engine, self.tables)
+        self.changes = Changes(self._engine, self.tables)
         self.blobs: BlobStore = DatabaseBlobs(self._engine, self.tables, self._threads)
+        self.versions = Versions(self._engine, self._records, self.blobs)
 
     @property
     def url(self) -> URL:
@@ -102,11 +120,7 @@ class ImageStorage:
 
     async def digest(self, version: Contents) -> str:
         """Return the SHA-256 of the stored bytes; the recorded one may differ. Raises `CorruptBlob`."""
-        whole = hashlib.sha256()
-        async with aclosing(prefetch(self.blobs.read(version))) as batches:
-            async for chunks in batches:
-                await self._threads.run(update_all, whole, chunks)
-        return whole.hexdigest()
+        return await self.blobs.digest(version)
 
     async def history(self, name: str) -> list[Version]:
         """Return the versions of a name, newest first."""
@@ -129,12 +143,14 @@ class ImageStorage:
         modified_ns: int | None = None,
         known: Digests | None = None,
         only_new: bool = False,
+        over: int | None = None,
         connection: AsyncConnection | AsyncSession | None = None,
     ) -> Record:
         """Store bytes under a name and return its record; storing the same bytes again changes nothing.
 
         The bytes must have the `known` digests (`FileChanged`). With `only_new`, a name that has a record or a
-        tombstone keeps it. With `connection` everything is part of the caller's transaction. Raises `InvalidName`.
+        tombstone keeps it; with `over`, one of another generation does. With `connection` everything is part of the
+        caller's transaction. Raises `InvalidName`.
         """
         names.check(name)
         is_own = connection is None
@@ -143,13 +159,13 @@ class ImageStorage:
         )
         received = await self.blobs.put(write, data, known, in_transaction=not is_own)
         modified_ns = time.time_ns() if modified_ns is None else modified_ns
-        values = _record_values(name, received.sha256, received.size, modified_ns)
+        values = record_values(name, received.sha256, received.size, modified_ns)
         if content_type is not None:
             values["content_type"] = content_type
 
         async def work(connection: AsyncConnection) -> Record:
             # every transaction locks in this order (record, history, blob, chunks), so that none wait in a circle
-            record = await self._records.put(connection, values, only_new=only_new)
+            record = await self._records.put(connection, values, over=0 if only_new else over)
             if is_own:
                 await self.backend.limit_lock_waits(connection)
             await self.blobs.finish(connection, received)
@@ -159,12 +175,12 @@ class ImageStorage:
         return record
 
     async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
-        """Store files under new names in one transaction; return the names that have these bytes now."""
+        """Store files under new names; return the names that have these bytes now: not those it cannot hold."""
         if not files:
             return set()
         by_name = {names.check(file.name): file for file in files}
         values = [
-            _record_values(name, file.digests.whole, file.size, file.modified_ns)
+            record_values(name, file.digests.whole, file.size, file.modified_ns)
             for name, file in sorted(by_name.items())
         ]
 
@@ -173,16 +189,13 @@ class ImageStorage:
             await self.backend.limit_lock_waits(connection)
             await self.blobs.put_files(connection, files)
 
-        await self._engine.write(work)
+        try:
+            await self._engine.write(work)
+        except UnstorableName:
+            half = len(files) // 2  # the others are stored without the name that does not fit
+            return await self.store_many(files[:half]) | await self.store_many(files[half:]) if half else set()
         stored = await self.catalogue.digests(by_name)
         return {name for name, file in by_name.items() if stored.get(name) == file.digests.whole}
-
-    async def mend(self, record: Record, data: Source) -> None:
-        """Write the bytes of a record again. Raises `CorruptBlob`, and changes nothing, if `data` are other bytes."""
-        received = await self.blobs.put(self._engine.write, data)
-        if received.sha256 != record.sha256:
-            raise CorruptBlob(record.name, "the given bytes are not the recorded ones")
-        await self._engine.write(lambda connection: self.blobs.finish(connection, received))
 
     async def bury(self, name: str) -> Record | None:
         """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record."""
@@ -190,36 +203,8 @@ class ImageStorage:
 
     async def undo(self, name: str, generation: int | None = None) -> Record:
         """Undo the last overwrite or deletion, or go back to `generation`. Raises `NotStored` if it is not there."""
-
-        async def work(connection: AsyncConnection) -> Record:
-            record = await self._records.lock(connection, name)
-            if record is None:
-                raise NotStored(f"{name!r} is not in the database; there is nothing to undo")
-            await self.backend.limit_lock_waits(connection)
-            version = await self._records.earlier(connection, record, generation)
-            if version is None:
-                raise NotStored(f"{name!r} has no such earlier version; `selfheal history` lists them")
-            if not await self.blobs.keep(connection, version.sha256):
-                raise NotStored(f"the bytes of {name!r}, generation {version.generation}, were purged")
-            return await self._records.change(connection, record, version)
-
-        return await self._engine.write(work)
+        return await self.versions.undo(name, generation)
 
     async def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
         """Drop history older than `keep`, then the blobs that nothing refers to and that are older than `grace`."""
-
-        async def work(connection: AsyncConnection) -> Purged:
-            now = to_utc((await connection.execute(select(func.now()))).scalar_one())
-            versions = await self._records.drop_history(connection, now - keep)
-            await self.backend.limit_lock_waits(connection)
-            blobs, size = await self.blobs.drop_unreferenced(connection, self._records.referenced(), now - grace)
-            if dry_run:
-                await connection.rollback()
-            return Purged(versions, blobs, size)
-
-        return await self._engine.write(work)
-
-
-def _record_values(name: str, sha256: str, size: int, modified_ns: int) -> dict[str, Any]:
-    kind = type_of(name)
-    return {"name": name, "sha256": sha256, "size": size, "content_type": kind, "modified_ns": modified_ns}
+        return await self.versions.purge(keep, grace, dry_run=dry_run)

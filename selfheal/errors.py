@@ -25,12 +25,20 @@ class InvalidName(SelfHealError, ValueError):
         self.why = why
 
 
+class UnstorableName(SelfHealError, ValueError):
+    """The database's encoding cannot hold the name, which so has no record; a database in UTF8 holds all names."""
+
+
 class DatabaseUnavailable(SelfHealError):
     """The database gave no answer (down, slow, locked, damaged): the name is *unknown*, which is never *absent*."""
 
 
 class SchemaError(DatabaseUnavailable):
     """The tables are missing, or of another version; run `selfheal migrate`."""
+
+
+class ForeignTables(SchemaError, SettingsError):
+    """A table has one of our names and belongs to another app; nothing was changed."""
 
 
 class CorruptBlob(SelfHealError):

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     UNDONE = "undone"
     ADOPTED = "adopted"
     REMOVED = "removed"
+    SET_ASIDE = "set_aside"
     QUARANTINED = "quarantined"
 
 

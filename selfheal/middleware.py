@@ -16,7 +16,8 @@ from .healing.restore import is_broken
 from .http.headers import RETRY_AFTER, Headers, error_messages, never_stored
 from .http.hit_cache import HitCache
 from .http.lifespan import run_lifespan
-from .http.sending import Responder
+from .http.prefix import Prefix
+from .http.sending import Responder, send_all, send_pieces
 from .settings import DEFAULT_PREFIX, Settings, check_prefix
 from .store import UploadStore
 
@@ -50,11 +51,11 @@ class SelfHealMiddleware:
             prefix = Settings.from_env().prefix
         self.app = app
         self.store = store or UploadStore.from_env()
-        self._prefix = check_prefix(prefix)
-        self._below = f"{self._prefix}/"
+        self._prefix = Prefix(check_prefix(prefix))
+        self._below = self._prefix.below
         self._adopt = adopt
         self._responder = Responder(cache_control)
-        self._hit_cache = HitCache(self.store.disk, self._responder)
+        self._hit_cache = HitCache(self.store.disk, self._responder, self.store.background.judged)
         self._cached_answer = self._hit_cache.answer if serve else lambda _scope: None
         self._respond = self._serve if serve else self._hand_on
         self._restorer = self.store.restorer
@@ -73,9 +74,11 @@ class SelfHealMiddleware:
         now = time.monotonic()
         if now >= self._follow_from:
             self._follow_from = now + CALL_EVERY
-            self._background.follow()
+            self._background.follow(adopt=self._adopt)
         path = scope["path"]
-        if self._below not in path and _OURS not in path:  # faster than to find out where the path begins
+        if self._below not in path and _OURS not in path and not scope.get("root_path"):
+            if not self._prefix.is_settled:  # all this is faster than to find out where the path begins
+                self._prefix.note_miss(scope)
             await self.app(scope, receive, send)
             return
         answer = self._cached_answer(scope)
@@ -83,22 +86,28 @@ class SelfHealMiddleware:
             await self._find_name(scope, receive, send)
             return
         entry, start, body = answer
-        await send(start)
-        await send(body)
+        try:
+            await send(start)
+            await send(body)
+        except OSError:
+            return  # the client is gone (ASGI 2.4)
         self._events.emit(_HIT, entry.name, entry.size)
         self._background.hit(entry.name, entry.identity, adopt=self._adopt)
 
     async def _find_name(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, root = scope["path"], scope.get("root_path")
-        if root and path.startswith(f"{root}/"):
-            path = path[len(root) :]
-        if not path.startswith(self._below) or scope["method"] not in ("GET", "HEAD"):
+        path = self._prefix.path_in(scope)
+        is_below = path.startswith(self._below)
+        if is_below:
+            self._prefix.is_settled = True
+        elif not self._prefix.is_settled:
+            self._prefix.note_miss(scope)
+        if not is_below or scope["method"] not in ("GET", "HEAD"):
             if _OURS in path:
                 await self._refuse(scope, send, 404)
             else:
                 await self.app(scope, receive, send)
             return
-        name = names.from_path(path, self._prefix, scope.get("raw_path"))
+        name = names.from_path(path, self._prefix.path, scope.get("raw_path"))
         if name is not None:
             await self._answer(scope, receive, send, name)
         elif _OURS in path:
@@ -122,8 +131,15 @@ class SelfHealMiddleware:
             await self._refuse_failed(scope, receive, send, name, error)
             return None
         if body is None:
-            await self.app(scope, receive, never_stored(send))
+            await self._pass_on(scope, receive, never_stored(send), name, 404)
         return body
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, name: str, status: int) -> None:
+        """Let the wrapped app answer, unless it would serve a file that is known to be wrong."""
+        if await self._restorer.is_distrusted(name):
+            await self._refuse(scope, send, status)
+        else:
+            await self.app(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, name: str, body: OpenFile | Body) -> bool:
         try:
@@ -146,7 +162,7 @@ class SelfHealMiddleware:
         if len(first) == plan.stop - plan.start:
             file.close()  # a slow client of a small file holds no descriptor
         try:
-            await self._responder.send_file(scope, receive, send, file, plan, first)
+            await send_pieces(receive, send, plan, file, first)
         except ReadFailed as error:
             if is_broken(error):
                 await self._restorer.set_aside_unreadable(name)
@@ -163,7 +179,7 @@ class SelfHealMiddleware:
             return False
         finally:
             body.close()
-        await self.app(scope, receive, never_stored(send))
+        await self._pass_on(scope, receive, never_stored(send), name, 503)
         return True
 
     async def _refuse_failed(self, scope: Scope, receive: Receive, send: Send, name: str, error: Exception) -> None:
@@ -183,5 +199,4 @@ class SelfHealMiddleware:
 
     async def _refuse(self, scope: Scope, send: Send, status: int) -> None:
         more: Headers = [(b"retry-after", RETRY_AFTER)] if status == 503 else []
-        for message in error_messages(status, is_head=scope["method"] == "HEAD", more=more):
-            await send(message)
+        await send_all(send, error_messages(status, is_head=scope["method"] == "HEAD", more=more))

@@ -1,27 +1,38 @@
-"""Settings: the directory, the database, the URL prefix. `from_env` is the only reader of the environment."""
+"""Settings: the directory, the database, the URL prefix and more. `from_env` is the only reader of the environment."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from .errors import SettingsError
-from .sql.backends import backend_of, database_url
+from .sql.backends import backend_of, database_url, url_of
+from .sql.pool_limit import POOL_SIZE, check_pool_size
+from .sql.table_names import check_schema, check_table_prefix
 
 DEFAULT_DIRECTORY = "app/static/uploads"
 DEFAULT_DATABASE = "sqlite+aiosqlite:///selfheal.db"
 DEFAULT_PREFIX = "/static/uploads"
+SETTLED_AFTER = 3.0  # seconds without a change after which a file counts as complete
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The directory, the database and the URL prefix. Raises `SettingsError` if one of them cannot be used."""
+    """What a store and its middleware need. Raises `SettingsError` if a value cannot be used."""
 
     directory: Path = Path(DEFAULT_DIRECTORY)
     database: str = DEFAULT_DATABASE
     prefix: str = DEFAULT_PREFIX
+    table_prefix: str = ""
+    schema: str | None = None
+    pool_size: int = POOL_SIZE
+    settled_after: float = SETTLED_AFTER
 
     def __post_init__(self) -> None:
         directory = Path(self.directory).absolute()
@@ -29,11 +40,13 @@ class Settings:
             raise SettingsError(f"the uploads directory cannot be {directory}; name a directory of its own")
         if directory.exists() and not directory.is_dir():
             raise SettingsError(f"{directory} is not a directory")
-        file = self.database_file
-        if file is not None and file.resolve().is_relative_to(directory.resolve()):
-            raise SettingsError(f"the database {file} is in the directory that is served; move it elsewhere")
+        url = refuse_served_database(self.database, directory)
+        check_table_prefix(self.table_prefix)
+        check_pool_size(self.pool_size)
+        backend_of(url).check_schema(check_schema(self.schema))
         object.__setattr__(self, "directory", directory)
         object.__setattr__(self, "prefix", check_prefix(self.prefix))
+        object.__setattr__(self, "settled_after", check_seconds(self.settled_after))
 
     @property
     def database_file(self) -> Path | None:
@@ -49,12 +62,25 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read `SELFHEAL_DIRECTORY`, `SELFHEAL_DATABASE_URL` (then `DATABASE_URL`) and `SELFHEAL_PREFIX`."""
+        """Read the variables that begin with `SELFHEAL_`, and `DATABASE_URL`; docs/commands.md lists them."""
         return cls(
             directory=Path(environ.get("SELFHEAL_DIRECTORY") or DEFAULT_DIRECTORY),
             database=environ.get("SELFHEAL_DATABASE_URL") or environ.get("DATABASE_URL") or DEFAULT_DATABASE,
             prefix=environ.get("SELFHEAL_PREFIX") or DEFAULT_PREFIX,
+            settled_after=check_seconds(environ.get("SELFHEAL_SETTLED_AFTER") or SETTLED_AFTER),
+            table_prefix=environ.get("SELFHEAL_TABLE_PREFIX") or "",
+            schema=environ.get("SELFHEAL_SCHEMA") or None,
+            pool_size=check_pool_size(environ.get("SELFHEAL_POOL_SIZE") or POOL_SIZE),
         )
+
+
+def refuse_served_database(database: str | URL | AsyncEngine, directory: Path) -> URL:
+    """Return the URL of a database; raise `SettingsError` if its file is inside the uploads directory."""
+    url = url_of(database)
+    file = backend_of(url).file(url)
+    if file is not None and file.resolve().is_relative_to(directory.resolve()):  # its journals are beside it
+        raise SettingsError(f"the database {file} is in the directory that is served; move it elsewhere")
+    return url
 
 
 def check_prefix(prefix: str) -> str:
@@ -63,3 +89,11 @@ def check_prefix(prefix: str) -> str:
     if not bare.startswith("/") or bare.endswith("/") or "//" in bare or "%" in bare:
         raise SettingsError(f"the prefix {prefix!r} must be a decoded path like {DEFAULT_PREFIX}")
     return bare
+
+
+def check_seconds(seconds: float | str) -> float:
+    """Return the seconds after which a file counts as complete; raise `SettingsError` unless they are 0 to 3,600."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(seconds) <= 3600:
+            return float(seconds)
+    raise SettingsError(f"a file cannot count as complete after {seconds!r} seconds; give a number from 0 to 3600")

@@ -2,24 +2,25 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, Unpack
 from uuid import uuid4
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.schema import MetaData
 
 from . import names
 from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .content.policy import UploadPolicy
 from .content.sources import Readable, Source, read_chunks
-from .db import ImageStorage
+from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
 from .errors import NotStored
 from .events import Events, Kind, Listener
+from .exclusions import Exclusions
 from .healing.background import BackgroundChecks
 from .healing.changes import Follower
 from .healing.disk_copies import DiskCopies
@@ -27,9 +28,11 @@ from .healing.publish import Publisher
 from .healing.reconcile import Reconciler
 from .healing.restore import Restorer
 from .healing.saving import Saver
-from .settings import Settings
+from .settings import SETTLED_AFTER, Settings, check_seconds, refuse_served_database
 from .sql.models import Record
+from .sql.table_names import TableClaim
 
+DEADLINE = 5.0  # seconds after which a missing file is unknown
 CLOSING_GRACE = 20.0  # seconds that running tasks get when the store closes
 
 
@@ -53,6 +56,11 @@ class UploadStore:
 
     `database` is a URL or the app's own `AsyncEngine`. The store opens with the app's lifespan, or at first use.
     `policy` is what `save_uploaded_file` accepts; `deadline`: seconds after which a missing file is unknown.
+    `exclude`: globs of files that are not taken from the disk into the database, besides dotfiles and other litter.
+    `settled_after`: seconds without a change after which a file on disk counts as complete; by default 3.
+    `table_prefix` and `schema` keep the tables of several stores in one database apart; `metadata` may have them.
+    `pool_size` is the most connections that a process opens; half of them stay open while idle.
+    The directory is made at once, for apps that mount it as they start (`StaticFiles`), unless it needs a marker.
     `disk`, `restorer`, `reconciler` and `background` are the inside: the middleware and the bulk runs call them.
     """
 
@@ -62,18 +70,19 @@ class UploadStore:
         database: str | URL | AsyncEngine,
         *,
         policy: UploadPolicy | None = None,
-        metadata: MetaData | None = None,
-        deadline: float = 5.0,
+        deadline: float = DEADLINE,
         quarantine: str | os.PathLike[str] | None = None,
         require_marker: bool = False,
-        file_mode: int = 0o644,
-        directory_mode: int = 0o755,
+        file_mode: int | None = None,
+        directory_mode: int | None = None,
+        exclude: Iterable[str] = (),
+        settled_after: float | None = None,
+        make_directory: bool = True,
         listeners: Iterable[Listener] = (),
+        **options: Unpack[DatabaseOptions],
     ) -> None:
-        self.policy = policy or UploadPolicy()
-        self.events = Events(listeners)
-        self.tasks = Tasks()
-        self.threads = Threads()
+        self.policy, self.exclusions, self.events = policy or UploadPolicy(), Exclusions(exclude), Events(listeners)
+        self.tasks, self.threads = Tasks(), Threads()
         self.disk = UploadsDirectory(
             directory,
             file_mode=file_mode,
@@ -82,24 +91,49 @@ class UploadStore:
             require_marker=require_marker,
             threads=self.threads,
         )
+        self._claim = TableClaim(refuse_served_database(database, self.disk.path), options, self.disk.path)
         self.database = ImageStorage(
-            database, metadata=metadata, timeout=deadline * 0.8, threads=self.threads, tasks=self.tasks
+            database,
+            **options,
+            timeout=deadline * 0.8,
+            before_opening=self._claim.take,
+            threads=self.threads,
+            tasks=self.tasks,
         )
-        publisher = Publisher(self.disk)
-        copies = DiskCopies(self.disk, self.database, publisher, self.events)
-        self.restorer = Restorer(
-            self.disk, self.database, publisher, copies, self.events, self.tasks, deadline=deadline
-        )
-        self.reconciler = Reconciler(self.disk, self.database, copies, self.events, self.tasks)
-        self.background = BackgroundChecks(self.disk, self.reconciler, Follower(self.database.catalogue), self.tasks)
-        healing = (publisher, copies, self.restorer, self.reconciler, self.background)
-        self._saver = Saver(self.disk, self.database, *healing, self.events, self.tasks)
+        self._set_up_healing(deadline, SETTLED_AFTER if settled_after is None else settled_after)
+        if make_directory:
+            self.disk.prepare()
+
+    def _set_up_healing(self, deadline: float, settled_after: float) -> None:
+        self.settled_after = check_seconds(settled_after)
+        both, publisher = (self.disk, self.database), Publisher(self.disk)
+        copies = DiskCopies(*both, publisher, self.events)
+        self.restorer = Restorer(*both, publisher, copies, self.events, self.tasks, deadline=deadline)
+        parts = (*both, copies, self.events, self.tasks)
+        self.reconciler = Reconciler(*parts, exclusions=self.exclusions, settled_after=self.settled_after)
+        follower = Follower(self.database, self.disk)
+        self.background = BackgroundChecks(self.disk, self.reconciler, copies, follower, self.events, self.tasks)
+        healing = (*both, publisher, copies, self.restorer, self.reconciler, self.background)
+        self._saver = Saver(*healing, self.events, self.tasks)
 
     @classmethod
     def from_env(cls) -> Self:
         """Make a store from the environment; see `Settings.from_env`. Raises `SettingsError`."""
-        settings = Settings.from_env()
-        return cls(settings.directory, settings.database)
+        return cls.from_settings(Settings.from_env())
+
+    @classmethod
+    def from_settings(cls, settings: Settings, *, deadline: float = DEADLINE, make_directory: bool = True) -> Self:
+        """Make a store from settings that were read before."""
+        return cls(
+            settings.directory,
+            settings.database,
+            table_prefix=settings.table_prefix,
+            schema=settings.schema,
+            pool_size=settings.pool_size,
+            settled_after=settings.settled_after,
+            deadline=deadline,
+            make_directory=make_directory,
+        )
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -109,24 +143,27 @@ class UploadStore:
         await self.close()
 
     async def open(self) -> None:
-        """Remove what dead processes left behind. All else opens at first use; the database may be down."""
+        """Remove what dead processes left behind, and mark the disk as in use. The database may be down."""
+        self._claim.take()
         await self.threads.run(self.disk.sweep)
+        await self.threads.run(self.disk.marked_ns)
 
     async def close(self) -> None:
         """Wait up to 20 s for running tasks, then close connections, threads and descriptors."""
         await self.tasks.drain(CLOSING_GRACE)
         await self.database.close()
         self.disk.close()
+        self._claim.release()
 
     async def save_uploaded_file(self, upload: Upload, *, folder: str = "") -> Saved:
-        """Save an upload under a UUID with its own extension, in `folder` if one is given.
+        """Save an upload under a UUID, with the extension of its true type, in `folder` if one is given.
 
         Raises `UploadRefused` (its `status` is 413, 415 or 422) if it breaks the policy, and what `save` raises.
         """
-        extension = self.policy.check_extension(upload.filename or "")
-        name = f"{uuid4().hex}.{extension}" if extension else uuid4().hex
-        source = self.policy.checked(extension, read_chunks(upload, self.threads))
-        return await self.save(f"{folder}/{name}" if folder else name, source)
+        async with aclosing(read_chunks(upload, self.threads)) as chunks:
+            extension, source = await self.policy.check(upload.filename or "", chunks)
+            name = f"{uuid4().hex}.{extension}" if extension else uuid4().hex
+            return await self.save(f"{folder}/{name}" if folder else name, source)
 
     async def save(
         self, name: str, source: Source, *, connection: AsyncConnection | AsyncSession | None = None

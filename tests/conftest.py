@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfheal import ImageStorage, UploadStore
+from selfheal.sql.table_names import TableClaim
 from tests.support.faults import BrokenDisk
 from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.requirements import NOT_INSTALLED
@@ -60,6 +61,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(autouse=True)
+def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as complete at once; tests about that choose a time of their own."""
+    monkeypatch.setattr("selfheal.store.SETTLED_AFTER", 0.0)
+    monkeypatch.setenv("SELFHEAL_SETTLED_AFTER", "0")
+
+
 # -- databases --------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +96,16 @@ def postgres_url(postgres: PostgresServer, postgres_database: str) -> Iterator[s
 
 
 @pytest.fixture
+def limited_url(postgres: PostgresServer, postgres_database: str, postgres_url: str) -> Iterator[str]:
+    """An empty PostgreSQL database, for a role that may have 5 connections."""
+    postgres.sql(f"CREATE ROLE few LOGIN CONNECTION LIMIT 5; GRANT ALL ON DATABASE {postgres_database} TO few")
+    postgres.sql("GRANT ALL ON SCHEMA public TO few", postgres_database)
+    yield postgres_url.replace("postgres@", "few@")
+    postgres.empty(postgres_database)
+    postgres.sql(f"REVOKE ALL ON DATABASE {postgres_database} FROM few; DROP ROLE few")
+
+
+@pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """A new SQLite database for one test, outside the uploads directory."""
     return f"sqlite+aiosqlite:///{tmp_path}/catalogue.db"
@@ -100,6 +118,13 @@ def database_url(request: pytest.FixtureRequest) -> str:
 
 
 # -- stores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nodes_in_one_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stores of one process share tables: tests of several nodes do. `claimed_tables` turns this off."""
+    if "claimed_tables" not in request.fixturenames:
+        monkeypatch.setattr(TableClaim, "take", lambda _claim: None)
 
 
 @pytest.fixture

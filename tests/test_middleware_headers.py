@@ -6,12 +6,15 @@ import itertools
 from pathlib import Path
 
 import pytest
+from starlette.types import ASGIApp
 
 from selfheal import UploadStore
 from tests.support.asgi import Wrapped, ask
-from tests.support.middleware import LARGE, PREFIX, put, wrapping
+from tests.support.files import MODIFIED_NS, write_file
+from tests.support.middleware import LARGE, PICTURE, PREFIX, put, wrapping
 from tests.support.raw_sql import sql
 
+IMMUTABLE = "public, max-age=31536000, immutable"
 HIDDEN = (f"{PREFIX}/absent.png", f"{PREFIX}/%2e%2e/x", f"{PREFIX}/.hidden", f"{PREFIX}/", f"{PREFIX}//a")
 
 
@@ -50,7 +53,7 @@ async def test_scripts_are_sandboxed(sqlite_store: UploadStore, on_disk: bool) -
         if not on_disk:
             paths[name].unlink()
         answer = await ask(wrapping(sqlite_store, True), f"{PREFIX}/{name}", method=method, headers=headers)
-        policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'"
+        policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:"
         assert (answer.status, answer.headers["content-security-policy"]) == (status, policy), name
         assert answer.headers["x-content-type-options"] == "nosniff"
 
@@ -80,10 +83,16 @@ async def test_never_sniffed(sqlite_store: UploadStore, sqlite_url: str, tmp_pat
     await dead.close()
 
 
+async def compared(app: ASGIApp, store: UploadStore, name: str) -> None:
+    """Request a file, and wait until it was compared with its record."""
+    await ask(app, f"{PREFIX}/{name}")
+    await store.tasks.drain(10)
+
+
 async def test_own_cache_control(sqlite_store: UploadStore) -> None:
     """The option is sent with 200, 206 and 304, from disk and from the database; all else is `no-store`."""
     path = await put(sqlite_store, "a.png")
-    app = wrapping(sqlite_store, True, cache_control="public, max-age=31536000, immutable")
+    app = wrapping(sqlite_store, True, cache_control=IMMUTABLE)
     for headers, status in (
         ([], 200),
         ([("Range", "bytes=0-3")], 206),
@@ -92,9 +101,55 @@ async def test_own_cache_control(sqlite_store: UploadStore) -> None:
         ([("Range", "bytes=9999-")], 416),
     ):
         for on_disk in (True, False):
-            if not on_disk:
+            if on_disk:
+                await compared(app, sqlite_store, "a.png")
+            else:
                 path.unlink()
             answer = await ask(app, f"{PREFIX}/a.png", headers=headers)
-            expected = "public, max-age=31536000, immutable" if status in (200, 206, 304) else "no-store"
+            expected = IMMUTABLE if status in (200, 206, 304) else "no-store"
             assert (answer.status, answer.headers["cache-control"]) == (status, expected)
     assert (await ask(app, f"{PREFIX}/absent.png")).headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("data", [b"", PICTURE[:100], PICTURE[:-1], LARGE], ids=["empty", "short", "shorter", "longer"])
+async def test_no_caching_of_a_copy_that_was_not_compared(sqlite_store: UploadStore, data: bytes) -> None:
+    """A damaged copy is served without the option, for every status, until it is healed; then with it."""
+    path = await put(sqlite_store, "a.png")
+    app = wrapping(sqlite_store, True, cache_control=IMMUTABLE)
+    for headers in ([], [("Range", "bytes=0-3")], [("If-None-Match", "*")]):
+        write_file(path, data)
+        answer = await ask(app, f"{PREFIX}/a.png", headers=headers)
+        assert answer.status in (200, 206, 304)
+        assert "cache-control" not in answer.headers
+        await sqlite_store.tasks.drain(10)
+        assert path.read_bytes() == PICTURE
+    for _ in range(2):
+        await compared(app, sqlite_store, "a.png")
+    answer = await ask(app, f"{PREFIX}/a.png")
+    assert (answer.body, answer.headers["cache-control"]) == (PICTURE, IMMUTABLE)
+
+
+async def test_no_caching_without_a_database(broken_store: UploadStore) -> None:
+    """While no database can tell whether a copy is the recorded one, no answer has the option."""
+    write_file(broken_store.disk.path / "a.png", PICTURE)
+    app = wrapping(broken_store, True, cache_control=IMMUTABLE)
+    for _ in range(3):
+        answer = await ask(app, f"{PREFIX}/a.png")
+        assert (answer.status, answer.body) == (200, PICTURE)
+        assert "cache-control" not in answer.headers
+        await broken_store.tasks.drain(10)
+
+
+async def test_recorded_type_of_a_name_without_extension(sqlite_store: UploadStore) -> None:
+    """The recorded type is sent with a restored file at once, and with a hit once it was compared with its record."""
+    kind = "image/png"
+    await sqlite_store.database.store_image("avatar", PICTURE, content_type=kind, modified_ns=MODIFIED_NS)
+    app = wrapping(sqlite_store, True)
+    restored = await ask(app, f"{PREFIX}/avatar")
+    await compared(app, sqlite_store, "avatar")
+    for _ in range(3):
+        assert (await ask(app, f"{PREFIX}/avatar")).headers == restored.headers
+    assert restored.headers["content-type"] == kind
+    fresh = wrapping(UploadStore(sqlite_store.disk.path, sqlite_store.database.url), True)
+    assert (await ask(fresh, f"{PREFIX}/avatar")).headers["content-type"] == "application/octet-stream"
+    await fresh.store.close()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from selfheal import SelfHealMiddleware, UploadStore
 from tests.support.asgi import Wrapped, ask, ask_and_leave, scope_of
@@ -61,6 +66,74 @@ async def test_base_http_middleware_around_a_client_that_disconnects(sqlite_stor
     assert asyncio.all_tasks() == tasks
     assert open_below(sqlite_store.disk.path) == []
     assert (await ask(app, f"{PREFIX}/film.mp4")).body == FILM
+
+
+class OldGZip:
+    """Encodes as Starlette's GZipMiddleware does from 0.40 to 1.0: every body but one that says how it is encoded."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message = {}
+        body = b""
+
+        async def encoding(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message["body"]
+            if message.get("more_body", False):
+                return
+            headers = MutableHeaders(raw=start["headers"])
+            if "content-encoding" not in headers:
+                body = gzip.compress(body)
+                headers["content-encoding"], headers["content-length"] = "gzip", str(len(body))
+            await send(start)
+            await send({**message, "body": body})
+
+        is_wanted = "gzip" in Headers(scope=scope).get("accept-encoding", "")
+        await self.app(scope, receive, encoding if is_wanted else send)
+
+
+@pytest.mark.parametrize("around", [OldGZip, GZipMiddleware])
+@pytest.mark.parametrize("name", ["a.txt", "film.mp4"])
+@pytest.mark.parametrize("accepted", ["gzip", "GZIP;q=0.5, br", "gzip, deflate, br, zstd", "identity", None])
+async def test_gzip_around(
+    sqlite_store: UploadStore, around: Callable[[ASGIApp], ASGIApp], name: str, accepted: str | None
+) -> None:
+    """A part of a file is not encoded: its Content-Range would be wrong. The whole may be, and is the same after it."""
+    text = b"many words " * 100_000
+    path = await put(sqlite_store, name, text)
+    app = around(wrapping(sqlite_store, True))
+    asked = [] if accepted is None else [("Accept-Encoding", accepted)]
+    for on_disk in (True, False, True):
+        if not on_disk:
+            path.unlink()
+        part = await ask(app, f"{PREFIX}/{name}", headers=[("Range", "bytes=5-9999"), *asked])
+        assert (part.status, part.body) == (206, text[5:10_000])
+        assert part.headers.get("content-encoding", "identity") == "identity"
+        assert part.headers["content-length"] == "9995"
+        whole = await ask(app, f"{PREFIX}/{name}", headers=asked)
+        is_encoded = whole.headers.get("content-encoding") == "gzip"
+        assert (gzip.decompress(whole.body) if is_encoded else whole.body) == text
+
+
+async def test_identity_is_said_to_those_who_accept_codings(sqlite_store: UploadStore) -> None:
+    """Only a 206 for a client that accepts codings says `identity`: browsers ask for ranges without codings."""
+    await put(sqlite_store, "a.png")
+    app, part = wrapping(sqlite_store, True), ("Range", "bytes=0-9")
+    for headers, status, encoding in (
+        ([part, ("Accept-Encoding", "gzip")], 206, "identity"),
+        ([part, ("Accept-Encoding", "identity;q=1, *;q=0")], 206, None),
+        ([part, ("Accept-Encoding", "identity")], 206, None),
+        ([part], 206, None),
+        ([("Accept-Encoding", "gzip")], 200, None),
+        ([("Range", "bytes=99999-"), ("Accept-Encoding", "gzip")], 416, None),
+    ):
+        answer = await ask(app, f"{PREFIX}/a.png", headers=headers)
+        assert (answer.status, answer.headers.get("content-encoding")) == (status, encoding)
 
 
 async def test_base_http_middleware_inside(sqlite_store: UploadStore, serve: bool) -> None:

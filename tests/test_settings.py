@@ -14,7 +14,10 @@ from selfheal.settings import check_prefix
 from selfheal.sql.backends import backend_of, database_url
 from tests.support.postgres import PostgresServer
 
-VARIABLES = ("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SELFHEAL_PREFIX")
+VARIABLES = (
+    *("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SELFHEAL_PREFIX"),
+    *("SELFHEAL_TABLE_PREFIX", "SELFHEAL_SCHEMA", "SELFHEAL_POOL_SIZE", "SELFHEAL_SETTLED_AFTER"),
+)
 LIBPQ = {
     "nothing": "",
     "no TLS": "?sslmode=disable",
@@ -48,6 +51,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("postgres://u:p@h:5432/db", "postgresql+asyncpg"),
         ("postgresql://u:p@h:5432/db", "postgresql+asyncpg"),
         ("postgresql+asyncpg://u:p@h:5432/db", "postgresql+asyncpg"),
+        ("postgresql+psycopg://u:p@h:5432/db", "postgresql+asyncpg"),
+        ("postgresql+psycopg2://u:p@h:5432/db", "postgresql+asyncpg"),
         ("sqlite:///app.db", "sqlite+aiosqlite"),
         ("sqlite+aiosqlite:///app.db", "sqlite+aiosqlite"),
         ("sqlite://", "sqlite+aiosqlite"),
@@ -102,7 +107,8 @@ async def test_parameters_of_libpq(query: str, postgres: PostgresServer, postgre
         "mssql+pyodbc://u:secret@h/db",
         "oracle://u:secret@h/db",
         "mongodb://u:secret@h/db",
-        "postgresql+psycopg2://u:secret@h/db",
+        "mysql://u:secret@h/db",
+        "mariadb://u:secret@h/db",
         "http://u:secret@h/db",
     ],
 )
@@ -165,14 +171,24 @@ def test_an_empty_environment(here: Path) -> None:
     assert settings.directory == here / "app/static/uploads"
     assert settings.database == "sqlite+aiosqlite:///selfheal.db"
     assert settings.prefix == "/static/uploads"
+    assert settings.settled_after == 3.0
 
 
 def test_a_full_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directory, database and prefix come from the environment at the time of the call."""
+    """All settings come from the environment at the time of the call; a store has them too."""
     monkeypatch.setenv("SELFHEAL_DIRECTORY", "files")
     monkeypatch.setenv("SELFHEAL_DATABASE_URL", "postgres://h/db")
     monkeypatch.setenv("SELFHEAL_PREFIX", "/media")
-    assert Settings.from_env() == Settings(here / "files", "postgres://h/db", "/media")
+    monkeypatch.setenv("SELFHEAL_TABLE_PREFIX", "shop_")
+    monkeypatch.setenv("SELFHEAL_SCHEMA", "web")
+    monkeypatch.setenv("SELFHEAL_SETTLED_AFTER", "0")
+    expected = Settings(here / "files", "postgres://h/db", "/media", "shop_", "web", settled_after=0.0)
+    assert Settings.from_env() == expected
+    assert UploadStore.from_env().settled_after == 0.0
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///app.db")
+    monkeypatch.delenv("SELFHEAL_DATABASE_URL")
+    with pytest.raises(SettingsError, match="SQLite has no schema"):
+        Settings.from_env()
 
 
 @pytest.mark.parametrize(
@@ -196,6 +212,9 @@ def test_precedence_of_database_urls(environ: dict[str, str], database: str, her
         {"SELFHEAL_DATABASE_URL": "nonsense"},
         {"DATABASE_URL": "mssql://h/db"},
         {"SELFHEAL_PREFIX": "uploads"},
+        {"SELFHEAL_TABLE_PREFIX": "Shop-"},
+        {"SELFHEAL_SCHEMA": 'a"b'},
+        *({"SELFHEAL_SETTLED_AFTER": seconds} for seconds in ("soon", "-1", "nan", "inf", "3601")),
     ],
 )
 def test_a_bad_variable(environ: dict[str, str], here: Path) -> None:

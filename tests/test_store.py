@@ -17,7 +17,7 @@ from starlette.datastructures import UploadFile
 from selfheal import CorruptBlob, DatabaseUnavailable, UploadPolicy, UploadStore, UploadTypeRefused
 from selfheal.content.sources import CHUNK
 from selfheal.disk.root import MARKER
-from selfheal.disk.staged_file import TEMPORARY
+from selfheal.disk.temporary import TEMPORARY
 from selfheal.events import Event
 from tests.support.faults import BrokenDisk, locked_database
 from tests.support.open_files import assert_nothing_open_below, open_below
@@ -162,7 +162,7 @@ async def test_every_change_is_one_event_with_its_size(
         path.write_bytes(b"bytes that were never saved")
         os.utime(path, ns=(0, 0))
         await store.reconciler.check(NAME)
-        assert new_events() == [("quarantined", NAME, 0), ("restored", NAME, 3 * CHUNK)]
+        assert new_events() == [("set_aside", NAME, 27), ("restored", NAME, 3 * CHUNK)]
         store.disk.path_of("new.jpg").write_bytes(OLD)
         await store.adopt("new.jpg")
         assert new_events() == [("adopted", "new.jpg", len(OLD))]

@@ -16,10 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from selfheal import DatabaseUnavailable, NotStored, UploadStore
 from selfheal.content.digests import Digests
 from selfheal.sql.models import SmallFile
+from tests.support.disk_files import write_file
 from tests.support.faults import BrokenDisk
 from tests.support.store_requests import hit_and_settle, restored_bytes
-from tests.support.store_state import in_quarantine, on_disk, on_disk_and_in_database
-from tests.support.uploads import NAME, NEW, OLD
+from tests.support.store_state import in_quarantine, on_disk, on_disk_and_in_database, set_aside
+from tests.support.uploads import NAME, NEW, OLD, replace_file
 
 
 async def test_delete_leaves_a_tombstone_and_no_file(store: UploadStore) -> None:
@@ -65,12 +66,13 @@ async def test_delete_of_what_is_only_on_disk_can_be_undone(store: UploadStore) 
 
 
 async def test_delete_of_what_the_app_overwrote_keeps_its_bytes(store: UploadStore) -> None:
-    """Bytes that an app wrote over a file, and that are not adopted yet, go to quarantine."""
+    """Bytes that an app wrote over a file, and that are not adopted yet, become a version of the name."""
     saved = await store.save(NAME, OLD)
     saved.path.write_bytes(NEW)
     assert await store.delete(NAME) is True
     assert on_disk(store, NAME) is None
-    assert in_quarantine(store) == [NEW]
+    assert await set_aside(store, NAME) == [NEW]
+    assert in_quarantine(store) == []
     await store.undo(NAME)
     assert await on_disk_and_in_database(store, NAME) == OLD
 
@@ -87,15 +89,13 @@ async def test_delete_of_bytes_that_cannot_be_read_keeps_them(
     assert in_quarantine(sqlite_store) == [NEW]
 
 
-async def test_delete_of_a_file_that_looks_like_its_record_reads_none_of_it(
-    sqlite_store: UploadStore, broken_disk: BrokenDisk
-) -> None:
-    """A file with the record's mtime and size is taken for the recorded one, however large it is."""
-    await sqlite_store.save(NAME, OLD)
-    broken_disk.fail("pread", errno.EIO)
-    assert await sqlite_store.delete(NAME) is True
-    assert on_disk(sqlite_store, NAME) is None
-    assert in_quarantine(sqlite_store) == []
+async def test_delete_compares_every_byte_before_it_removes_a_file(store: UploadStore) -> None:
+    """A file with the record's mtime and size, but other bytes, is not taken for the recorded one."""
+    saved = await store.save(NAME, OLD)
+    replace_file(store, OLD.upper(), saved.modified_ns)
+    assert await store.delete(NAME) is True
+    assert on_disk(store, NAME) is None
+    assert await set_aside(store, NAME) == [OLD.upper()]
 
 
 async def test_delete_of_a_file_that_vanishes(sqlite_store: UploadStore, broken_disk: BrokenDisk) -> None:
@@ -201,7 +201,7 @@ async def test_a_copy_of_a_deleted_file_is_removed_after_its_first_hit(store: Up
     """A deploy puts back a deleted file: its first hit removes it, without quarantine, as the history has the bytes."""
     saved = await store.save(NAME, OLD)
     await store.delete(NAME)
-    saved.path.write_bytes(OLD)
+    write_file(saved.path, OLD)
     if keeps_time:
         os.utime(saved.path, ns=(saved.modified_ns, saved.modified_ns))
     await hit_and_settle(store, NAME)
@@ -229,19 +229,21 @@ async def test_the_very_same_file_is_removed_every_time(sqlite_store: UploadStor
     await hit_and_settle(sqlite_store, NAME)
     await sqlite_store.delete(NAME)
     for _ in range(2):
+        saved.path.parent.mkdir(exist_ok=True)
         os.link(kept, saved.path)
         await hit_and_settle(sqlite_store, NAME)
         assert on_disk(sqlite_store, NAME) is None
 
 
 async def test_bytes_unknown_to_the_history_are_set_aside(sqlite_store: UploadStore) -> None:
-    """At a deleted name, bytes that the history does not have go to quarantine."""
+    """At a deleted name, bytes that the history does not have become a version."""
     saved = await sqlite_store.save(NAME, OLD)
     await sqlite_store.delete(NAME)
-    saved.path.write_bytes(NEW)
+    write_file(saved.path, NEW)
     await hit_and_settle(sqlite_store, NAME)
     assert on_disk(sqlite_store, NAME) is None
-    assert in_quarantine(sqlite_store) == [NEW]
+    assert await set_aside(sqlite_store, NAME) == [NEW]
+    assert in_quarantine(sqlite_store) == []
     record = await sqlite_store.database.find(NAME)
     assert record is not None
     assert record.is_deleted
@@ -252,7 +254,7 @@ async def test_bytes_are_set_aside_if_the_history_cannot_be_read(store: UploadSt
     saved = await store.save(NAME, OLD)
     await store.save(NAME, NEW)
     await store.delete(NAME)
-    saved.path.write_bytes(OLD)
+    write_file(saved.path, OLD)
     async with engine.begin() as connection:
         await connection.execute(text("ALTER TABLE image_history RENAME TO image_history_away"))
     await store.reconciler.check(NAME)

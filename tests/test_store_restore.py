@@ -106,7 +106,7 @@ async def test_restore_to_a_disk_that_takes_no_file(sqlite_store: UploadStore, b
 
 async def test_a_file_that_is_only_on_disk_is_adopted(store: UploadStore) -> None:
     """The record has its bytes and its mtime; the file itself is left as it is."""
-    store.disk.path.mkdir(parents=True)
+    store.disk.path.mkdir(parents=True, exist_ok=True)
     for size in SIZES:
         path = store.disk.path_of(f"{size}.jpg")
         path.write_bytes(noise(size))

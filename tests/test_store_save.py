@@ -20,11 +20,19 @@ from starlette.datastructures import UploadFile
 
 from selfheal import InvalidName, UploadStore
 from selfheal.content.sources import CHUNK
+from selfheal.errors import NotAFile
 from tests.support.faults import BrokenDisk
 from tests.support.open_files import assert_nothing_open_below
 from tests.support.sample_data import noise, pieces_of
 from tests.support.store_requests import hit_and_settle
-from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
+from tests.support.store_state import (
+    files_below,
+    in_database,
+    in_quarantine,
+    on_disk,
+    on_disk_and_in_database,
+    set_aside,
+)
 from tests.support.uploads import NAME, NEW, OLD, SIZES, row_counts
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -128,7 +136,7 @@ async def test_a_name_outside_the_grammar(sqlite_store: UploadStore, name: str) 
     with pytest.raises(InvalidName):
         await sqlite_store.save(name, OLD)
     assert await sqlite_store.database.count() == 0
-    assert not sqlite_store.disk.path.exists()
+    assert files_below(sqlite_store.disk.path) == []
 
 
 async def test_a_cancelled_save_closes_the_file_it_reads(sqlite_store: UploadStore, tmp_path: Path) -> None:
@@ -200,13 +208,13 @@ async def test_equal_bytes_are_stored_once(store: UploadStore, engine: AsyncEngi
 
 
 async def test_a_file_that_only_the_disk_has_is_not_lost_by_a_save(sqlite_store: UploadStore) -> None:
-    """Bytes that neither record nor history has go to quarantine when their name is saved."""
+    """Bytes that neither record nor history has become a version when their name is saved."""
     path = sqlite_store.disk.path_of(NAME)
     path.parent.mkdir(parents=True)
     path.write_bytes(OLD)
     await sqlite_store.save(NAME, NEW)
     assert await on_disk_and_in_database(sqlite_store, NAME) == NEW
-    assert in_quarantine(sqlite_store) == [OLD]
+    assert await set_aside(sqlite_store, NAME) == [OLD]
 
 
 # -- parallel saves ---------------------------------------------------------------------------------------------------
@@ -242,3 +250,16 @@ async def test_a_save_that_is_overtaken_between_commit_and_file(store: UploadSto
         held.release()
         await saving
     assert await on_disk_and_in_database(store, NAME) == NEW
+
+
+@pytest.mark.parametrize(("first", "second"), [("album", "album/1.png"), ("album/1.png", "album"), ("a/b/c.png", "a")])
+async def test_a_name_below_a_file_is_refused(store: UploadStore, first: str, second: str) -> None:
+    """A name cannot be a file and a directory: the second save is refused before it changes anything on either side."""
+    await store.save(first, OLD)
+    with pytest.raises(NotAFile, match=second):
+        await store.save(second, NEW)
+    assert await store.database.find(second) is None
+    assert await on_disk_and_in_database(store, first) == OLD
+    await store.delete(first)
+    await store.save(second, NEW)
+    assert await on_disk_and_in_database(store, second) == NEW

@@ -21,7 +21,14 @@ from tests.support.faults import BrokenDisk
 from tests.support.open_files import assert_nothing_open_below
 from tests.support.sample_data import noise, pieces_of
 from tests.support.store_requests import hit_and_settle, restored_bytes
-from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
+from tests.support.store_state import (
+    files_below,
+    in_database,
+    in_quarantine,
+    on_disk,
+    on_disk_and_in_database,
+    set_aside,
+)
 from tests.support.uploads import NAME, NEW, OLD
 
 # -- no database ------------------------------------------------------------------------------------------------------
@@ -139,7 +146,7 @@ async def test_a_disk_that_fails_does_not_fail_the_save(
     sqlite_store: UploadStore, broken_disk: BrokenDisk, call: str, number: int
 ) -> None:
     """If the disk refuses a call, the upload is saved in the database, no temporary file stays, and it heals later."""
-    sqlite_store.disk.path.mkdir(parents=True)
+    sqlite_store.disk.path.mkdir(parents=True, exist_ok=True)
     broken_disk.fail(call, number)
     for size in (10, 17 * CHUNK):
         await sqlite_store.save(f"cats/{size}.jpg", pieces_of(noise(size)))
@@ -174,7 +181,7 @@ async def test_an_overwrite_on_a_full_disk_is_healed_later(
 async def test_a_full_disk_serves_no_older_file(
     store: UploadStore, broken_disk: BrokenDisk, is_known: bool, call: str
 ) -> None:
-    """The old file is removed, because it would be served; bytes that only the disk has go to quarantine."""
+    """The old file is removed, because it would be served; bytes that only the disk has become a version."""
     path = store.disk.path_of(NAME)
     if is_known:
         await store.save(NAME, OLD)
@@ -184,7 +191,8 @@ async def test_a_full_disk_serves_no_older_file(
     broken_disk.fail(call, errno.ENOSPC)
     await store.save(NAME, NEW)
     assert on_disk(store, NAME) is None
-    assert in_quarantine(store) == ([] if is_known else [OLD])
+    assert await set_aside(store, NAME) == ([] if is_known else [OLD])
+    assert in_quarantine(store) == []
     assert await restored_bytes(store, NAME) == NEW
     broken_disk.fail("unlink", errno.EROFS)
     await store.save(NAME, OLD)  # though no file can be removed
@@ -194,28 +202,30 @@ async def test_a_full_disk_serves_no_older_file(
 async def test_an_old_file_that_could_not_be_removed_is_replaced_later(
     sqlite_store: UploadStore, broken_disk: BrokenDisk
 ) -> None:
-    """If the disk refuses the new file and the removal of the old one, the next hit compares them again."""
+    """If the disk refuses the new file and the removal of the old one, nobody is served the old one meanwhile."""
     saved = await sqlite_store.save(NAME, OLD)
     await hit_and_settle(sqlite_store, NAME)
     broken_disk.fail("pwrite", errno.ENOSPC)
-    broken_disk.fail("unlink", errno.EIO)
+    broken_disk.fail("rename", errno.EIO)
     await sqlite_store.save(NAME, NEW)
     assert saved.path.read_bytes() == OLD
+    assert await restored_bytes(sqlite_store, NAME) == NEW
     broken_disk.mend()
-    await hit_and_settle(sqlite_store, NAME)
+    await sqlite_store.reconciler.check(NAME)
     assert await on_disk_and_in_database(sqlite_store, NAME) == NEW
-    await hit_and_settle(sqlite_store, NAME)
-    broken_disk.fail("unlink", errno.EIO)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        await sqlite_store.delete(NAME)
+    broken_disk.fail("rename", errno.EIO)
+    assert await sqlite_store.delete(NAME) is True
+    assert on_disk(sqlite_store, NAME) == NEW
+    assert sqlite_store.disk.open(NAME) is None
+    assert await restored_bytes(sqlite_store, NAME) is None
     broken_disk.mend()
-    await hit_and_settle(sqlite_store, NAME)
+    await sqlite_store.reconciler.check(NAME)
     assert on_disk(sqlite_store, NAME) is None
 
 
 async def test_out_of_descriptors_is_not_a_full_disk(sqlite_store: UploadStore, broken_disk: BrokenDisk) -> None:
     """Too many open files is an error for the caller, and no reason to store without a file; nothing is left."""
-    sqlite_store.disk.path.mkdir(parents=True)
+    sqlite_store.disk.path.mkdir(parents=True, exist_ok=True)
     broken_disk.fail("open", errno.EMFILE)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
         await sqlite_store.save(NAME, OLD)

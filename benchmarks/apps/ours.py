@@ -13,4 +13,5 @@ def make() -> SelfHealMiddleware:
     """Return the app, with the hooks that `BENCH_HOOKS` names."""
     hooks.install(os.environ.get("BENCH_HOOKS", ""))
     plain.state = hooks.COUNTS
-    return SelfHealMiddleware(plain.plain, UploadStore(os.environ["BENCH_DIRECTORY"], os.environ["BENCH_DATABASE"]))
+    store = UploadStore(os.environ["BENCH_DIRECTORY"], os.environ["BENCH_DATABASE"])
+    return SelfHealMiddleware(plain.plain, store, adopt=os.environ.get("BENCH_ADOPT") != "0")

@@ -41,6 +41,12 @@ class BlobStore(Protocol):
     def read_unchecked(self, version: Contents, first_chunk: bytes | None = None) -> AsyncGenerator[list[bytes], None]:
         """As `read`, unchecked: for callers that check the digest of the whole before they use anything."""
 
+    async def recorded(self, name: str, sha256: str) -> tuple[int, bytes] | None:
+        """Return the size and the first chunk of a complete blob, if a name's record or version refers to it."""
+
+    async def digest(self, version: Contents) -> str:
+        """Return the SHA-256 of the stored bytes; the recorded one may differ. Raises `CorruptBlob`."""
+
     async def keep(self, connection: AsyncConnection, sha256: str) -> bool:
         """Keep a blob from being dropped for the grace period; False if it is gone."""
 

@@ -15,14 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..aio.streams import in_batches, prefetch
 from ..aio.tasks import LoopSemaphore
 from ..aio.threads import Threads
-from ..content.digests import Digests, chunk_digest
+from ..content.digests import Digests, chunk_digest, update_all
 from ..content.sources import CHUNK, Source, read_chunks
 from ..errors import CorruptBlob
 from ..sql.backend import Backend, Rows
 from ..sql.engine import Engine
 from ..sql.models import Contents, Found, SmallFile, to_found
 from ..sql.queries import ByName, by_name
-from ..sql.schema import Tables
+from ..sql.schema import Tables, record_columns
 from ..sql.transactions import Write
 from .blob_store import READ_AT_ONCE, BlobStore
 from .chunk_rows import Hasher, Received, Row, rows_of_files
@@ -50,6 +50,7 @@ class DatabaseBlobs(BlobStore):
         self._put_blobs = self._upsert(tables.blobs, "size", "chunks")
         self._records = _records_with_first_chunks(tables, engine.backend)
         self._some_chunks = _some_chunks(tables.chunks)
+        self._recorded = _recorded_blob(tables)
 
     async def fetch(self, wanted: Iterable[str]) -> dict[str, Found]:
         return {row[0]: to_found(row) for row in await self._engine.rows_by_name(self._records, wanted)}
@@ -172,6 +173,17 @@ class DatabaseBlobs(BlobStore):
         upsert: sa.Insert = insert.on_conflict_do_update(index_elements=table.primary_key, set_=values)
         return upsert
 
+    async def digest(self, version: Contents) -> str:
+        whole = hashlib.sha256()
+        async with aclosing(prefetch(self.read(version))) as batches:
+            async for chunks in batches:
+                await self._threads.run(update_all, whole, chunks)
+        return whole.hexdigest()
+
+    async def recorded(self, name: str, sha256: str) -> tuple[int, bytes] | None:
+        rows = await self._engine.rows(self._recorded, name=name, sha256=sha256)
+        return (rows[0][0], rows[0][1] or b"") if rows else None
+
     async def keep(self, connection: AsyncConnection, sha256: str) -> bool:
         kept = sa.update(self._blobs).where(self._blobs.c.sha256 == sha256).values(stored_at=sa.func.now())
         return bool((await connection.execute(kept)).rowcount)
@@ -196,8 +208,21 @@ def _records_with_first_chunks(tables: Tables, backend: Backend) -> ByName:
         chunk.c.sha256 == record.c.sha256, chunk.c.position == sa.literal_column("0"), record.c.deleted_at.is_(None)
     )
     of_record = sa.and_(blob.c.sha256 == record.c.sha256, blob.c.size == record.c.size)
-    found = sa.select(record, chunk.c.data, chunk.c.digest, blob.c.chunks).select_from(record)
+    found = sa.select(*record_columns(record), chunk.c.data, chunk.c.digest, blob.c.chunks).select_from(record)
     return by_name(backend, record.c.name, found.outerjoin(chunk, first).outerjoin(blob, of_record))
+
+
+def _recorded_blob(tables: Tables) -> sa.Select[Any]:
+    record, version, chunk, blob = tables.records.c, tables.history.c, tables.chunks.c, tables.blobs.c
+    name, sha256 = sa.bindparam("name", type_=sa.String), sa.bindparam("sha256", type_=sa.String)
+    is_record = sa.exists().where(record.name == name, record.sha256 == sha256, record.deleted_at.is_(None))
+    is_version = sa.exists().where(version.name == name, version.sha256 == sha256)
+    is_first = sa.and_(chunk.sha256 == blob.sha256, chunk.position == sa.literal_column("0"))
+    return (
+        sa.select(blob.size, chunk.data)
+        .select_from(sa.outerjoin(tables.blobs, tables.chunks, is_first))
+        .where(blob.sha256 == sha256, sa.or_(is_record, is_version))
+    )
 
 
 def _some_chunks(chunk: sa.Table) -> sa.Select[Any]:

@@ -1,5 +1,6 @@
 """Outcomes: what a bulk run reports about a name; a run is a stream of steps that return them."""
 
+import os
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from ..aio.streams import run_in_order
-from ..errors import CorruptBlob, DatabaseUnavailable, NotAFile
+from ..errors import CorruptBlob, DatabaseUnavailable, NotAFile, SelfHealError
+from .one_by_one import is_refusal
 
 
 class Outcome(StrEnum):
@@ -23,11 +25,15 @@ class Outcome(StrEnum):
     DELETED = "deleted"
     INVALID_NAME = "invalid_name"
     FAILED = "failed"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome for one name; with an empty `name`, for `count` of them. `detail` is for people."""
+    """The outcome for one name; with an empty `name`, for `count` of them. `detail` is for people.
+
+    A skipped name is no upload. One with a `detail` looks like an upload: people are warned of it.
+    """
 
     name: str
     outcome: Outcome
@@ -59,11 +65,18 @@ def problem(name: str, outcome: Outcome, detail: str, size: int = 0) -> Result:
 
 
 def of_error(name: str, error: Exception) -> Result:
-    """Return the result for a name that failed; an error of the whole database is raised again."""
-    if isinstance(error, DatabaseUnavailable):
+    """Return the result for a name that failed; an error that is not of this name alone is raised again."""
+    if not (isinstance(error, OSError) or is_refusal(error)):
         raise error
     if isinstance(error, CorruptBlob):
         return problem(name, Outcome.CORRUPT_IN_DATABASE, error.why)
     if isinstance(error, NotAFile):
         return problem(name, Outcome.FAILED, "the name is taken by something that is not a file; move it away")
-    return problem(name, Outcome.FAILED, str(error))
+    if isinstance(error, PermissionError):
+        user = f"this user (uid {os.geteuid()})"
+        detail = f"{user} may not read it or change it; `chown` or `chmod` it, or the directory that it is in"
+        return problem(name, Outcome.FAILED, detail)
+    if isinstance(error, OSError | SelfHealError) and not isinstance(error, DatabaseUnavailable):
+        return problem(name, Outcome.FAILED, str(error))
+    cause = error.__cause__ or getattr(error, "orig", None) or error
+    return problem(name, Outcome.FAILED, f"a value of it cannot be used: {str(cause).partition(chr(10))[0]}")

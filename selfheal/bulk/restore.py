@@ -12,9 +12,11 @@ from ..aio.streams import prefetch, run_in_order, run_unordered
 from ..disk.directory import UploadsDirectory
 from ..disk.listing import Listing
 from ..errors import FileChanged, NotStored, SelfHealError
+from ..exclusions import Exclusions
 from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import KeyRange, Record, Summary
 from ..store import UploadStore
+from .one_by_one import FAILURES, in_halves
 from .outcomes import Outcome, Result, Step, done, of_error, results_of
 from .process_pool import Executor, InlineExecutor
 from .survey import all_present, survey
@@ -29,6 +31,7 @@ async def restore(
     store: UploadStore,
     *,
     verify: bool = False,
+    exclude: Iterable[str] = (),
     dry_run: bool = False,
     jobs: int = 4,
     executor: Executor | None = None,
@@ -39,10 +42,13 @@ async def restore(
     executor = executor or InlineExecutor(store)
     jobs = jobs // executor.worker_count or 1
     restore_files = partial(executor.run, _would_restore) if dry_run else partial(executor.run, _restore, jobs=jobs)
-    heal = partial(executor.run, _heal_all, dry_run=dry_run, jobs=jobs)
+    heal = partial(executor.run, _heal_all, dry_run=dry_run, jobs=jobs) if verify else _keep_all
     remove = partial(executor.run, _remove_all, dry_run=dry_run)
-    missing = partial(_plan_missing, store, executor, names_at_once, ranges_at_once)
-    plans = _plan_all(store, names_at_once) if verify else missing()
+    exclude = tuple(exclude)
+    if verify or exclude:
+        plans = _plan_all(store, names_at_once, Exclusions(exclude))
+    else:
+        plans = _plan_missing(store, executor, names_at_once, ranges_at_once)
     async with aclosing(results_of(_steps(plans, restore_files, heal, remove), executor.max_pending)) as results:
         async for result in results:
             yield result
@@ -70,13 +76,13 @@ async def _steps(
                     yield work(batch)
 
 
-async def _plan_all(store: UploadStore, names_at_once: int) -> AsyncGenerator[_Plan, None]:
+async def _plan_all(store: UploadStore, names_at_once: int, left_out: Exclusions) -> AsyncGenerator[_Plan, None]:
     catalogue, listing = store.database.catalogue, Listing(store.disk)
     async with aclosing(prefetch(catalogue.key_ranges(names_at_once))) as key_ranges:
         async for key_range in key_ranges:
-            living = await store.threads.run(survey, listing, await catalogue.names_in(key_range))
-            yield _Plan(living.wrong, living.missing, living.present)
-            yield await _plan_removal(store, Listing(store.disk), key_range)
+            living = await store.threads.run(survey, listing, await catalogue.names_in(key_range), left_out)
+            yield _Plan(living.others, living.missing, living.present)
+            yield await _plan_removal(store, Listing(store.disk), key_range, left_out)
 
 
 async def _plan_missing(
@@ -84,25 +90,25 @@ async def _plan_missing(
 ) -> AsyncGenerator[_Plan, None]:
     """Names are looked at one by one only in ranges that are not all there."""
     limit = executor.max_pending if executor.worker_count > 1 else 1  # each has the names of some directories in memory
-    looks = _looks(store, executor, names_at_once, ranges_at_once)
+    looks, all_names = _looks(store, executor, names_at_once, ranges_at_once), Exclusions()
     async with aclosing(run_in_order(looks, limit)) as summarized:
         async for ranges in summarized:
             yield _Plan(_present(ranges.count, ranges.size))
             listing = Listing(store.disk)
             for key_range in ranges.incomplete:
                 names = await store.database.catalogue.names_in(key_range)
-                living = await store.threads.run(survey, listing, names)
+                living = await store.threads.run(survey, listing, names, all_names)
                 present = _present(len(living.present), sum(size for _, size in living.present))
-                yield _Plan(living.wrong + present, living.missing)
+                yield _Plan(living.others + present, living.missing)
             for key_range in ranges.with_deleted:
-                yield await _plan_removal(store, listing, key_range)
+                yield await _plan_removal(store, listing, key_range, all_names)
 
 
-async def _plan_removal(store: UploadStore, listing: Listing, key_range: KeyRange) -> _Plan:
+async def _plan_removal(store: UploadStore, listing: Listing, key_range: KeyRange, left_out: Exclusions) -> _Plan:
     """Deleted names that are still on disk; those that cannot be looked for are reported."""
     names = await store.database.catalogue.names_in(key_range, deleted=True)
-    deleted = await store.threads.run(survey, listing, [(name, max(size, 0)) for name, size in names])
-    return _Plan([one for one in deleted.wrong if one.outcome is Outcome.FAILED], remove=deleted.present)
+    deleted = await store.threads.run(survey, listing, [(name, max(size, 0)) for name, size in names], left_out)
+    return _Plan([one for one in deleted.others if one.outcome is Outcome.FAILED], remove=deleted.present)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,16 @@ def _present(count: int, size: int) -> list[Result]:
     return [Result("", Outcome.OK, size, count=count)] if count else []
 
 
+async def _keep_all(present: list[Wanted]) -> list[Result]:
+    return _present(len(present), sum(size for _, size in present))
+
+
 async def _restore(store: UploadStore, missing: list[Wanted], *, jobs: int) -> list[Result]:
+    parts, refused = await in_halves(partial(_restore_once, store, jobs), missing)
+    return [one for part in parts for one in part] + [of_error(name, error) for (name, _), error in refused]
+
+
+async def _restore_once(store: UploadStore, jobs: int, missing: Sequence[Wanted]) -> list[Result]:
     async with aclosing(BatchRestorer(store.disk, store.database, jobs).restore(missing)) as batches:
         return [_restored(one) async for batch in batches for one in batch]
 
@@ -178,13 +193,15 @@ async def _would_restore(store: UploadStore, missing: list[Wanted]) -> list[Resu
 
 
 async def _heal_all(store: UploadStore, present: list[Wanted], *, dry_run: bool, jobs: int) -> list[Result]:
-    found = await store.database.catalogue.find(name for name, _ in present)
-    records = list(found.values())
+    parts, refused = await in_halves(store.database.catalogue.find, [name for name, _ in present])
+    found = {name: record for part in parts for name, record in part.items()}
+    results, records = [of_error(name, error) for name, error in refused], list(found.values())
     hashing = (store.threads.run(_as_recorded, store.disk, records[job::jobs]) for job in range(jobs))
     same = set[str]().union(*await asyncio.gather(*hashing))
     work = (_heal(store, record, dry_run=dry_run) for record in records if record.name not in same)
+    results += (Result(name, Outcome.OK, found[name].size) for name in same)
     async with aclosing(run_unordered(work, jobs)) as healed:
-        return [Result(name, Outcome.OK, found[name].size) for name in same] + [result async for result in healed]
+        return results + [result async for result in healed]
 
 
 def _as_recorded(disk: UploadsDirectory, records: Iterable[Record]) -> set[str]:
@@ -214,11 +231,11 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
                 await store.reconciler.heal(record)
         if not dry_run:
             await store.reconciler.check(name)
-    except (SelfHealError, OSError) as error:
+    except FAILURES as error:
         return of_error(name, error)
     if is_same:
         return Result(name, Outcome.OK, record.size)
-    detail = "the disk's bytes differ" if dry_run else "the disk's bytes differed; they are in quarantine"
+    detail = "the disk's bytes differ" if dry_run else "the disk's bytes differed; they are a version now"
     return Result(name, Outcome.RESTORED, record.size, detail)
 
 
@@ -230,6 +247,6 @@ async def _remove_all(store: UploadStore, deleted: list[Wanted], *, dry_run: boo
             if not dry_run:
                 await store.reconciler.check(name)
             results.append(Result(name, Outcome.DELETED, 0, detail))
-        except (SelfHealError, OSError) as error:
+        except FAILURES as error:
             results.append(of_error(name, error))
     return results

@@ -1,10 +1,12 @@
 """Survey: which recorded names have a file on disk."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .. import names
 from ..disk.listing import Listing
+from ..exclusions import Exclusions
 from ..healing.batch_restore import Wanted
 from ..sql.models import Summary
 from .outcomes import Outcome, Result, of_error, problem
@@ -12,22 +14,22 @@ from .outcomes import Outcome, Result, of_error, problem
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Names that are on the disk, names that are missing, and results for those that are neither."""
+    """Names that are on the disk, names that are missing, and results for those that are not looked for."""
 
     present: list[Wanted]
     missing: list[Wanted]
-    wrong: list[Result]
+    others: list[Result]
 
 
-def survey(listing: Listing, wanted: Iterable[Wanted]) -> Survey:
+def survey(listing: Listing, wanted: Iterable[Wanted], left_out: Exclusions) -> Survey:
     """Look for names on the disk."""
-    valid, wrong = split_valid(wanted)
-    found = Survey([], [], wrong)
+    valid, others = split_valid(wanted, left_out)
+    found = Survey([], [], others)
     for one in valid:
         try:
             (found.present if listing.has(one[0]) else found.missing).append(one)
         except OSError as error:
-            wrong.append(of_error(one[0], error))
+            others.append(of_error(one[0], error))
     return found
 
 
@@ -36,7 +38,7 @@ def all_present(listing: Listing, summary: Summary) -> bool:
     if not summary.count:
         return True
     lines = summary.lines.split("\n")
-    if summary.unsound or len(lines) != summary.count or not names.are_valid(summary.lines):
+    if summary.unsound or math.isinf(summary.size) or len(lines) != summary.count or not names.are_valid(summary.lines):
         return False
     try:
         return listing.has_all(lines)
@@ -44,16 +46,18 @@ def all_present(listing: Listing, summary: Summary) -> bool:
         return False
 
 
-def split_valid(wanted: Iterable[Wanted]) -> tuple[list[Wanted], list[Result]]:
-    """Return the names that can be restored, and results for those that only other programs can have recorded."""
+def split_valid(wanted: Iterable[Wanted], left_out: Exclusions) -> tuple[list[Wanted], list[Result]]:
+    """Return the names that can be restored, and results for those left out or written by other programs only."""
     valid: list[Wanted] = []
-    wrong: list[Result] = []
+    others: list[Result] = []
     for one in wanted:
         name, size = one
-        if not names.is_valid(name):
-            wrong.append(problem(name, Outcome.INVALID_NAME, names.fault(name)))
+        if left_out.match(name):
+            others.append(Result(name, Outcome.SKIPPED))
+        elif not names.is_valid(name):
+            others.append(problem(name, Outcome.INVALID_NAME, names.fault(name)))
         elif size < 0:
-            wrong.append(problem(name, Outcome.CORRUPT_IN_DATABASE, f"its size is {size}"))
+            others.append(problem(name, Outcome.CORRUPT_IN_DATABASE, f"its size is {size}"))
         else:
             valid.append(one)
-    return valid, wrong
+    return valid, others

@@ -1,90 +1,76 @@
 """Verify: is everything backed up, and can it be restored?"""
 
-import asyncio
-import contextlib
-import itertools
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 
-from .. import names
-from ..aio.streams import run_unordered
-from ..content.sources import CHUNK
 from ..disk.directory import UploadsDirectory
 from ..disk.listing import Entry
-from ..errors import CorruptBlob, NotStored, SelfHealError
-from ..healing.batch_restore import LARGE_AT_ONCE, SMALL_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
+from ..errors import CorruptBlob, NotStored
+from ..exclusions import Exclusions
+from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import Found
 from ..store import UploadStore
-from .disk_files import deleted_on_disk, for_all_files, sort_entries
+from .disk_files import deleted_on_disk, differs, find_records, for_all_files, sort_entries
+from .one_by_one import FAILURES, in_halves
 from .outcomes import Outcome, Result, Step, done, of_error, problem, results_of
 from .process_pool import Executor, InlineExecutor
-from .soundness import fault_in_database, is_sound, until_unchanged
+from .soundness import check_all, fault_in_database
 from .survey import split_valid
 
 NAMES_AT_ONCE = 8192  # names in one query, without their bytes
 
 
 async def verify(
-    store: UploadStore, *, drill: bool = False, jobs: int = 4, executor: Executor | None = None
+    store: UploadStore,
+    *,
+    drill: bool = False,
+    exclude: Iterable[str] = (),
+    jobs: int = 4,
+    executor: Executor | None = None,
 ) -> AsyncGenerator[Result, None]:
     """Compare every byte with its record; with `drill`, restore all to another place. Changes nothing."""
     executor = executor or InlineExecutor(store)
     jobs = jobs // executor.worker_count or 1
+    left_out = Exclusions(exclude)
     compare = partial(executor.run, _verify_all, drill=drill, jobs=jobs)
-    for steps in (_recorded(store, compare), for_all_files(store, partial(executor.run, _find_unrecorded))):
+    find_unrecorded = partial(executor.run, _find_unrecorded, left_out=left_out)
+    for steps in (_recorded(store, compare, left_out), for_all_files(store, find_unrecorded)):
         async with aclosing(results_of(steps, executor.max_pending)) as results:
             async for result in results:
                 yield result
 
 
-async def _recorded(store: UploadStore, compare: Callable[[list[Wanted]], Step]) -> AsyncGenerator[Step, None]:
+async def _recorded(
+    store: UploadStore, compare: Callable[[list[Wanted]], Step], left_out: Exclusions
+) -> AsyncGenerator[Step, None]:
     catalogue = store.database.catalogue
     async with aclosing(catalogue.key_ranges(NAMES_AT_ONCE)) as key_ranges:
         async for key_range in key_ranges:
-            valid, wrong = split_valid(await catalogue.names_in(key_range))
-            yield done(wrong)
+            valid, others = split_valid(await catalogue.names_in(key_range), left_out)
+            yield done(others)
             for batch in in_batches(valid, LARGE_AT_ONCE):
                 yield compare(batch)
 
 
 async def _verify_all(store: UploadStore, wanted: list[Wanted], *, drill: bool, jobs: int) -> list[Result]:
     """Verify some living records and their files."""
-    results: list[Result] = []
-    for batch in in_batches(((name, min(size, CHUNK)) for name, size in wanted), SMALL_AT_ONCE):
-        found = list((await store.database.blobs.fetch(name for name, _ in batch)).values())
-        drilled = await _drill(store, found, jobs) if drill else {}
-        looks = (store.threads.run(_good, store.disk, found[job::jobs]) for job in range(jobs))
-        good = {one.name: one for some in await asyncio.gather(*looks) for one in some}
-        checks = (until_unchanged(store, one, partial(_verify, store)) for one in found if one.record.name not in good)
-        async with aclosing(run_unordered(checks, jobs)) as verified:
-            others = [one async for one in verified if one is not None]
-        results += [drilled.get(one.name, one) for one in itertools.chain(good.values(), others)]
-    return results
+    drilled = await _drill(store, wanted, jobs) if drill else {}
+    return [drilled.get(one.name, one) for one in await check_all(store, wanted, jobs, partial(_verify, store))]
 
 
-def _good(disk: UploadsDirectory, found: Iterable[Found]) -> list[Result]:
-    """Return results for the records of one chunk that are good on disk and in the database; no others."""
-    good = []
-    for one in found:
-        name = one.record.name
-        with contextlib.suppress(SelfHealError, OSError):
-            if not one.record.is_deleted and is_sound(one) and disk.digest(name) == one.record.sha256:
-                good.append(Result(name, Outcome.OK, one.record.size))
-    return good
-
-
-async def _find_unrecorded(store: UploadStore, entries: list[Entry]) -> list[Result]:
+async def _find_unrecorded(store: UploadStore, entries: list[Entry], *, left_out: Exclusions) -> list[Result]:
     """Report the files on disk that have no living record."""
-    records = await store.database.catalogue.find(entry.name for entry in entries if _is_text(entry.name))
-    living = {record.name for record in records.values() if not record.is_deleted}
-    uploads, results = sort_entries(entry for entry in entries if entry.name not in living)
+    known = await find_records(store, entries)
+    living = {record.name for record in known.records.values() if not record.is_deleted}
+    others = (entry for entry in entries if entry.name not in living)
+    uploads, results = sort_entries(others, known, store.exclusions, left_out)
     for entry in uploads:
         detail = "it is not backed up; `selfheal migrate` stores it"
         unknown = problem(entry.name, Outcome.MISSING_IN_DATABASE, detail, entry.size)
-        results.append(await deleted_on_disk(store, entry.name) if entry.name in records else unknown)
+        results.append(await deleted_on_disk(store, entry.name) if entry.name in known.records else unknown)
     return results
 
 
@@ -97,20 +83,24 @@ async def _verify(store: UploadStore, found: Found) -> Result | None:
         if fault:
             return problem(record.name, Outcome.CORRUPT_IN_DATABASE, fault, record.size)
         digest = await store.threads.run(store.disk.digest, record.name)
-    except (SelfHealError, OSError) as error:
+        if digest is not None and digest != record.sha256:
+            return await differs(store, record)
+    except FAILURES as error:
         return of_error(record.name, error)
     if digest is None:
         return problem(record.name, Outcome.MISSING_ON_DISK, "`selfheal restore` brings it back", record.size)
-    if digest != record.sha256:
-        detail = "the disk's bytes are not the recorded ones; `selfheal restore --verify` heals them"
-        return problem(record.name, Outcome.DIFFERS, detail, record.size)
     return Result(record.name, Outcome.OK, record.size)
 
 
-async def _drill(store: UploadStore, found: Sequence[Found], jobs: int) -> dict[str, Result]:
+async def _drill(store: UploadStore, wanted: Sequence[Wanted], jobs: int) -> dict[str, Result]:
     """Restore records into a temporary directory and compare; return a result for each name that failed."""
+    parts, refused = await in_halves(partial(_drill_once, store, jobs), wanted)
+    failed = {name: result for part in parts for name, result in part.items()}
+    return failed | {name: of_error(name, error) for (name, _), error in refused}
+
+
+async def _drill_once(store: UploadStore, jobs: int, wanted: Sequence[Wanted]) -> dict[str, Result]:
     failed: dict[str, Result] = {}
-    wanted = [(one.record.name, one.record.size) for one in found]
     with tempfile.TemporaryDirectory(prefix="selfheal-drill-") as place:
         directory = UploadsDirectory(place, threads=store.threads)
         async with aclosing(BatchRestorer(directory, store.database, jobs).restore(wanted)) as batches:
@@ -132,8 +122,3 @@ def _compare_all(directory: UploadsDirectory, restored: Iterable[Restored]) -> l
             directory.remove(one.name)
             compared.append(one)
     return compared
-
-
-def _is_text(name: str) -> bool:
-    """Whether a database can be asked for a file's name, which may have bytes that are not text."""
-    return names.is_valid(name) or name.isprintable()

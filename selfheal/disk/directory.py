@@ -6,25 +6,26 @@ Every call may wait for a disk, except `open_cached` and `read_again`: make it i
 import contextlib
 import errno
 import os
-import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..aio.threads import Threads
-from ..errors import NotAFile
-from . import quarantine as quarantine_directory
-from . import staged_file, syscalls
-from .open_file import Identity, OpenFile, close, identity_of, read_cached
+from ..content.times import clamp_ns
+from ..events import logger
+from . import empty_directories, mark, mount_points
+from .features import DiskFeatures
+from .open_file import OpenFile
+from .quarantine import Quarantine
+from .readable import ABSENT, ReadableDirectory, last_part
 from .refusals import Refusals
-from .root import OpenFolders, OpenRoot, Root
-from .staged_file import StagedFile
-
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-_NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV, errno.EXDEV)
+from .root import OpenFolders, Root
+from .staged_file import StagedFile, sync_all
 
 
-class UploadsDirectory:
-    """The directory of uploads. Files and directories get the given modes, whatever the umask.
+class UploadsDirectory(ReadableDirectory):
+    """The directory of uploads. What is made in it has the owner, group write and setgid of its directory.
 
+    `file_mode` and `directory_mode` are the modes of all that is made, if they are given, whatever the umask.
     `quarantine` is the directory for copies that are set aside (mode 0700); by default it is beside the uploads, or
     beside the public directory that holds them. With `require_marker` nothing is written unless the marker file is
     there: a lost mount has none.
@@ -34,103 +35,48 @@ class UploadsDirectory:
         self,
         path: str | os.PathLike[str],
         *,
-        file_mode: int = 0o644,
-        directory_mode: int = 0o755,
+        file_mode: int | None = None,
+        directory_mode: int | None = None,
         quarantine: str | os.PathLike[str] | None = None,
         require_marker: bool = False,
         threads: Threads | None = None,
     ) -> None:
-        self.path = Path(path).absolute()
+        path = Path(path).absolute()
+        self._features = DiskFeatures(path)
+        root = Root(path, self._features, mode=directory_mode, require_marker=require_marker)
+        super().__init__(path, root, threads or Threads())
         self.file_mode = file_mode
-        self.quarantine_path = (
-            Path(quarantine).absolute() if quarantine else quarantine_directory.default_path(self.path)
-        )
-        self.threads = threads or Threads()
-        self._prefix = f"{self.path}/"
-        self._root = Root(self.path, mode=directory_mode, require_marker=require_marker)
-        self.refusals = Refusals(self.path)
+        self.refusals = Refusals(path)
+        self._quarantine = Quarantine(path, quarantine)
+        self.quarantine_path = self._quarantine.path
 
-    def path_of(self, name: str) -> Path:
-        """Return the absolute path of a name's file."""
-        return self.path / name
-
-    def open_cached(self, name: str) -> OpenFile | None:
-        """As `open`, but raises `BlockingIOError` rather than wait for a disk."""
-        root = self._root.cached()
-        if root is None:
-            raise BlockingIOError
-        try:
-            return self._measure(syscalls.open_cached(root.fd, name), name)
-        except OSError as error:
-            if not _is_absent(error, name):
-                raise
-            return None
-
-    def read_again(self, path: bytes, identity: Identity, start: int, stop: int) -> bytes | None:
-        """Read a piece of a file opened before; None if it is another one by now, or not in memory."""
-        root = self._root.cached()
-        if root is None:
-            return None
-        fd = syscalls.open_known(root.fd, path)
-        if fd < 0:
-            return None
-        try:
-            is_same = identity_of(os.fstat(fd)) == identity
-            data = read_cached(fd, start, stop - start) if is_same and start < stop else b""
-        except OSError:
-            return None
-        finally:
-            close(fd)
-        return data if is_same and len(data) == stop - start else None
-
-    def open(self, name: str) -> OpenFile | None:
-        """Open a name's file; None if there is none. Raises `NotAFile`, `OSError` (EACCES, EMFILE, EIO, …)."""
+    def conflict(self, name: str) -> str:
+        """Return why a name cannot be a file as long as other files are there; empty if it can."""
         root = self._root.open()
-        if root is None:
-            return None
+        return "" if root is None else empty_directories.conflict(root.fd, name)
+
+    def prepare(self) -> None:
+        """Make the directory if it is missing; log it if that fails. With `require_marker`, leave it to the mount."""
         try:
-            return self._measure(syscalls.open_file(root.fd, name), name)
+            if not self._root.require_marker:
+                self._root.make()
         except OSError as error:
-            if not _is_absent(error, name):
-                raise
-            return None
-
-    def stat(self, name: str) -> os.stat_result | None:
-        """Return the stat of a name's regular file; None if there is none. Follows no link."""
-        try:
-            with self._root.parent_of(name) as parent:
-                found = os.lstat(_last(name), dir_fd=parent)
-        except OSError as error:
-            if error.errno not in (*_ABSENT, *_NOT_A_FILE):
-                raise
-            return None
-        return found if stat.S_ISREG(found.st_mode) else None
-
-    def digest(self, name: str) -> str | None:
-        """Return the SHA-256 of a name's file in hex; None if there is no file. Raises as `open` does."""
-        file = self.open(name)
-        if file is None:
-            return None
-        with file:
-            return file.sha256()
-
-    def root(self) -> OpenRoot | None:
-        """Return the open root as it is now; None if there is no uploads directory."""
-        return self._root.open()
+            logger.warning("%s cannot be made: %s; files are served from the database", self.path, error.strerror)
 
     def stage(self, name: str) -> StagedFile:
         """Open a new file, in directories made as needed. Raises `DiskUnwritable`, or `OSError` (EMFILE)."""
-        with OpenFolders() as folders, self.refusals.raised():
+        with OpenFolders() as folders, self.refusals.raised(name):
             return self.stage_among(folders, name)
 
     def stage_among(self, opened: OpenFolders, name: str) -> StagedFile:
         """As `stage`, for many files in `opened` directories; `refusals` tells what a raised `OSError` means."""
         folder = name.rpartition("/")[0]
-        self.refusals.check()
+        self.refusals.check(folder)
         root = opened.root = opened.root or self._root.open_for_writing()
+        root.check_free(name)
         parent = opened.folders.get(folder)
         if parent is None:
-            parent = opened.keep(folder, self._root.make_folder(root.fd, folder))
+            parent = opened.keep(folder, root.make_folder(folder))
         return StagedFile(root, parent, name)
 
     def reader(self, staged: StagedFile, name: str) -> OpenFile:
@@ -138,43 +84,77 @@ class UploadsDirectory:
         fd = os.dup(staged.fd)
         return OpenFile(fd, self._prefix + name, os.fstat(fd), self.threads)
 
-    def sync(self) -> None:
-        """Write all staged and published files to the disk at once (syncfs)."""
-        root = self._root.open()
-        if root is not None:
-            syscalls.sync_filesystem(root.fd)
+    def sync(self, files: Sequence[StagedFile]) -> None:
+        """Write staged files to the disk, all at once where it can do that. Raises `OSError`: they may be lost."""
+        sync_all(files, self._features)
 
-    def set_modified(self, name: str, modified_ns: int) -> None:
-        """Set a file's mtime, in ns since the epoch."""
-        with self._root.parent_of(name) as parent, contextlib.suppress(OverflowError):
-            os.utime(_last(name), ns=(modified_ns, modified_ns), dir_fd=parent, follow_symlinks=False)
+    def kept_ns(self, modified_ns: int) -> int:
+        """Return the mtime, in ns, that this disk gives back for a recorded one: some keep 100 ns, 1 s or 2 s."""
+        return self._features.times.kept(modified_ns)
+
+    def set_time(self, file: OpenFile, modified_ns: int) -> None:
+        """Set the mtime of an open file, in ns since the epoch, as far as the disk can keep it."""
+        wanted = clamp_ns(modified_ns)
+        if self._features.attempt("set times", os.utime, file.fd, ns=(wanted, wanted)):
+            self._features.times.learn(wanted, os.fstat(file.fd).st_mtime_ns)
 
     def remove(self, name: str) -> bool:
-        """Unlink a name's file; return False if there was none."""
+        """Unlink a name's file, and the directories that are empty without it; return False if there was none."""
         try:
             with self._root.parent_of(name) as parent:
-                os.unlink(_last(name), dir_fd=parent)
+                os.unlink(last_part(name), dir_fd=parent)
         except OSError as error:
-            if error.errno in (*_ABSENT, errno.ELOOP):
+            if error.errno in (*ABSENT, errno.ELOOP, errno.EISDIR):
                 return False
             raise
+        self._root.remove_emptied(name)
         return True
 
     def quarantine(self, name: str) -> Path | None:
-        """Move a name's file to the quarantine, or to a hidden directory; return its path, None without a file."""
+        """Move a name's file to the quarantine; return its path there, None without a file."""
         try:
             with self._root.parent_of(name) as parent:
-                os.lstat(_last(name), dir_fd=parent)  # makes no directories for a file that is gone
-                with contextlib.suppress(OSError):
-                    return quarantine_directory.move(parent, name, self.quarantine_path)
-                inside = self.path / quarantine_directory.QUARANTINE
-                if inside.is_symlink():
-                    raise syscalls.failure(errno.ELOOP, str(inside))
-                return quarantine_directory.move(parent, name, inside)
+                moved = self._quarantine.move(parent, name)
         except OSError as error:
-            if error.errno in _ABSENT:
+            if error.errno in (*ABSENT, errno.EISDIR):
                 return None
             raise
+        self._root.remove_emptied(name)
+        return moved
+
+    def quarantined(self, age: float) -> list[tuple[str, Path]]:
+        """Return the name and path of every file in quarantine for at least `age` seconds."""
+        return list(self._quarantine.entries(age))
+
+    def open_quarantined(self, path: Path) -> OpenFile:
+        """Open a file in quarantine."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return OpenFile(fd, str(path), os.fstat(fd), self.threads)
+
+    def remove_quarantined(self, path: Path) -> None:
+        """Remove a file in quarantine: the database has its bytes."""
+        self._quarantine.remove(path)
+
+    def marked_ns(self) -> int:
+        """Return since when this disk is in use, in ns since the epoch: a file that changed earlier came with it."""
+        root = self._root.open()
+        return 0 if root is None else mark.marked_ns(root.fd)
+
+    def read_followed(self) -> str:
+        """Return what `write_followed` wrote on this disk."""
+        root = self._root.open()
+        return "" if root is None else mark.read_followed(root.fd)
+
+    def write_followed(self, text: str) -> None:
+        """Remember on this disk what was followed."""
+        root = self._root.open()
+        if root is not None:
+            mark.write_followed(root.fd, text)
+
+    def only_process(self) -> contextlib.AbstractContextManager[bool]:
+        """Return a context in which one process at a time is: it is given whether it is this one."""
+        root = self._root.open()
+        return contextlib.nullcontext(True) if root is None else mark.only_process(root.fd)
 
     def mark(self) -> None:
         """Make the marker file that `require_marker` asks for."""
@@ -183,30 +163,9 @@ class UploadsDirectory:
     def sweep(self) -> int:
         """Remove the temporary files of processes that died; return how many."""
         root = self._root.open()
-        return 0 if root is None else staged_file.sweep(root.fd)
+        return 0 if root is None else mount_points.sweep_all(root, self.path)
 
     def close(self) -> None:
         """Close the root and the threads; a later call opens them again."""
         self._root.close()
         self.threads.close()
-
-    def _measure(self, fd: int, name: str) -> OpenFile:
-        try:
-            measured = os.fstat(fd)
-        except OSError:
-            close(fd)
-            raise
-        if not stat.S_ISREG(measured.st_mode):
-            close(fd)
-            raise NotAFile(name)
-        return OpenFile(fd, self._prefix + name, measured, self.threads)
-
-
-def _is_absent(error: OSError, name: str) -> bool:
-    if error.errno in _NOT_A_FILE:
-        raise NotAFile(name) from error
-    return error.errno in _ABSENT
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]

@@ -7,38 +7,75 @@ import contextlib
 import errno
 import itertools
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..names import OWN_PREFIX
+from ..names import MAX_NAME_BYTES, OWN_PREFIX
 from . import syscalls
 from .directory import UploadsDirectory
+from .open_file import Identity, identity_of
+from .root import OpenRoot
 from .syscalls import Directory
 
 LISTED_AT_MOST = 100_000  # names held in memory; in a larger directory, every name costs a stat
 FOLDERS_AT_MOST = 32
 """Directories held in memory, least recently used first out: more do not fit the processor's caches."""
 
-_NOISE = frozenset({".gitkeep", ".gitignore", ".keep", ".DS_Store", "Thumbs.db"})
 _NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ENAMETOOLONG)
+_UNKNOWN: Identity = (0, 0, 0, 0)
+_FAULTS = {
+    stat.S_IFREG: "",
+    stat.S_IFDIR: "a directory whose names are all too long or hidden",
+    stat.S_IFLNK: "a symbolic link; links are not followed, put the file itself here",
+}
+_OTHER_FAULT = "not a regular file"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A directory entry: `size` in bytes, mtime in ns; `fault` says why it cannot be an upload."""
+    """A directory entry as it was measured; `fault` says why it cannot be an upload, `is_link` that it is a link."""
 
     name: str
-    size: int
-    modified_ns: int
+    identity: Identity
     fault: str = ""
+    is_link: bool = False
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.identity[1]
+
+    @property
+    def changed_ns(self) -> int:
+        """The last change of its bytes, its name or its mode, in ns since the epoch; `touch` sets only one of them."""
+        return max(self.identity[0], self.identity[3])
 
 
 def walk(disk: UploadsDirectory) -> Iterator[Entry]:
-    """Yield every entry below the root in the byte order of names; follow no link."""
+    """Yield every entry below the root in the byte order of names; follow no link.
+
+    A directory that cannot be read is yielded with a fault, and the walk goes on; only the root raises `OSError`.
+    """
     root = disk.root()
-    if root is not None:
-        yield from _walk(root, "")
+    if root is None:
+        return
+    folders = [_Folder(root, "")]
+    while folders:
+        folder = folders[-1]
+        for last, is_directory in folder.entries:
+            name = folder.prefix + last
+            try:
+                if is_directory and _can_hold_names(name):
+                    folders.append(_Folder(root, name))
+                    break
+                yield folder.measure(last)
+            except OSError as error:
+                if error.errno not in _NO_DIRECTORY:  # it was there when its directory was read
+                    yield Entry(name, _UNKNOWN, _unreadable(disk, name, error))
+        else:
+            folders.pop()
 
 
 class Listing:
@@ -89,15 +126,15 @@ class Listing:
     def _read(self, folder: str) -> frozenset[str] | _LargeFolder:
         root = self._disk.root()
         try:
-            directory = None if root is None else Directory(syscalls.open_directory(root.fd, folder))
+            if root is None:
+                return frozenset()
+            directory = root.open_listed(folder)
         except OSError as error:
             if error.errno not in _NO_DIRECTORY:
                 raise
-            directory = None
-        if directory is None:
             return frozenset()
         with os.scandir(directory.fd) as scan:
-            listed = itertools.islice(scan, LISTED_AT_MOST)
+            listed = itertools.islice(scan, LISTED_AT_MOST if root.minds_case else None)
             files = frozenset([entry.name for entry in listed if entry.is_file(follow_symlinks=False)])
             is_large = next(scan, None) is not None
         if is_large:
@@ -130,37 +167,53 @@ def _folder_of(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _walk(root: Directory, folder: str) -> Iterator[Entry]:
-    try:
-        directory = Directory(syscalls.open_directory(root.fd, folder.rstrip("/")))
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it was a directory when its parent was read
-            return
-        raise
-    with directory:
-        with os.scandir(directory.fd) as scan:
-            entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan]
+class _Folder:
+    """A directory during a walk: its open descriptor, and its entries in the byte order of names."""
+
+    def __init__(self, root: OpenRoot, name: str) -> None:
+        self.prefix = f"{name}/" if name else ""
+        self._directory = Directory(syscalls.open_directory(root.fd, name))
+        try:
+            self._stat(".")  # raises if entries can be listed, but not measured
+            with os.scandir(self._directory.fd) as scan:
+                entries = [(entry.name, _is_directory(entry)) for entry in scan]
+        except OSError:
+            self._directory.close()
+            raise
         entries.sort(key=lambda entry: os.fsencode(entry[0] + "/" * (entry[1] and entry[0][0] != ".")))
-        for last, is_directory in entries:
-            name = folder + last
-            if last in _NOISE or (not folder and last.startswith(OWN_PREFIX)):
-                continue
-            if is_directory and not last.startswith("."):
-                yield from _walk(root, f"{name}/")
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    yield _entry(name, os.stat(last, dir_fd=directory.fd, follow_symlinks=False))
+        self.entries = iter([entry for entry in entries if not self._is_foreign(entry[0])])
+
+    def measure(self, last: str) -> Entry:
+        measured = self._stat(last)
+        kind = stat.S_IFMT(measured.st_mode)
+        return Entry(self.prefix + last, identity_of(measured), _FAULTS.get(kind, _OTHER_FAULT), stat.S_ISLNK(kind))
+
+    def _stat(self, last: str) -> os.stat_result:
+        return os.stat(last, dir_fd=self._directory.fd, follow_symlinks=False)
+
+    def _is_foreign(self, last: str) -> bool:
+        """Whether an entry is selfheal's own, or the file system's."""
+        if self.prefix or last != "lost+found":
+            return last.startswith(OWN_PREFIX)
+        with contextlib.suppress(OSError):
+            measured = self._stat(last)
+            return measured.st_uid == 0 and stat.S_IMODE(measured.st_mode) == 0o700  # as mkfs makes it
+        return False
 
 
-def _entry(name: str, measured: os.stat_result) -> Entry:
-    return Entry(name, measured.st_size, measured.st_mtime_ns, _fault(measured.st_mode))
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        return entry.is_dir(follow_symlinks=False)
+    return False
 
 
-def _fault(mode: int) -> str:
-    if stat.S_ISREG(mode):
-        return ""
-    if stat.S_ISDIR(mode):
-        return "a hidden directory; nothing below it is served"
-    if stat.S_ISLNK(mode):
-        return "a symbolic link; links are not followed, put the file itself here"
-    return "not a regular file"
+def _can_hold_names(folder: str) -> bool:
+    """Whether a name below a folder can be valid; this also limits how deep a walk goes."""
+    return folder[folder.rfind("/") + 1] != "." and len(os.fsencode(folder)) <= MAX_NAME_BYTES - len("/x")
+
+
+def _unreadable(disk: UploadsDirectory, name: str, error: OSError) -> str:
+    if not isinstance(error, PermissionError):
+        return f"it cannot be read: {error.strerror}"
+    path, user = shlex.quote(str(disk.path_of(name))), os.geteuid()
+    return f"this user may not read it; `chown -R {user} {path}` or `chmod -R a+rX {path}` mends that"

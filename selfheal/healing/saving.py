@@ -10,11 +10,11 @@ from ..content.sources import Source, read_chunks
 from ..db import ImageStorage
 from ..disk.directory import UploadsDirectory
 from ..disk.staged_file import StagedFile
-from ..errors import CorruptBlob, DiskUnwritable, SelfHealError
+from ..errors import CorruptBlob, DiskUnwritable, FileChanged, NotAFile, SelfHealError
 from ..events import Events, Kind, logger
 from ..sql.models import Record, earlier
 from .background import BackgroundChecks
-from .disk_copies import DiskCopies
+from .disk_copies import OTHER_BYTES, DiskCopies
 from .publish import Publisher
 from .reconcile import Reconciler
 from .restore import Restorer
@@ -38,6 +38,7 @@ class Saver:
         """Save bytes under a name; if the disk takes no file, only in the database."""
         record = await self._save(name, source)
         self.forget(name)
+        self.background.know(record)
         self.events.emit(Kind.SAVED, name, record.size)
         return record
 
@@ -65,6 +66,9 @@ class Saver:
 
     async def _save(self, name: str, source: Source) -> Record:
         digests: list[bytes] = []
+        conflict = await self.disk.threads.run(self.disk.conflict, name)
+        if conflict:
+            raise NotAFile(f"{name!r} cannot be saved: {conflict}")
         try:
             staged = await self.disk.threads.run(self.disk.stage, name)
         except DiskUnwritable:
@@ -103,10 +107,20 @@ class Saver:
             except DiskUnwritable as error:
                 await self._leave_disk(record, str(error))
                 return record
+            except FileChanged:
+                pass  # others save this name at the same moment: the record decides
         now = await self.database.find(name)
         if now is None or now.generation != record.generation:
-            await self.reconciler.check(name)
+            await self._check(name)
         return record
+
+    async def _check(self, name: str) -> None:
+        """Make disk and record agree; the save is committed, and does not fail if that has to wait."""
+        try:
+            await self.reconciler.check(name)
+        except (SelfHealError, OSError) as error:
+            logger.warning("%r is not on the disk yet as it is recorded: %s", name, error)
+            self.background.retry(name)
 
     async def _read_back(
         self, staged: StagedFile, name: str, then: bytes = b"", rest: AsyncIterable[bytes] | None = None
@@ -124,21 +138,22 @@ class Saver:
     async def _leave_disk(self, record: Record, why: str) -> None:
         """The disk did not take a file: clear the old copy, which must not be served for the new record."""
         self.events.emit(Kind.STREAMED, record.name, record.size, why)
+        await self._clear(record.name, OTHER_BYTES, unless=record)
+
+    async def _clear(self, name: str, why: str, *, unless: Record | None = None) -> None:
+        """Clear a copy, unless it is a record's; one that cannot be moved away is not served."""
         try:
-            await self.copies.clear_old(record)
-        except (SelfHealError, OSError) as error:
-            logger.error("%r: an old copy stays on the disk, and is served: %s", record.name, error)
+            there = await self.disk.threads.run(self.disk.stat, name)
+            if there is not None and not (unless and unless.matches(there.st_mtime_ns, there.st_size)):
+                await self.copies.clear(name, why)
+        except (DiskUnwritable, OSError) as error:
+            logger.error("%s", error)
+            self.background.retry(name)
 
     async def _delete(self, name: str) -> None:
-        record = await self.database.bury(name)
+        await self.database.bury(name)
         self.forget(name)
-        there = await self.disk.threads.run(self.disk.stat, name)
-        if there is None:
-            return
-        if record is None or record.matches(there.st_mtime_ns, there.st_size):
-            await self.disk.threads.run(self.disk.remove, name)
-        else:
-            await self.copies.clear(record, "deleted, and its bytes are not the recorded ones")
+        await self._clear(name, "it is deleted")
 
     async def _undo(self, name: str, generation: int | None) -> Record:
         record = await self.database.find(name)
@@ -153,4 +168,6 @@ class Saver:
             await self.copies.put(record)
         except DiskUnwritable as error:
             await self._leave_disk(record, str(error))
+        except FileChanged:
+            await self._check(name)
         return record

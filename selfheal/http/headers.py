@@ -1,6 +1,7 @@
 """Headers: validators as Starlette's `FileResponse` computes them, and answers without a file."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
@@ -8,11 +9,15 @@ from math import floor
 
 from starlette.types import Message, Send
 
-from ..content.content_types import can_run_script, content_type
+from ..content.content_types import UNKNOWN, can_run_script, content_type
 
 Headers = list[tuple[bytes, bytes]]
 
-SANDBOX = b"sandbox; default-src 'none'; style-src 'unsafe-inline'"
+SANDBOX = b"sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:"
+_SAFE = re.compile(
+    r"(?:audio|font|image|video)/[a-z0-9][a-z0-9.+-]*|application/pdf|text/plain(?:; charset=[a-z0-9-]+)?", re.ASCII
+)
+"""Recorded types that are served: a browser runs no script in them, or only in the sandbox (`image/svg+xml`)."""
 RETRY_AFTER = b"2"
 FIRST_DATE = -62135596800
 LAST_DATE = 253402300799
@@ -41,14 +46,22 @@ class Head:
     bare: Plan
 
 
-def make_head(name: str, modified_ns: int, size: int, cache_control: bytes | None = None) -> Head:
+def served_type(name: str, recorded: str) -> str:
+    """Return the type of a name's extension; the recorded one if the extension says nothing, and it is safe."""
+    known = content_type(name)
+    return recorded if known == UNKNOWN and _SAFE.fullmatch(recorded) else known
+
+
+def make_head(
+    name: str, modified_ns: int, size: int, cache_control: bytes | None = None, recorded_type: str = UNKNOWN
+) -> Head:
     """Return the head of a file: `modified_ns` in ns since the epoch, `size` in bytes."""
     seconds, rest = divmod(modified_ns, 10**9)
     mtime = seconds + 1e-9 * rest  # the float of os.stat
     modified = floor(round(min(max(mtime, FIRST_DATE), LAST_DATE), 6))  # as formatdate rounds it
     etag = f'"{hashlib.md5(f"{mtime}-{size}".encode(), usedforsecurity=False).hexdigest()}"'
     last_modified = formatdate(modified, usegmt=True)
-    kind = content_type(name)
+    kind = served_type(name, recorded_type)
     common: Headers = [
         (b"last-modified", last_modified.encode()),
         (b"etag", etag.encode()),

@@ -6,16 +6,20 @@ small hit: between two requests none of that code and data stays in the processo
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.types import Message, Scope
 
 from ..disk.directory import UploadsDirectory
 from ..disk.open_file import PIECE, Identity, OpenFile
+from ..healing.reconcile import Judged
 from .conditional import plan_of
 from .headers import Head
 from .sending import Responder, start_of
 
+Judgements = Callable[[str, Identity], Judged | None]
+"""What the comparison of a name's file with its record found (`BackgroundChecks.judged`)."""
 ENTRIES_AT_MOST = 8192
 LONGEST = 1024
 """Characters of all that a server passes of a path, up to which it is remembered: clients choose it, and 2 KB for each
@@ -39,18 +43,26 @@ class Entry:
 class HitCache:
     """The files of a directory, by the paths of the requests for them; the least recently added goes first."""
 
-    def __init__(self, disk: UploadsDirectory, responder: Responder, limit: int = ENTRIES_AT_MOST) -> None:
+    def __init__(
+        self, disk: UploadsDirectory, responder: Responder, judged: Judgements, limit: int = ENTRIES_AT_MOST
+    ) -> None:
         self._disk = disk
         self._responder = responder
+        self._judged = judged
         self._limit = limit
         self._entries: OrderedDict[str, Entry] = OrderedDict()
 
     def add(self, scope: Scope, name: str, file: OpenFile) -> Head:
-        """Remember the file of a request; return its head."""
+        """Return the head of a request's file; remember both, unless a comparison with the record may change it."""
         path, raw_path, root_path = scope["path"], scope.get("raw_path"), scope.get("root_path")
         entry = self._entries.pop(path, None)
-        is_same = entry is not None and (entry.name, entry.identity) == (name, file.identity)
-        head = entry.head if entry is not None and is_same else self._responder.head_of(name, file)
+        if entry is not None and (entry.name, entry.identity) == (name, file.identity):
+            head = entry.head
+        else:
+            judged = self._judged(name, file.identity)
+            head = self._responder.head_of_file(name, file, judged)
+            if judged is None and self._responder.needs_record(name):
+                return head
         if len(path) + len(raw_path or b"") + len(root_path or "") <= LONGEST:
             if len(self._entries) >= self._limit:
                 self._entries.popitem(last=False)

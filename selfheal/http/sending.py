@@ -1,13 +1,19 @@
-"""Sending: a planned answer becomes ASGI messages, piece by piece, for as long as the client is there."""
+"""Sending: a planned answer becomes ASGI messages, piece by piece, for as long as the client is there.
+
+Always the bytes of the open file, never its path (`http.response.pathsend`): a server opens the path after `send` has
+returned, and until then the name can become another version, or a link to the outside.
+"""
 
 import asyncio
-from contextlib import aclosing
-from typing import Self
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
 
 from starlette.types import Message, Receive, Scope, Send
 
+from ..content.content_types import UNKNOWN, content_type
 from ..disk.open_file import PIECE, PIECE_SIZE, OpenFile
 from ..healing.bodies import Body
+from ..healing.reconcile import Judged
 from .conditional import plan_of
 from .headers import Head, Plan, make_head
 
@@ -15,44 +21,32 @@ WATCH_FROM = 4 * PIECE  # bytes from which on the client of a body is watched (C
 
 
 class Responder:
-    """Answers with bodies; `cache_control`, if given, goes with every 200, 206 and 304."""
+    """Answers with bodies; `cache_control`, if given, goes with every 200, 206 and 304 that has the recorded bytes."""
 
     def __init__(self, cache_control: str | None = None) -> None:
         self._cache_control = None if cache_control is None else cache_control.encode("latin-1")
 
-    def head_of(self, name: str, body: OpenFile | Body) -> Head:
-        """Return the head of a body under this name."""
-        return make_head(name, body.modified_ns, body.size, self._cache_control)
+    def head_of_file(self, name: str, file: OpenFile, judged: Judged | None) -> Head:
+        """Return the head of a file; one that was not compared with its record may be damaged: no cache keeps it."""
+        if judged is None:
+            return make_head(name, file.modified_ns, file.size)
+        return make_head(name, file.modified_ns, file.size, self._cache_control, judged.content_type)
+
+    def needs_record(self, name: str) -> bool:
+        """Whether the head of a name's file is another one once the file was compared with its record."""
+        return self._cache_control is not None or content_type(name) == UNKNOWN
 
     async def read_first(self, scope: Scope, head: Head, file: OpenFile) -> tuple[Plan, bytes]:
         """Return the plan for an open file, and its first piece; raises `OSError` if that cannot be read."""
         plan = plan_of(scope["headers"], head, file.size, is_head=scope["method"] == "HEAD")
         size = plan.stop - plan.start
-        if size > PIECE and can_pathsend(scope, plan, file.size):
-            return plan, b""
-        first = await file.read(plan.start, size if size <= PIECE else PIECE_SIZE.now) if size else b""
-        return plan, first
-
-    async def send_file(
-        self, scope: Scope, receive: Receive, send: Send, file: OpenFile, plan: Plan, first: bytes
-    ) -> None:
-        """Send a planned answer from an open file."""
-        if not first and plan.start < plan.stop and can_pathsend(scope, plan, file.size):
-            await send(start_of(plan))
-            await send({"type": "http.response.pathsend", "path": file.path})
-        else:
-            await _send_pieces(scope, receive, send, plan, file, first)
+        return plan, await file.read(plan.start, size if size <= PIECE else PIECE_SIZE.now) if size else b""
 
     async def send_body(self, scope: Scope, receive: Receive, send: Send, name: str, body: Body) -> None:
         """Send the answer from any body."""
-        head = self.head_of(name, body)
+        head = make_head(name, body.modified_ns, body.size, self._cache_control, body.content_type)
         plan = plan_of(scope["headers"], head, body.size, is_head=scope["method"] == "HEAD")
-        await _send_pieces(scope, receive, send, plan, body)
-
-
-def can_pathsend(scope: Scope, plan: Plan, size: int) -> bool:
-    """Whether the server offers to send a whole file by itself (ASGI's path send extension)."""
-    return plan.stop - plan.start == size and "http.response.pathsend" in (scope.get("extensions") or ())
+        await send_pieces(receive, send, plan, body)
 
 
 def start_of(plan: Plan) -> Message:
@@ -60,48 +54,61 @@ def start_of(plan: Plan) -> Message:
     return {"type": "http.response.start", "status": plan.status, "headers": plan.headers.copy()}
 
 
-async def _send_pieces(
-    scope: Scope, receive: Receive, send: Send, plan: Plan, body: OpenFile | Body, first: bytes = b""
-) -> None:
+async def send_all(send: Send, messages: Iterable[Message]) -> None:
+    """Send the messages of a small answer, to a client that may be gone."""
+    client = _Client(send)
+    for message in messages:
+        await client.send(message)
+
+
+async def send_pieces(receive: Receive, send: Send, plan: Plan, body: OpenFile | Body, first: bytes = b"") -> None:
+    """Send a planned answer, of which the `first` bytes are read already, until the client hangs up."""
+    start, stop = plan.start + len(first), plan.stop
+    client = _Client(send)
     with PIECE_SIZE:
-        await send(start_of(plan))
-        start, stop = plan.start + len(first), plan.stop
+        await client.send(start_of(plan))
         if first or start == stop:
-            await send({"type": "http.response.body", "body": first, "more_body": start < stop})
+            await client.send({"type": "http.response.body", "body": first, "more_body": start < stop})
         if start == stop:
             return
-        async with (
-            _Disconnect(scope, receive, stop - start) as disconnect,
-            aclosing(body.pieces(start, stop)) as pieces,
-        ):
+        async with client.watched(receive, stop - start), aclosing(body.pieces(start, stop)) as pieces:
             async for piece in pieces:
                 start += len(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": start < stop})
-                if disconnect.has_come:
+                await client.send({"type": "http.response.body", "body": piece, "more_body": start < stop})
+                del piece  # its memory is for the next piece of anyone
+                await asyncio.sleep(0)  # a fast client never makes `send` wait: others get their turn here
+                if client.is_gone:
                     return
 
 
-class _Disconnect:
-    """Whether the client has hung up. Before ASGI 2.4, `send` to a closed client succeeds silently; later it raises."""
+class _Client:
+    """The client of an answer. Before ASGI 2.4, `send` to a closed client succeeds silently; later, `OSError`."""
 
-    def __init__(self, scope: Scope, receive: Receive, size: int) -> None:
-        self.has_come = False
-        self._receive = receive
-        version = tuple(int(part) for part in scope.get("asgi", {}).get("spec_version", "2.0").split("."))
-        self._is_needed = size >= WATCH_FROM and version < (2, 4)
-        self._watch: asyncio.Task[None] | None = None
+    def __init__(self, send: Send) -> None:
+        self.is_gone = False
+        self._send = send
 
-    async def __aenter__(self) -> Self:
-        if self._is_needed:
-            self._watch = asyncio.get_running_loop().create_task(self._wait())
-        return self
+    async def send(self, message: Message) -> None:
+        """Send a message, or find out that the client is gone."""
+        try:
+            await self._send(message)
+        except OSError:
+            self.is_gone = True
 
-    async def __aexit__(self, *_: object) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+    @asynccontextmanager
+    async def watched(self, receive: Receive, size: int) -> AsyncIterator[None]:
+        """Wait for the client to hang up, while `size` bytes are sent to it."""
+        if size < WATCH_FROM:
+            yield
+            return
+        watch = asyncio.get_running_loop().create_task(self._watch(receive))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
 
-    async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
             pass
-        self.has_come = True
+        self.is_gone = True

@@ -10,7 +10,7 @@ import click
 
 from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, SelfHealError, SettingsError
 from . import bulk_commands, name_commands
-from .options import settings_of
+from .options import settings_of, where
 
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
@@ -59,16 +59,12 @@ def selfheal() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port to listen on.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Server processes.")
 @click.option("--prefix", metavar="PATH", help="The URL path of the uploads. [env: SELFHEAL_PREFIX]")
-@click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]")
-@click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]")
-def serve(
-    app: str | None, host: str, port: int, workers: int, prefix: str | None, directory: str | None, database: str | None
-) -> int:
+@where
+def serve(app: str | None, host: str, port: int, workers: int, **flags: str | None) -> int:
     """Serve an ASGI app and its uploads; without an app, only the uploads."""
     from .serve import serve as run_server  # noqa: PLC0415 - uvicorn is an extra
 
-    settings = settings_of(directory=directory, database=database, prefix=prefix)
-    run_server(settings, app, host=host, port=port, workers=workers)
+    run_server(settings_of(**flags), app, host=host, port=port, workers=workers)
     return 0
 
 

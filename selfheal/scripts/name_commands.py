@@ -78,7 +78,9 @@ async def history(store: UploadStore, output: Output, name: str) -> int:
     state = "deleted" if record.is_deleted else f"{record.size} bytes"
     row = "{:>5}  {:%Y-%m-%d %H:%M:%S}  {}".format
     lines = [row(record.generation, record.changed_at, f"now: {state}")]
-    lines += [row(one.generation, one.replaced_at, f"until then: {one.size} bytes") for one in versions]
+    for one in versions:
+        why = f"set aside ({one.reason})" if one.reason else "until then"
+        lines.append(row(one.generation, one.replaced_at, f"{why}: {one.size} bytes"))
     output.answer("\n".join(lines), now=plain(record), versions=[plain(one) for one in versions])
     return 0
 

@@ -25,9 +25,11 @@ class Report:
     command: str
     dry_run: bool = False
     examined: int = 0
+    skipped: int = 0
     size: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Result] = field(default_factory=list)
+    warnings: list[Result] = field(default_factory=list)
     error: str = ""
     started: float = field(default_factory=time.monotonic)
 
@@ -38,6 +40,10 @@ class Report:
 
     def add(self, result: Result) -> None:
         """Add a result."""
+        if result.outcome is Outcome.SKIPPED:
+            self.skipped += result.count
+            self.warnings += [result] if result.detail else []
+            return
         self.examined += result.count
         self.counts[result.outcome.value] += result.count
         if result.outcome in (Outcome.RESTORED, Outcome.MIGRATED, Outcome.OK):
@@ -52,6 +58,7 @@ class Report:
             "ok": self.ok,
             "examined": self.examined,
             "counts": dict(sorted(self.counts.items())),
+            "skipped": self.skipped,
             "bytes": self.size,
             "seconds": round(time.monotonic() - self.started, 3),
             "problems": [
@@ -62,11 +69,13 @@ class Report:
         }
 
     def as_text(self) -> str:
-        """Return the summary for people, in one line."""
+        """Return the summary for people, in one line, or two if something was skipped."""
         seconds = time.monotonic() - self.started
         counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(self.counts.items())) or "nothing to do"
         mode = " (dry run: nothing was changed)" if self.dry_run else ""
-        return f"{self.command}: {self.examined} examined: {counts}; {human_size(self.size)} in {seconds:.1f} s{mode}"
+        skipped = f"\nskipped: {self.skipped} (dotfiles, litter, links, --exclude)" if self.skipped else ""
+        size = human_size(self.size)
+        return f"{self.command}: {self.examined} examined: {counts}; {size} in {seconds:.1f} s{mode}{skipped}"
 
 
 def human_size(size: int) -> str:
@@ -76,6 +85,10 @@ def human_size(size: int) -> str:
 
 def show(report: Report, *, as_json: bool, quiet: bool) -> None:
     """Print a report: JSON to standard output; or the summary there and the problems to standard error."""
+    if report.warnings and not quiet:
+        first, others = report.warnings[0], len(report.warnings) - 1
+        more = f" ({others} more like this)" if others else ""
+        click.echo(f"warning: {printable(first.name)}: {first.detail}{more}", err=True)
     if as_json:
         click.echo(json.dumps(report.as_json()))
         return
@@ -118,7 +131,7 @@ def plain(what: Contents) -> dict[str, Any]:
 
 def moment(modified_ns: int) -> str:
     """Return an mtime for people."""
-    with contextlib.suppress(ValueError, OverflowError):
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # each C library refuses other years
         return f"{datetime.fromtimestamp(modified_ns // 10**9, UTC):%Y-%m-%d %H:%M:%S}"
     return "?" * 19
 

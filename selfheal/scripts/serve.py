@@ -1,10 +1,6 @@
 """`selfheal serve`: uvicorn around an app and its uploads."""
 
 import os
-import re
-import sys
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,10 +8,10 @@ from starlette.applications import Starlette
 from ..errors import MissingExtra, SelfHealError, SettingsError
 from ..middleware import SelfHealMiddleware
 from ..settings import Settings
+from .imports import import_object
 
 _APP = "SELFHEAL_SERVE_APP"
 _MAKE_APP = "selfheal.scripts.serve:make_app"
-_MODULE_AND_APP = re.compile(r"\w+(?:\.\w+)*(?::\w+(?:\.\w+)*)?")
 
 
 def serve(settings: Settings, app: str | None, *, host: str, port: int, workers: int) -> None:
@@ -24,10 +20,7 @@ def serve(settings: Settings, app: str | None, *, host: str, port: int, workers:
         import uvicorn  # noqa: PLC0415 - an extra, imported where it is used
     except ImportError as error:
         raise MissingExtra("server", "uvicorn") from error
-    if workers > 1 and settings.is_in_memory:
-        raise SettingsError("a database in memory cannot be shared by several workers; name a file or a server")
     export(settings, app)
-    sys.path.insert(0, str(Path.cwd()))
     load(app)
     processes = workers if workers > 1 else None
     try:
@@ -44,6 +37,9 @@ def export(settings: Settings, app: str | None) -> None:
         SELFHEAL_DIRECTORY=str(settings.directory),
         SELFHEAL_DATABASE_URL=settings.database,
         SELFHEAL_PREFIX=settings.prefix,
+        SELFHEAL_TABLE_PREFIX=settings.table_prefix,
+        SELFHEAL_SCHEMA=settings.schema or "",
+        SELFHEAL_POOL_SIZE=str(settings.pool_size),
         **{_APP: app or ""},
     )
 
@@ -57,15 +53,7 @@ def load(app: str | None) -> Any:
     """Import the ASGI app `module:attribute`; without one, return an empty app. Raises `SettingsError`."""
     if app is None:
         return Starlette()
-    if not _MODULE_AND_APP.fullmatch(app):
-        raise SettingsError(f"{app!r} names no app; name it as module:attribute")
-    module, _, attribute = app.partition(":")
-    try:
-        found = import_module(module)
-        for part in (attribute or "app").split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"the app {app!r} cannot be imported: {error}; name it as module:attribute") from error
+    found = import_object(app, "app", "app")
     if not callable(found):
         raise SettingsError(f"{app!r} is a {type(found).__name__}, not an ASGI app; name it as module:attribute")
     return found

@@ -10,16 +10,21 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from .pool_limit import PoolLimit
+
 Rows = Sequence[Sequence[Any]]
 Values = dict[str, Any]
 
-POOL_SIZE = 5
-POOL_AT_MOST = 10  # connections of an engine of our own: while idle, and in all
 LOCK_TIMEOUT = 0.9
 """Seconds that a transaction of ours, which holds locks, waits for another one; then it is run again.
 
 Of two transactions that wait for each other, PostgreSQL breaks one off after a second: that must not be the app's own.
 """
+
+
+def state_of(error: BaseException | None) -> str | None:
+    """Return the SQLSTATE of a server's error."""
+    return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
 
 
 class Reader:
@@ -49,6 +54,8 @@ class Backend:
     driver: str  # the driver that is asked past SQLAlchemy; an app's own engine may have another one
     drivernames: tuple[str, ...]  # the names of the database in URLs; the last one is ours
     has_one_writer = False  # whether a write transaction locks all others out
+    full_states: tuple[str, ...] = ()  # SQLSTATEs of a server that has no room for another connection
+    unstorable_states: tuple[str, ...] = ()  # SQLSTATEs of a text that the database's encoding cannot hold
     retried_states: tuple[str, ...] = ()  # SQLSTATEs of a transaction that lost against another one: it is run again
     types: Mapping[str, sa.types.TypeEngine[Any]] = {}
     """Column types of its own, by kind: `name`, `text`, `integer`, `moment`."""
@@ -66,14 +73,20 @@ class Backend:
         """Whether the database is in the memory of one process."""
         return False
 
+    def check_schema(self, schema: str | None) -> None:
+        """Raise `SettingsError` if an engine of our own cannot have tables in this schema."""
+
     def import_driver(self) -> None:
         """Import the driver now, if it is installed, so that the event loop does not wait for that later."""
 
-    def create_engine(self, url: URL, timeout: float) -> AsyncEngine:
+    def create_engine(self, url: URL, timeout: float, limit: PoolLimit) -> AsyncEngine:
         """Make an engine of our own; `timeout` (seconds) bounds connecting and statements. Raises `MissingExtra`."""
         raise NotImplementedError
 
-    def create_reader(self, engine: AsyncEngine) -> Reader | None:
+    def create_database(self, url: URL) -> None:
+        """Make the database's file if it is missing. Raises `OSError`."""
+
+    def create_reader(self, engine: AsyncEngine, limit: PoolLimit) -> Reader | None:
         """Make the reader of an engine of our own; None if the pool is as fast."""
         return None
 
@@ -105,6 +118,10 @@ class Backend:
         """Whether a connection that is in a transaction for SQLAlchemy commits every statement all the same."""
         pooled: Any = await connection.get_raw_connection()
         return connection.dialect.detect_autocommit_setting(pooled.dbapi_connection)
+
+    async def prepare_schema(self, connection: AsyncConnection, schema: str) -> None:
+        """Make the schema if it is missing. Raises `SettingsError` if the database has no schemas."""
+        raise NotImplementedError
 
     async def limit_lock_waits(self, connection: AsyncConnection) -> None:
         """Wait no longer than `LOCK_TIMEOUT` for a lock from now on: others may wait for those held."""
@@ -142,7 +159,3 @@ class Backend:
     def total(self, size: sa.ColumnElement[int]) -> Any:
         """Return the aggregate of all sizes, which must not overflow."""
         return sa.func.sum(size)
-
-    def seconds_ago(self, seconds: int) -> sa.ColumnElement[Any]:
-        """Return a moment in the past by the database's clock."""
-        raise NotImplementedError

@@ -7,7 +7,16 @@ from sqlalchemy import Select
 
 from .backend import Rows
 from .engine import Engine
-from .models import KeyRange, Record, Summary, Version, to_record, to_version
+from .models import (
+    KeyRange,
+    Record,
+    Summary,
+    Version,
+    to_integer,
+    to_record,
+    to_text,
+    to_version,
+)
 from .queries import Queries
 from .schema import Tables
 
@@ -21,8 +30,7 @@ class Catalogue:
 
     async def find(self, wanted: Iterable[str]) -> dict[str, Record]:
         """Return the records, tombstones among them, of the names that have one."""
-        rows = await self._engine.rows(self._queries.records, wanted=self._engine.backend.name_list(wanted))
-        return {row[0]: to_record(row) for row in rows}
+        return {row[0]: to_record(row) for row in await self._engine.rows_by_name(self._queries.records, wanted)}
 
     async def generations(self, wanted: Iterable[str]) -> dict[str, int]:
         """Return the generations of the names that have a record: they show whether a name was changed meanwhile."""
@@ -35,12 +43,11 @@ class Catalogue:
 
     async def digests(self, wanted: Iterable[str]) -> dict[str, str]:
         """Return the SHA-256 of the living records of names."""
-        rows = await self._engine.rows(self._queries.digests, wanted=self._engine.backend.name_list(wanted))
-        return {row[0]: row[1] for row in rows}
+        return {row[0]: row[1] for row in await self._engine.rows_by_name(self._queries.digests, wanted)}
 
     async def history(self, name: str) -> list[Version]:
         """Return the versions of a name, newest first."""
-        return [to_version(row) for row in await self._engine.rows(self._queries.history, name=name)]
+        return [to_version(row) for row in await self._engine.rows_by_name(self._queries.history, [name])]
 
     async def count(self) -> int:
         """Return the number of living records."""
@@ -51,14 +58,17 @@ class Catalogue:
         after = ""
         while rows := await self._engine.rows(self._queries.pages[deleted], after=self._bound(after), size=size):
             yield [to_record(row) for row in rows]
+            if not _is_text(rows):
+                return
             after = rows[-1][0]
 
     async def key_ranges(self, size: int) -> AsyncGenerator[KeyRange, None]:
         """Yield ranges that cover all names; each has at most `size` records, and those that are saved meanwhile."""
         first = ""
-        while rows := await self._engine.rows(self._queries.next_range, first=self._bound(first), size=size):
-            yield KeyRange(first, rows[0][0])
-            first = rows[0][0]
+        query = self._queries.next_range
+        while (rows := await self._engine.rows(query, first=self._bound(first), size=size)) and _is_text(rows):
+            yield KeyRange(first, rows[-1][0])
+            first = rows[-1][0]
         yield KeyRange(first, None)
 
     async def summary(self, key_range: KeyRange) -> Summary:
@@ -67,14 +77,8 @@ class Catalogue:
 
     async def names_in(self, key_range: KeyRange, *, deleted: bool = False) -> list[tuple[str, int]]:
         """Return the names in a range, in order, with the sizes of their records: the living ones, or the deleted."""
-        return [(row[0], row[1]) for row in await self._rows_in(self._queries.names[deleted], key_range)]
-
-    async def changes(self, since: object, size: int) -> tuple[list[tuple[str, int]], object]:
-        """Return up to `size` names changed `since`, and the next `since`: a minute ago, as some commit late."""
-        if since is None:
-            return [], (await self._engine.rows(self._queries.moment))[0][0]
-        rows = await self._engine.rows(self._queries.changes, since=since, size=size)
-        return [(row[0], row[1]) for row in rows], rows[0][2] if rows else since
+        rows = await self._rows_in(self._queries.names[deleted], key_range)
+        return [(to_text(row[0]), to_integer(row[1])) for row in rows]
 
     async def _rows_in(self, query: Mapping[bool, Select[Any]], key_range: KeyRange) -> Rows:
         bounds = {"first": self._bound(key_range.first)}
@@ -84,3 +88,8 @@ class Catalogue:
 
     def _bound(self, name: str) -> Any:
         return self._engine.backend.bound_value(name)
+
+
+def _is_text(rows: Rows) -> bool:
+    """Whether the last name is a text: SQLite sorts bytes, which another program can have written, after all texts."""
+    return isinstance(rows[-1][0], str)

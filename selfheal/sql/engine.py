@@ -3,20 +3,19 @@
 import asyncio
 import contextlib
 import math
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, select
-from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from sqlalchemy.pool import Pool, QueuePool, StaticPool
 
 from ..aio.tasks import LoopSemaphore, Tasks, run_to_end
-from ..errors import DatabaseUnavailable, MissingExtra, SchemaError
-from .backend import LOCK_TIMEOUT, POOL_AT_MOST, Reader, Rows
-from .backends import backend_of, url_of
+from ..errors import DatabaseUnavailable, SchemaError, SelfHealError, UnstorableName
+from .backend import LOCK_TIMEOUT, Rows, state_of
+from .connections import Connections
+from .pool_limit import POOL_SIZE
 from .queries import ByName
 from .schema import Tables, check_version
 from .statements import DeadConnection, bind
@@ -26,86 +25,29 @@ T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
 
-class Connections:
-    """Opens connections; those from before a fork, or of another event loop, are not used."""
-
-    def __init__(self, database: str | URL | AsyncEngine, *, timeout: float, tasks: Tasks) -> None:
-        self.url = url_of(database)
-        self.backend = backend_of(self.url)
-        self._given = database if isinstance(database, AsyncEngine) else None
-        self._timeout = timeout
-        self._tasks = tasks
-        self._engine: AsyncEngine | None = None
-        self.reader: Reader | None = None
-        self.dialect: Dialect
-        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._abandoned: list[object] = []
-        self.backend.import_driver()
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether there is one connection for everything, as to a database in memory."""
-        return isinstance(self._given.pool, StaticPool) if self._given else self.backend.is_in_memory(self.url)
-
-    @property
-    def engine(self) -> AsyncEngine | None:
-        """The engine of this process and event loop; None if it was not opened."""
-        return self._engine if self._owner == (os.getpid(), asyncio.get_running_loop()) else None
-
-    async def connect(self) -> AsyncConnection:
-        """Take a connection, or open one; a cancelled opening goes on: SQLAlchemy would leave it half made."""
-        engine = self._get_engine()
-        if not _opens_a_connection(engine.pool):
-            return await self._connect(engine)
-        opening = self._tasks.start(self._connect(engine))
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            self._tasks.start(_close(opening))
-            raise
-
-    async def close(self) -> None:
-        """Close what was opened here; the app's own engine stays open."""
-        engine, self._engine = self.engine, None
-        reader, self.reader = self.reader, None
-        if engine is not None and engine is not self._given:
-            if reader is not None:
-                reader.close()
-            await engine.dispose()
-
-    async def _connect(self, engine: AsyncEngine) -> AsyncConnection:
-        if self.reader is not None:
-            self.reader.make_room()
-        return await engine.connect()
-
-    def _get_engine(self) -> AsyncEngine:
-        if self.engine is not None:
-            return self.engine
-        if self._given is not None:
-            if self._owner is not None and self._owner[0] != os.getpid():
-                self._abandon(self._given)
-            self._engine = self._given
-        else:
-            if self._engine is not None:
-                self._abandon(self._engine)
-                self._abandoned.append(self.reader)
-            self._engine = self.backend.create_engine(self.url, self._timeout)
-            self.reader = self.backend.create_reader(self._engine)
-        self.dialect = self._engine.dialect
-        self._owner = (os.getpid(), asyncio.get_running_loop())
-        return self._engine
-
-    def _abandon(self, engine: AsyncEngine) -> None:
-        """Its connections belong to a parent process, or to a loop that has ended: they are neither used nor closed."""
-        self._abandoned.append(engine.sync_engine.pool)
-        engine.sync_engine.dispose(close=False)
-
-
 class Engine:
-    """Connections from a URL or the app's engine. `timeout` (seconds) bounds every wait: `DatabaseUnavailable`."""
+    """Connections from a URL or the app's engine. `timeout` (seconds) bounds every wait: `DatabaseUnavailable`.
+    `before_opening` may refuse that connections are opened at all.
+    """
 
-    def __init__(self, database: str | URL | AsyncEngine, tables: Tables, *, timeout: float, tasks: Tasks) -> None:
-        self._connections = Connections(database, timeout=timeout, tasks=tasks)
+    def __init__(
+        self,
+        database: str | URL | AsyncEngine,
+        tables: Tables,
+        *,
+        pool_size: int = POOL_SIZE,
+        timeout: float,
+        tasks: Tasks,
+        before_opening: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._connections = Connections(
+            database,
+            schema=tables.records.schema,
+            pool_size=pool_size,
+            timeout=timeout,
+            tasks=tasks,
+            before_opening=before_opening,
+        )
         self.url = self._connections.url
         self.backend = self._connections.backend
         self.timeout = timeout
@@ -120,7 +62,7 @@ class Engine:
         if self._shared is not None:
             async with self._shared:  # a read that is broken off would be rolled back under the next caller
                 return await run_to_end(self._read(work))
-        for _ in range(POOL_AT_MOST):
+        for _ in range(self._connections.limit.size):
             try:
                 return await self._read(work)
             except DatabaseUnavailable as error:
@@ -134,6 +76,11 @@ class Engine:
 
     async def write_schema(self, work: Work[T]) -> T:
         """As `write`, in a database that may have no tables yet."""
+        if not self._connections.is_given:
+            try:
+                self.backend.create_database(self.url)
+            except OSError as error:
+                raise self.unavailable(error) from error
         return await self._tasks.finish(self._write(work, needs_tables=False))
 
     async def rows(self, query: Select[Any], **values: Any) -> Rows:
@@ -151,11 +98,17 @@ class Engine:
         return await self.read(lambda connection: self._fetch(connection, query, values))
 
     async def rows_by_name(self, query: ByName, wanted: Iterable[str]) -> Rows:
-        """Return all rows about the names in `wanted`."""
+        """Return all rows about the names in `wanted`; a name that the database cannot hold has none."""
         names = list(wanted)
-        if len(names) == 1:
-            return await self.rows(query.one, name=names[0])
-        return await self.rows(query.many, wanted=self.backend.name_list(names))
+        try:
+            if len(names) == 1:
+                return await self.rows(query.one, name=names[0])
+            return await self.rows(query.many, wanted=self.backend.name_list(names))
+        except UnstorableName:
+            if len(names) == 1:
+                return []
+        half = len(names) // 2  # the others in the list are asked again without it
+        return [*await self.rows_by_name(query, names[:half]), *await self.rows_by_name(query, names[half:])]
 
     @property
     def can_read_in_thread(self) -> bool:
@@ -173,13 +126,21 @@ class Engine:
         except self._errors() as error:
             raise self.unavailable(error) from error
 
-    def unavailable(self, error: BaseException) -> DatabaseUnavailable:
+    def unavailable(self, error: BaseException) -> SelfHealError:
         """Return what a failure of the database means to us; the message holds no password."""
         cause = getattr(error, "orig", None) or error
         message = str(cause).partition("\n")[0] or type(cause).__name__
+        if state_of(cause) in self.backend.unstorable_states:
+            return UnstorableName(f"the database cannot hold this name: {message}; use a database in UTF8")
         if self.backend.is_missing_table(cause):
-            return SchemaError("the catalogue's tables are missing or old; run `selfheal migrate` to make them")
+            return SchemaError("the tables are missing, old or another app's; run `selfheal migrate` to make them")
+        if state_of(cause) in self.backend.full_states:
+            message += "; a lower SELFHEAL_POOL_SIZE leaves room for all processes"
         return DatabaseUnavailable(f"the database gave no answer: {message}")
+
+    def share_connections(self, processes: int) -> int:
+        """Share the pool among processes to be forked; return for how many of them it is large enough."""
+        return self._connections.share(processes)
 
     async def close(self) -> None:
         """Close what was opened here; the app's own engine stays open."""
@@ -200,7 +161,7 @@ class Engine:
             try:
                 return await self._write_once(work, needs_tables=needs_tables)
             except DatabaseUnavailable as error:
-                if _state_of(error.__cause__) not in self.backend.retried_states:
+                if state_of(error.__cause__) not in self.backend.retried_states:
                     raise
         return await self._write_once(work, needs_tables=needs_tables)
 
@@ -216,7 +177,7 @@ class Engine:
     async def _connection(self, *, needs_tables: bool = True) -> AsyncIterator[AsyncConnection]:
         try:
             connection = await self._connections.connect()
-        except MissingExtra:
+        except SelfHealError:
             raise
         except Exception as error:
             raise self.unavailable(error) from error
@@ -230,7 +191,9 @@ class Engine:
                 raise
             finally:
                 await asyncio.shield(self._tasks.start(connection.close()))
-        except (IntegrityError, DataError):
+        except (IntegrityError, DataError) as error:
+            if state_of(error) in self.backend.unstorable_states:
+                raise self.unavailable(error) from error
             raise
         except self._errors() as error:
             raise self.unavailable(error) from error
@@ -258,17 +221,3 @@ class Engine:
 
 def _was_dead(cause: BaseException | None) -> bool:
     return isinstance(cause, DeadConnection) or (isinstance(cause, DBAPIError) and cause.connection_invalidated)
-
-
-def _state_of(error: BaseException | None) -> str | None:
-    """Return the SQLSTATE of a server's error."""
-    return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
-
-
-def _opens_a_connection(pool: Pool) -> bool:
-    """Whether the next connection is a new one: none is idle, and there may be more."""
-    return not isinstance(pool, QueuePool) or not (pool.checkedin() or pool.checkedout() >= POOL_AT_MOST)
-
-
-async def _close(opening: asyncio.Task[AsyncConnection]) -> None:
-    await (await opening).close()

@@ -16,7 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
 from ..errors import MissingExtra
-from .backend import LOCK_TIMEOUT, POOL_AT_MOST, POOL_SIZE, Backend, Reader, Rows
+from .backend import LOCK_TIMEOUT, Backend, Reader, Rows
+from .libpq import in_asyncpgs_words
+from .pool_limit import PoolLimit
 from .statements import DeadConnection
 
 T = TypeVar("T")
@@ -24,12 +26,10 @@ T = TypeVar("T")
 KEPT_AT_MOST = 2  # Idle connections that a reader keeps; the pool counts them as taken
 KEPT_FOR = 60.0  # seconds after which a kept connection goes back to the pool, which checks its age
 
+_TOO_MANY_CONNECTIONS = "53300"  # of a role, of a database, of the server, or but for the reserved ones
+_UNTRANSLATABLE_CHARACTER, _CHARACTER_NOT_IN_REPERTOIRE = "22P05", "22021"
 _UNDEFINED_TABLE, _UNDEFINED_COLUMN = "42P01", "42703"
 _DEADLOCK, _SERIALIZATION_FAILURE, _LOCK_NOT_AVAILABLE, _UNIQUE_VIOLATION = "40P01", "40001", "55P03", "23505"
-_URL_PARAMETERS = (
-    *("command_timeout", "host", "passfile", "port", "prepared_statement_cache_size", "ssl", "statement_cache_size"),
-    *("target_session_attrs", "timeout"),
-)
 
 
 class PostgreSQL(Backend):
@@ -37,37 +37,35 @@ class PostgreSQL(Backend):
 
     name = "postgresql"
     driver = "asyncpg"
-    drivernames = ("postgres", "postgresql", "postgresql+asyncpg")
+    drivernames = ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg2", "postgresql+asyncpg")
     types = {"name": sa.Text(collation="C")}  # noqa: RUF012
     # a unique violation: another transaction's rows, which a stricter level than READ COMMITTED does not see
+    full_states = (_TOO_MANY_CONNECTIONS,)
+    unstorable_states = (_UNTRANSLATABLE_CHARACTER, _CHARACTER_NOT_IN_REPERTOIRE)
     retried_states = (_DEADLOCK, _SERIALIZATION_FAILURE, _LOCK_NOT_AVAILABLE, _UNIQUE_VIOLATION)
 
     def url(self, url: URL) -> URL:
-        """libpq's `sslmode` is asyncpg's `ssl`; parameters that only libpq knows are left out."""
-        query = {key: value for key, value in url.query.items() if key in _URL_PARAMETERS}
-        if "sslmode" in url.query:
-            query["ssl"] = url.query["sslmode"]
-        return url.set(drivername=self.drivernames[-1], query=query)
+        return in_asyncpgs_words(super().url(url))
 
     def import_driver(self) -> None:
         with contextlib.suppress(ImportError):  # reported when an engine is made
             import_module("asyncpg")  # a tenth of a second
 
-    def create_engine(self, url: URL, timeout: float) -> AsyncEngine:
+    def create_engine(self, url: URL, timeout: float, limit: PoolLimit) -> AsyncEngine:
         try:
             return create_async_engine(
                 url,
-                pool_size=POOL_SIZE,
-                max_overflow=POOL_AT_MOST - POOL_SIZE,
+                pool_size=limit.kept,
+                max_overflow=limit.size - limit.kept,
                 pool_timeout=timeout,
                 pool_recycle=1800,
-                connect_args={"timeout": timeout, "command_timeout": timeout},
+                connect_args=_arguments(url, timeout),
             )
         except ImportError as error:
             raise MissingExtra("postgres", "asyncpg") from error
 
-    def create_reader(self, engine: AsyncEngine) -> PostgreSQLReader:
-        return PostgreSQLReader(engine)
+    def create_reader(self, engine: AsyncEngine, limit: PoolLimit) -> PostgreSQLReader:
+        return PostgreSQLReader(engine, limit)
 
     def driver_errors(self) -> tuple[type[Exception], ...]:
         asyncpg = sys.modules.get("asyncpg")
@@ -87,6 +85,11 @@ class PostgreSQL(Backend):
         yield
         await connection.commit()
 
+    async def prepare_schema(self, connection: AsyncConnection, schema: str) -> None:
+        names = await connection.run_sync(lambda sync: sa.inspect(sync).get_schema_names())
+        if schema not in names:  # IF NOT EXISTS alone asks for the right to make one, also if it is there
+            await connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+
     async def limit_lock_waits(self, connection: AsyncConnection) -> None:
         await connection.exec_driver_sql(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT * 1000:.0f}")
 
@@ -103,17 +106,14 @@ class PostgreSQL(Backend):
     def is_wanted(self, name: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
         return name == sa.any_(sa.bindparam("wanted", type_=sa.ARRAY(sa.String)))
 
-    def seconds_ago(self, seconds: int) -> sa.ColumnElement[Any]:
-        return sa.literal_column(f"(now() - interval '{seconds} seconds')")
-
 
 class PostgreSQLReader(Reader):
     """Keeps connections out of SQLAlchemy's pool, where taking one costs as much as a small query."""
 
-    def __init__(self, engine: AsyncEngine, limit: int = POOL_AT_MOST) -> None:
+    def __init__(self, engine: AsyncEngine, limit: PoolLimit) -> None:
         self._engine = engine
         self._limit = limit
-        self._kept_at_most = KEPT_AT_MOST
+        self._kept_at_most = min(KEPT_AT_MOST, limit.size // 3)
         self._kept: list[tuple[PoolProxiedConnection, float]] = []
 
     def __del__(self) -> None:
@@ -154,7 +154,7 @@ class PostgreSQLReader(Reader):
         return cast(QueuePool, self._engine.pool)
 
     def _is_exhausted(self) -> bool:
-        return self._pool.checkedout() >= self._limit
+        return self._pool.checkedout() >= self._limit.now
 
     def _take(self) -> tuple[PoolProxiedConnection, float] | None:
         while self._kept:
@@ -192,11 +192,34 @@ class PostgreSQLReader(Reader):
             self._return(self._kept.pop()[0])
 
 
+def _arguments(url: URL, timeout: float) -> dict[str, Any]:
+    """Return asyncpg's arguments: seconds, and parameters of the URL that SQLAlchemy would pass as text."""
+    arguments: dict[str, Any] = {}
+    for key in ("timeout", "command_timeout"):
+        given = float(str(url.query.get(key, 0)))
+        arguments[key] = min(given, timeout) if given > 0 else timeout  # libpq: 0 waits for ever
+    if "statement_cache_size" in url.query:
+        arguments["statement_cache_size"] = int(str(url.query["statement_cache_size"]))
+    return arguments
+
+
 async def _fetch(driver: Any, text: str, values: Sequence[Any]) -> Rows:
     try:
         rows: Rows = await driver.fetch(text, *values)
+    except OverflowError:  # of the driver: a time that Python's years 1 to 9999 do not have
+        return await _fetch_with_times_as_text(driver, text, values)
     except Exception as error:
         if driver.is_closed():
             raise DeadConnection(str(error)) from error
         raise
+    return rows
+
+
+async def _fetch_with_times_as_text(driver: Any, text: str, values: Sequence[Any]) -> Rows:
+    kind = {"typename": "timestamptz", "schema": "pg_catalog"}
+    await driver.set_type_codec(**kind, encoder=str, decoder=str)
+    try:
+        rows: Rows = await driver.fetch(text, *values)
+    finally:
+        await driver.reset_type_codec(**kind)
     return rows

@@ -6,7 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from .backend import Backend
-from .schema import Tables
+from .schema import Tables, record_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +27,16 @@ class Queries:
 
     def __init__(self, tables: Tables, backend: Backend) -> None:
         record, version = tables.records, tables.history
-        is_wanted = backend.is_wanted(record.c.name)
         is_alive, is_deleted = record.c.deleted_at.is_(None), record.c.deleted_at.is_not(None)
         size = sa.bindparam("size", type_=sa.Integer)
-        self.records: sa.Select[Any] = sa.select(record).where(is_wanted)
+        columns = record_columns(record)
+        self.records = by_name(backend, record.c.name, sa.select(*columns))
         self.generations = by_name(backend, record.c.name, sa.select(record.c.name, record.c.generation))
-        self.digests: sa.Select[Any] = sa.select(record.c.name, record.c.sha256).where(is_wanted, is_alive)
+        digests = sa.select(record.c.name, record.c.sha256).where(is_alive)
+        self.digests = by_name(backend, record.c.name, digests)
         self.count: sa.Select[Any] = sa.select(sa.func.count()).select_from(record).where(is_alive)
-        self.history: sa.Select[Any] = (
-            sa.select(version)
-            .where(version.c.name == sa.bindparam("name", type_=sa.String))
-            .order_by(version.c.generation.desc())
-        )
-        page = sa.select(record).where(record.c.name > backend.bound("after")).order_by(record.c.name).limit(size)
+        self.history = by_name(backend, version.c.name, sa.select(version).order_by(version.c.generation.desc()))
+        page = sa.select(*columns).where(record.c.name > backend.bound("after")).order_by(record.c.name).limit(size)
         self.pages: dict[bool | None, sa.Select[Any]] = {
             False: page.where(is_alive),
             True: page.where(is_deleted),
@@ -57,14 +54,6 @@ class Queries:
         }
         summary = _summary(record, backend)
         self.summary = {is_last: summary.where(within) for is_last, within in in_range.items()}
-        a_minute_ago = backend.seconds_ago(60)
-        self.moment: sa.Select[Any] = sa.select(a_minute_ago)
-        self.changes: sa.Select[Any] = (
-            sa.select(record.c.name, record.c.generation, a_minute_ago)
-            .where(record.c.generation > sa.literal_column("1"))
-            .where(record.c.changed_at >= sa.bindparam("since", type_=sa.DateTime(timezone=True)))
-            .limit(size)
-        )
 
 
 def _summary(record: sa.Table, backend: Backend) -> sa.Select[Any]:

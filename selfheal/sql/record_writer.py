@@ -4,13 +4,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CompoundSelect, Select, delete, func, select, union, update
+from sqlalchemy import CompoundSelect, Select, and_, delete, func, or_, select, union, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..errors import DatabaseUnavailable
+from ..content.times import clamp_ns
+from ..errors import DatabaseUnavailable, NotAFile
 from .backend import Backend
-from .models import Record, Version, contents, earlier, to_record, to_version
-from .schema import Tables
+from .models import Contents, Record, Version, contents, earlier, to_record, to_version
+from .schema import NOT_NUMBERED, Tables, record_columns
+
+VERSIONS_AT_MOST = 100
+"""Versions of one name; then the oldest is dropped: an app that rewrites a file for ever does not fill the database."""
+NS = 10**9
 
 
 class RecordWriter:
@@ -27,35 +32,73 @@ class RecordWriter:
         row = (await connection.execute(self._select(name).with_for_update())).first()
         return None if row is None else to_record(row)
 
-    async def put(self, connection: AsyncConnection, values: dict[str, Any], *, only_new: bool) -> Record:
-        """Write the record of a name. With `only_new`, a name that has a record or a tombstone keeps it."""
+    async def put(self, connection: AsyncConnection, values: dict[str, Any], *, over: int | None = None) -> Record:
+        """Write the record of a name; a record or a tombstone of another generation than `over` (None: any) stays."""
         name = values["name"]
         insert = self._backend.insert(self._records).values(values)
         if (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
+            await self._refuse_conflict(connection, name)
             return await self._get(connection, name)
         record = await self.lock(connection, name)
         if record is None:
             raise DatabaseUnavailable(f"the record of {name!r} vanished while it was written; try again")
-        if only_new or (not record.is_deleted and record.sha256 == values["sha256"]):
+        is_other = over is not None and record.generation != over
+        if is_other or (not record.is_deleted and record.sha256 == values["sha256"]):
             return record
         return await self.change(connection, record, Version(generation=0, replaced_at=record.changed_at, **values))
+
+    async def _refuse_conflict(self, connection: AsyncConnection, name: str) -> None:
+        """Raise `NotAFile` if a new name is the directory of another one, or has another one for a directory."""
+        records, parts = self._records, name.split("/")
+        above = ["/".join(parts[:count]) for count in range(1, len(parts))]
+        below = and_(records.c.name > f"{name}/", records.c.name < f"{name}0")  # 0 is the character after /
+        other = select(records.c.name).where(records.c.deleted_at.is_(None), or_(records.c.name.in_(above), below))
+        taken = (await connection.execute(other.limit(1))).scalar()
+        if taken is not None:
+            await connection.execute(delete(records).where(records.c.name == name))  # the caller may go on and commit
+            raise NotAFile(f"{name!r} cannot be saved: {taken!r} is, and a name cannot be a file and a directory")
+
+    async def put_tombstone(self, connection: AsyncConnection, values: dict[str, Any]) -> None:
+        """Write a tombstone for a name that has no record."""
+        tombstone = values | {"deleted_at": func.now(), "sequence": NOT_NUMBERED}
+        insert = self._backend.insert(self._records).values(tombstone)
+        await connection.execute(insert.on_conflict_do_nothing())
 
     async def put_new(self, connection: AsyncConnection, values: Sequence[dict[str, Any]]) -> None:
         """Write records; names that have one already keep it."""
         await self._backend.execute_many(connection, self._put_new, values)
 
     async def change(self, connection: AsyncConnection, record: Record, to: Version) -> Record:
-        """Overwrite a locked record with a version; the old one goes to the history."""
+        """Overwrite a locked record with a version; the old one goes to the history.
+
+        With other bytes the time moves to a later second: clients that know only the time ask for newer bytes than
+        theirs (RFC 9110, section 13.1.3), and get them after an undo too.
+        """
         if not record.is_deleted:
-            await self._add_version(connection, record)
-        return await self._update(connection, record, contents(to) | {"deleted_at": None})
+            await self._add_version(connection, record, record.generation)
+        values = contents(to) | {"deleted_at": None}
+        if to.sha256 != record.sha256:
+            values["modified_ns"] = clamp_ns(max(to.modified_ns, (record.modified_ns // NS + 1) * NS))
+        return await self._update(connection, record, values)
+
+    async def set_aside(self, connection: AsyncConnection, record: Record, copy: Contents, reason: str) -> None:
+        """Add a copy that was set aside to the versions of a locked record, unless one of them has its bytes.
+
+        It gets a generation of its own, and so does the record after it: each number means one thing for ever.
+        """
+        table = self._history
+        known = select(table.c.generation).where(table.c.name == record.name, table.c.sha256 == copy.sha256).limit(1)
+        if (record.sha256 == copy.sha256 and not record.is_deleted) or (await connection.execute(known)).first():
+            return
+        await self._add_version(connection, copy, record.generation + 1, reason)
+        await self._update(connection, record, {"generation": record.generation + 2})
 
     async def bury(self, connection: AsyncConnection, name: str) -> Record | None:
         """Make the record of a name a tombstone; None if there is none."""
         record = await self.lock(connection, name)
         if record is None or record.is_deleted:
             return record
-        await self._add_version(connection, record)
+        await self._add_version(connection, record, record.generation)
         return await self._update(connection, record, {"deleted_at": func.now()})
 
     async def earlier(self, connection: AsyncConnection, record: Record, generation: int | None) -> Version | None:
@@ -77,16 +120,23 @@ class RecordWriter:
 
     async def _update(self, connection: AsyncConnection, record: Record, values: dict[str, Any]) -> Record:
         table = self._records
-        values |= {"generation": record.generation + 1, "changed_at": func.now()}
+        values = {"generation": record.generation + 1} | values
+        values |= {"changed_at": func.now(), "sequence": NOT_NUMBERED}
         await connection.execute(update(table).where(table.c.name == record.name).values(values))
         return await self._get(connection, record.name)
 
-    async def _add_version(self, connection: AsyncConnection, record: Record) -> None:
-        values = contents(record) | {"name": record.name, "generation": record.generation}
+    async def _add_version(
+        self, connection: AsyncConnection, version: Contents, generation: int, reason: str = ""
+    ) -> None:
+        values = contents(version) | {"name": version.name, "generation": generation, "reason": reason}
         await connection.execute(self._backend.insert(self._history).values(values).on_conflict_do_nothing())
+        table = self._history
+        newest = select(table.c.generation).where(table.c.name == version.name).order_by(table.c.generation.desc())
+        oldest = newest.limit(1).offset(VERSIONS_AT_MOST - 1).scalar_subquery()
+        await connection.execute(delete(table).where(table.c.name == version.name, table.c.generation < oldest))
 
     async def _get(self, connection: AsyncConnection, name: str) -> Record:
         return to_record((await connection.execute(self._select(name))).one())
 
     def _select(self, name: str) -> Select[Any]:
-        return select(self._records).where(self._records.c.name == name)
+        return select(*record_columns(self._records)).where(self._records.c.name == name)

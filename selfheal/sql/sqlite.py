@@ -16,10 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import PoolProxiedConnection, StaticPool
 
-from ..errors import DatabaseUnavailable
-from .backend import POOL_AT_MOST, POOL_SIZE, Backend, Reader, Rows, Values
+from ..errors import DatabaseUnavailable, SettingsError
+from .backend import Backend, Reader, Rows, Values
+from .pool_limit import PoolLimit
+from .sqlite_file import Identity, existing, identity_of, keep_to_file
 from .statements import compiled
 
+KEPT_AT_MOST = 5  # idle connections of a reader
 LOCK_WAIT = 10.0  # seconds in which a writer tries to get SQLite's lock; SQLite gives it in no fair order
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
@@ -44,7 +47,7 @@ class SQLite(Backend):
 
     name = "sqlite"
     driver = "aiosqlite"
-    drivernames = ("sqlite", "sqlite+aiosqlite")
+    drivernames = ("sqlite", "sqlite+pysqlite", "sqlite+aiosqlite")
     has_one_writer = True
     types = {"name": sa.Text(), "text": sa.Text(), "integer": sa.Integer(), "moment": _TextMoment()}  # noqa: RUF012
 
@@ -56,17 +59,35 @@ class SQLite(Backend):
     def is_in_memory(self, url: URL) -> bool:
         return ":memory:" in (url.database or ":memory:") or url.query.get("mode") == "memory"
 
-    def create_engine(self, url: URL, timeout: float) -> AsyncEngine:
-        limits = {"pool_size": POOL_SIZE, "max_overflow": POOL_AT_MOST - POOL_SIZE, "pool_timeout": timeout}
+    def create_engine(self, url: URL, timeout: float, limit: PoolLimit) -> AsyncEngine:
+        limits = {"pool_size": limit.kept, "max_overflow": limit.size - limit.kept, "pool_timeout": timeout}
         limits = {} if self.is_in_memory(url) else limits
         # nothing to reset: reads open no transaction, and every write ends its own
         engine = create_async_engine(url, connect_args={"timeout": timeout}, pool_reset_on_return=None, **limits)
         sa.event.listen(engine.sync_engine, "connect", _tune)
+        file = self.file(url)
+        if file is not None:
+            keep_to_file(engine, file)
         return engine
 
-    def create_reader(self, engine: AsyncEngine) -> SQLiteReader | None:
+    def create_database(self, url: URL) -> None:
+        file = self.file(url)
+        if file is not None and "uri" not in url.query and not file.exists():
+            file.touch(0o644)
+
+    def create_reader(self, engine: AsyncEngine, limit: PoolLimit) -> SQLiteReader | None:
         file = self.file(engine.url)
         return None if file is None or engine.url.query else SQLiteReader(file)
+
+    def check_schema(self, schema: str | None) -> None:
+        if schema is not None:
+            raise SettingsError(f"SQLite has no schema {schema!r}; use a table prefix, or a file for each store")
+
+    async def prepare_schema(self, connection: AsyncConnection, schema: str) -> None:
+        """An app's own engine may have attached a database of that name."""
+        databases = await connection.execute(sa.text("PRAGMA database_list"))
+        if schema not in [row[1] for row in databases]:
+            self.check_schema(schema)
 
     def driver_errors(self) -> tuple[type[Exception], ...]:
         return (sqlite3.Error,)
@@ -81,6 +102,7 @@ class SQLite(Backend):
         except sqlite3.OperationalError as error:
             if hasattr(error, "sqlite_errorcode"):
                 raise
+            error.__traceback__ = None  # it refers to the cursor, which locks the database as long as it lives
         # only Python's own error has no code: a text is not UTF-8. A decoder in Python is slow, and needed only here
         factory, driver.text_factory = driver.text_factory, lambda text: text.decode(errors="surrogateescape")
         try:
@@ -148,8 +170,11 @@ class SQLite(Backend):
     def total(self, size: sa.ColumnElement[int]) -> Any:
         return sa.func.total(size)
 
-    def seconds_ago(self, seconds: int) -> sa.ColumnElement[Any]:
-        return sa.literal_column(f"datetime('now', '-{seconds} seconds')")
+
+class _Connection(sqlite3.Connection):
+    """A connection, and the file that it was opened to."""
+
+    identity: Identity = None
 
 
 class SQLiteReader(Reader):
@@ -158,8 +183,8 @@ class SQLiteReader(Reader):
     can_read_in_thread = True
 
     def __init__(self, path: Path) -> None:
-        self._uri = f"{path.absolute().as_uri()}?mode=rw"
-        self._idle: list[sqlite3.Connection] = []
+        self._path = path
+        self._idle: list[_Connection] = []
 
     def rows_in_thread(self, text: str, values: Sequence[Any]) -> Rows:
         connection = self._take()
@@ -175,15 +200,22 @@ class SQLiteReader(Reader):
         while self._idle:
             self._idle.pop().close()
 
-    def _take(self) -> sqlite3.Connection:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return sqlite3.connect(self._uri, uri=True, timeout=0, check_same_thread=False)
+    def _take(self) -> _Connection:
+        identity = identity_of(self._path)
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = self._idle.pop()
+                if connection.identity == identity:
+                    return connection
+                connection.close()
+        uri = existing(self._path)
+        connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False, factory=_Connection)
+        connection.identity = identity
+        return connection
 
-    def _give_back(self, connection: sqlite3.Connection) -> None:
+    def _give_back(self, connection: _Connection) -> None:
         self._idle.append(connection)
-        if len(self._idle) > POOL_SIZE:
+        if len(self._idle) > KEPT_AT_MOST:
             with contextlib.suppress(IndexError):  # other threads have taken all of them meanwhile
                 self._idle.pop().close()
 

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from ..errors import DatabaseUnavailable
+from ..errors import DatabaseUnavailable, SelfHealError
 from .backend import Backend
 
 Write = Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
@@ -26,7 +26,7 @@ async def transaction(connection: AsyncConnection, backend: Backend) -> AsyncIte
 def within(
     connection: AsyncConnection | AsyncSession,
     backend: Backend,
-    unavailable: Callable[[BaseException], DatabaseUnavailable],
+    unavailable: Callable[[BaseException], SelfHealError],
 ) -> Write:
     """Return what runs work in the caller's transaction: `DatabaseUnavailable` if each statement is committed."""
 

@@ -93,7 +93,7 @@ async def test_mending(images: ImageStorage, database_url: str, way: str) -> Non
     for what, damage in MENDABLE.items():
         await damage(database_url, record)
         if way == "mend":
-            await images.mend(record, pieces_of_sizes(PICTURE, (100_000,)))
+            await images.versions.mend(record, pieces_of_sizes(PICTURE, (100_000,)))
         else:
             await images.store_image("a.png" if way == "store the same bytes again" else "b.png", PICTURE)
         assert await images.find("a.png") == record
@@ -103,7 +103,7 @@ async def test_mending(images: ImageStorage, database_url: str, way: str) -> Non
         ):
             still_damaged.append(what)
             await sql(database_url, "DELETE FROM image_chunk")
-            await images.mend(record, PICTURE)
+            await images.versions.mend(record, PICTURE)
     assert still_damaged == []
 
 
@@ -113,7 +113,7 @@ async def test_mending_with_other_bytes(images: ImageStorage, database_url: str,
     data = noise(LARGE, seed=2)
     record = await images.store_image("a.png", data)
     with pytest.raises(CorruptBlob, match=r"a\.png"):
-        await images.mend(record, noise(size, seed=3))
+        await images.versions.mend(record, noise(size, seed=3))
     assert await images.find("a.png") == record
     assert await read_record(images, record) == data
     assert await images.history("a.png") == []
@@ -124,6 +124,6 @@ async def test_mending_missing_bytes(images: ImageStorage, database_url: str) ->
     record = await images.store_image("a.png", PICTURE)
     await sql(database_url, "DELETE FROM image_chunk")
     await sql(database_url, "DELETE FROM image_blob")
-    await images.mend(record, PICTURE)
+    await images.versions.mend(record, PICTURE)
     assert await read_record(images, record) == PICTURE
     assert await stored_sizes(database_url) == (1, CHUNKS, len(PICTURE))

@@ -134,11 +134,11 @@ async def test_any_number_of_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         again = await images.store_image(f"{count}/again.png", pieces_of_sizes(data, (16,)))
         assert await read_record(images, first) == await read_record(images, again) == data
         with pytest.raises(CorruptBlob):
-            await images.mend(again, pieces_of_sizes(data[:-1], (16,)))
+            await images.versions.mend(again, pieces_of_sizes(data[:-1], (16,)))
         with pytest.raises(CorruptBlob):
-            await images.mend(replace(again, sha256="0" * 64), pieces_of_sizes(data, (16,)))
+            await images.versions.mend(replace(again, sha256="0" * 64), pieces_of_sizes(data, (16,)))
         await a_missing_chunk(count // 2)(database_url, again)
-        await images.mend(again, pieces_of_sizes(data, (16,)))
+        await images.versions.mend(again, pieces_of_sizes(data, (16,)))
         assert await read_record(images, first) == data
         chunks, size = chunks + count, size + len(data)
     await images.purge(timedelta(0), grace=timedelta(seconds=-5))

@@ -26,7 +26,8 @@ from tests.support.damage import (
     damage_of,
 )
 from tests.support.files import MODIFIED_NS, contents_of, flip_a_bit, noise, own_files_below, snapshot_of
-from tests.support.runs import SQL, after_listing, outcomes, quarantine_of, remove_tree, report_of, rows
+from tests.support.runs import SQL, after_listing, all_set_aside, outcomes, quarantine_of, remove_tree, report_of, rows
+from tests.support.store_state import files_below
 
 # -- damage on disk ---------------------------------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ async def test_restore_writes_missing_files_only(
     damaged_disk: DamagedDisk, store: UploadStore, directory: Path, sql: SQL
 ) -> None:
     """A plain restore writes missing files and removes deleted ones; other files and all records stay as they are."""
-    before, database = snapshot_of(directory), await rows(sql)
+    before = snapshot_of(directory)
     report = await report_of(bulk.restore(store))
     assert report.problems == outcomes(failed=BLOCKED)
     assert report.counts == {
@@ -48,15 +49,15 @@ async def test_restore_writes_missing_files_only(
         assert (directory / name).read_bytes() == damaged_disk.images[name]
         assert (directory / name).stat().st_mtime_ns == MODIFIED_NS
     assert [name for name in DELETED if (directory / name).exists()] == []
-    assert quarantine_of(store) == [("deleted-other.png", b"other bytes")]
+    assert await all_set_aside(store) == [("deleted-other.png", b"other bytes")]
+    assert quarantine_of(store) == []
     changed = {str(directory / name) for name in (*REMOVED, *DELETED, "gone", "")} | {str(directory)}
     after = snapshot_of(directory)
     assert {path: seen for path, seen in after.items() if path not in changed} == {
         path: seen for path, seen in before.items() if path not in changed
     }
-    assert await rows(sql) == database
 
-    files = snapshot_of(directory.parent)
+    files, database = snapshot_of(directory.parent), await rows(sql)
     again = await report_of(bulk.restore(store))
     assert again.counts == {"ok": len(HEALTHY) + len(DIFFERENT) + 1 + len(REMOVED), "failed": len(BLOCKED)}
     assert (snapshot_of(directory.parent), await rows(sql)) == (files, database)
@@ -65,9 +66,8 @@ async def test_restore_writes_missing_files_only(
 async def test_restore_with_verify_heals_and_quarantines(
     damaged_disk: DamagedDisk, store: UploadStore, directory: Path, sql: SQL
 ) -> None:
-    """Differing files are restored, their bytes go to quarantine; in a second run all is ok."""
+    """Differing files are restored, their bytes become versions; in a second run all is ok."""
     bad = {name: (directory / name).read_bytes() for name in DIFFERENT}
-    database = await rows(sql)
     report = await report_of(bulk.restore(store, verify=True))
     assert report.problems == outcomes(failed=BLOCKED)
     assert report.outcomes == outcomes(
@@ -77,12 +77,12 @@ async def test_restore_with_verify_heals_and_quarantines(
         there = (directory / name).stat()
         assert (directory / name).read_bytes() == damaged_disk.images[name], name
         assert (there.st_mtime_ns, there.st_mode & 0o777) == (MODIFIED_NS, 0o644), name
-    assert quarantine_of(store) == sorted([*bad.items(), ("deleted-other.png", b"other bytes")])
-    assert store.disk.quarantine_path.stat().st_mode & 0o777 == 0o700
+    assert await all_set_aside(store) == sorted([*bad.items(), ("deleted-other.png", b"other bytes")])
+    assert quarantine_of(store) == []
     assert (damaged_disk.outside / "secret.png").read_bytes() == b"secret"
     assert own_files_below(directory) == []
 
-    files = snapshot_of(directory.parent)
+    files, database = snapshot_of(directory.parent), await rows(sql)
     again = await report_of(bulk.restore(store, verify=True))
     assert again.counts == {"ok": len(HEALTHY) + 1 + len(DIFFERENT) + len(REMOVED), "failed": len(BLOCKED)}
     assert (snapshot_of(directory.parent), await rows(sql)) == (files, database)
@@ -95,10 +95,10 @@ async def test_a_lost_mount_is_not_written_to(directory: Path, database_url: str
         for name in ("a.png", "b/b.png"):
             await store.database.store_image(name, noise(100, name))
         await store.database.store_image("large.bin", noise(LARGE))
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         report = await report_of(bulk.restore(store))
         assert report.problems == dict.fromkeys(["a.png", "b/b.png", "large.bin"], "failed")
-        assert list(directory.iterdir()) == []
+        assert files_below(directory) == []
         store.disk.mark()
     async with UploadStore(directory, database_url, require_marker=True) as store:
         assert (await report_of(bulk.restore(store))).counts == {"restored": 3}
@@ -174,7 +174,7 @@ async def test_a_name_that_is_deleted_during_the_run(
         ("2.png", "deleted", False),
         ("3.png", "restored", False),
     ]
-    assert sorted(path.name for path in directory.iterdir()) == ["1.png", "3.png"]
+    assert files_below(directory) == ["1.png", "3.png"]
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -192,7 +192,9 @@ async def test_a_name_that_is_overwritten_during_the_run(
         ("2.png", "restored", False),
     }
     assert (directory / "2.png").read_bytes() == noise(size, "new")
-    assert (directory / "2.png").stat().st_mtime_ns == MODIFIED_NS
+    record = await sqlite_store.database.find("2.png")
+    assert record is not None
+    assert (directory / "2.png").stat().st_mtime_ns == record.modified_ns > MODIFIED_NS
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

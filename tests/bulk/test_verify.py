@@ -24,6 +24,7 @@ from tests.support.damage import (
     NO_UPLOADS,
     NOT_RECORDED,
     REMOVED,
+    SKIPPED,
     TOUCHED,
     DamagedDisk,
 )
@@ -44,8 +45,8 @@ async def test_verify_sees_all_damage_on_disk(damaged_disk: DamagedDisk, store: 
         deleted=DELETED,
     )
     assert report.problems == problems
-    assert report.counts == dict(Counter(problems.values())) | {"ok": len(HEALTHY) + 1}
-    assert report.outcomes == problems | outcomes(ok=(*HEALTHY, TOUCHED))
+    assert report.counts == dict(Counter(problems.values())) | {"ok": len(HEALTHY) + 1, "skipped": len(SKIPPED)}
+    assert report.outcomes == problems | outcomes(ok=(*HEALTHY, TOUCHED), skipped=SKIPPED)
     drilled = await report_of(bulk.verify(store, drill=True))
     assert drilled.outcomes == report.outcomes
 

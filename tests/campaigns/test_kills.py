@@ -73,7 +73,9 @@ async def only_in_database(store: UploadStore) -> None:
 async def deleted_and_on_disk(store: UploadStore) -> None:
     """Leave a tombstone whose file is on the disk again."""
     await saved_and_deleted(store)
-    store.disk.path_of(NAME).write_bytes(OLD)
+    path = store.disk.path_of(NAME)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(OLD)
 
 
 async def differing_on_disk(store: UploadStore) -> None:
@@ -381,7 +383,7 @@ async def test_workers_that_die_under_load_take_nothing_acknowledged_with_them(
     """While workers are killed again and again and the disk is wiped, every acknowledged upload stays readable to the
     byte, every acknowledged deletion stays, and no answer is wrong.
     """
-    async with UploadStore(directory, database_url) as store:
+    async with UploadStore(directory, database_url, settled_after=0.0) as store:
         await store.database.create_tables()
     kills = 0
     async with running_workers(tmp_path, Faults(directory=str(directory), database=database_url)) as server:

@@ -19,6 +19,8 @@ from tests.support.waiting import eventually
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes, answers that stream from 600 bytes on, and no delay before anything is checked."""
     set_constants(monkeypatch, **SIZES, **TIMES)
+    monkeypatch.setattr("selfheal.healing.pace.FIRST", 0.0)
+    monkeypatch.setattr("selfheal.healing.pace.LONGEST", 0.0)
 
 
 @pytest.mark.timeout(7200)  # Hypothesis shrinks a failure before it reports it

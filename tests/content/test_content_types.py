@@ -6,7 +6,14 @@ import mimetypes
 
 import pytest
 
-from selfheal.content.content_types import IMAGE_EXTENSIONS, UNKNOWN, can_run_script, content_type, extension
+from selfheal.content.content_types import (
+    _TABLE,
+    IMAGE_EXTENSIONS,
+    UNKNOWN,
+    can_run_script,
+    content_type,
+    extension,
+)
 
 IMAGES = {
     "tom.jpg": "image/jpeg",
@@ -73,9 +80,79 @@ OTHERS = {
     "x.webm": "video/webm",
     "x.mkv": "video/x-matroska",
 }
-SCRIPTED = ["x.svg", "x.SVG", "x.html", "x.htm", "x.xhtml", "x.xht", "x.xml", "x.xsl"]
-SCRIPTED_ENDS = tuple(name.lower()[1:] for name in SCRIPTED)
-EVERY_NAME = sorted(IMAGES | OTHERS)
+OTHERS |= {
+    "x.vtt": "text/vtt; charset=utf-8",
+    "x.ics": "text/calendar; charset=utf-8",
+    "x.vcf": "text/vcard; charset=utf-8",
+    "x.srt": "text/plain; charset=utf-8",
+    "x.avi": "video/vnd.avi",
+    "x.mpeg": "video/mpeg",
+    "x.mpg": "video/mpeg",
+    "x.3gp": "video/3gpp",
+    "x.ogv": "video/ogg",
+    "x.oga": "audio/ogg",
+    "x.mid": "audio/midi",
+    "x.mka": "audio/matroska",
+    "x.wasm": "application/wasm",
+    "x.m3u8": "application/vnd.apple.mpegurl",
+    "x.webmanifest": "application/manifest+json",
+    "x.geojson": "application/geo+json",
+    "x.yaml": "application/yaml",
+    "x.toml": "application/toml",
+    "x.rar": "application/vnd.rar",
+    "x.tgz": "application/gzip",
+    "x.svgz": "application/gzip",
+    "x.glb": "model/gltf-binary",
+    "x.eml": "message/rfc822",
+    "x.mhtml": "message/rfc822",
+    "x.rss": "application/rss+xml",
+    "x.kml": "application/vnd.google-earth.kml+xml",
+    "x.xul": "application/vnd.mozilla.xul+xml",
+}
+"""Those that browsers show are in the default policy, these are not."""
+OTHER_IMAGES = {
+    "x.jp2": "image/jp2",
+    "x.psd": "image/vnd.adobe.photoshop",
+    "x.emf": "image/emf",
+    "x.pbm": "image/x-portable-bitmap",
+}
+"""Images that no browser shows."""
+SCRIPTED = ["svg", "html", "htm", "xhtml", "xht", "xml", "xsl", "xpdl", "atom", "rss", "rdf", "wsdl", "gpx", "kml"]
+SCRIPTED += ["mpd", "xul", "eml", "mht", "mhtml", "nws"]
+EVERY_NAME = sorted({f"x.{end}" for end in _TABLE} | IMAGES.keys() | OTHERS.keys() | OTHER_IMAGES.keys())
+DIFFERENT = {
+    "3gp": "the usual file is a film; audio/3gpp is for files without one",
+    "3gpp": "as 3gp",
+    "3g2": "as 3gp",
+    "3gpp2": "as 3gp",
+    "avi": "IANA: video/vnd.avi (Python 3.11 to 3.13: video/x-msvideo)",
+    "ico": "the MIME Sniffing Standard and browsers: image/x-icon",
+    "jpg": "image/jpg, of the non-standard types, is an error",
+    "js": "RFC 9239: text/javascript (Python 3.11: application/javascript)",
+    "m4v": "an MP4 film; browsers do not know video/x-m4v",
+    "mjs": "as js",
+    "mkv": "browsers: video/x-matroska",
+    "opus": "RFC 7845: audio/ogg; audio/opus is for RTP",
+    "php": "no browser uses a type of its source code, and a server in front could run it",
+    "rdf": "IANA: application/rdf+xml",
+    "rtf": "IANA has both; text/rtf would get a charset, which the format does not use",
+    "sgm": "IANA: text/sgml",
+    "sgml": "as sgm",
+    "swf": "plug-ins run script; no browser has this one any more",
+    "texi": "as texinfo",
+    "texinfo": "application/texinfo (Python 3.11 to 3.13: with x-)",
+    "vcf": "RFC 6350: text/vcard",
+    "wav": "the MIME Sniffing Standard: audio/wav",
+    "wsdl": "IANA: application/wsdl+xml",
+    "xml": "RFC 7303: application/xml, whose charset is in the file",
+    "xul": "application/vnd.mozilla.xul+xml: known to run script",
+}
+"""The extensions whose types differ from Python's `mimetypes` on purpose, on some version or on all."""
+NEWER = (
+    "epub gz ogx toml eot odg odp ods odt pptx xlsx docx rar 7z deb rpm yaml yml flac mka m4a ogg weba otf ttf woff "
+    "woff2 emf fits g3 jp2 jpm jpx t38 tfx wmf gltf glb stl md markdown rst mkv mk3d ogv m4v wmv cjs apk"
+)
+"""What `mimetypes` got after Python 3.11."""
 
 
 @pytest.mark.parametrize(("name", "kind"), IMAGES.items())
@@ -83,14 +160,39 @@ def test_images(name: str, kind: str) -> None:
     """Every image type that browsers show has its registered content type, in lower and upper case."""
     assert content_type(name) == kind
     assert content_type(name.upper()) == kind
-    assert extension(name) in IMAGE_EXTENSIONS
+    assert (extension(name) in IMAGE_EXTENSIONS) == (name != "tom.svg")
 
 
-@pytest.mark.parametrize(("name", "kind"), OTHERS.items())
+def test_uploads_that_are_accepted_by_default_run_no_script() -> None:
+    """By default no upload is accepted that can run script in a browser, whatever server sends it; SVG can."""
+    assert not any(can_run_script(content_type(f"x.{end}")) for end in IMAGE_EXTENSIONS)
+    assert all(content_type(f"x.{end}").startswith("image/") for end in IMAGE_EXTENSIONS)
+    assert IMAGE_EXTENSIONS == {extension(name) for name in IMAGES} - {"svg"}
+
+
+@pytest.mark.parametrize(("name", "kind"), (OTHERS | OTHER_IMAGES).items())
 def test_other_types(name: str, kind: str) -> None:
-    """Documents, sound, fonts and film have their registered content type, and are no images."""
+    """Documents, sound, fonts and film have their registered content type, and are not accepted by default."""
     assert content_type(name) == kind
     assert extension(name) not in IMAGE_EXTENSIONS
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_every_type_of_python(is_strict: bool) -> None:
+    """Every extension that Python's own table knows has the same type here, except where this is better on purpose."""
+    theirs = mimetypes.MimeTypes(()).types_map[is_strict]
+    assert len(theirs) >= (8 if not is_strict else 130)
+    different = {
+        dotted[1:]: (kind, content_type(f"x{dotted}"))
+        for dotted, kind in theirs.items()
+        if content_type(f"x{dotted}").partition(";")[0] != kind
+    }
+    assert different.keys() <= DIFFERENT.keys()
+
+
+def test_the_types_of_newer_pythons() -> None:
+    """What newer versions of Python know is known on every version."""
+    assert [end for end in NEWER.split() if content_type(f"x.{end}") == UNKNOWN] == []
 
 
 @pytest.mark.parametrize(
@@ -123,13 +225,14 @@ def test_unknown_names(name: str) -> None:
     assert not can_run_script(content_type(name))
 
 
-@pytest.mark.parametrize("name", SCRIPTED)
-def test_documents_that_run_scripts(name: str) -> None:
-    """SVG, HTML and every XML type are known to run scripts (CVE-2020-15275)."""
-    assert can_run_script(content_type(name))
+@pytest.mark.parametrize("end", SCRIPTED)
+def test_documents_that_run_scripts(end: str) -> None:
+    """SVG, HTML, every XML type and archived pages are known to run scripts (CVE-2020-15275)."""
+    assert can_run_script(content_type(f"x.{end}"))
+    assert can_run_script(content_type(f"x.{end.upper()}"))
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY_NAME if not name.endswith(SCRIPTED_ENDS)])
+@pytest.mark.parametrize("name", [name for name in EVERY_NAME if extension(name) not in SCRIPTED])
 def test_nothing_else_runs_scripts(name: str) -> None:
     """No other type of the table runs scripts in a browser."""
     kind = content_type(name)

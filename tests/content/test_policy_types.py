@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import io
-import sys
 import zipfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfheal import MissingExtra, UploadPolicy, UploadRefused, UploadTooLarge, UploadTypeRefused
-from selfheal.content.content_types import IMAGE_EXTENSIONS, can_run_script, content_type
-from selfheal.content.policy import check_head
-from tests.support.checked_uploads import checked
+from selfheal import UploadPolicy, UploadRefused, UploadTooLarge, UploadTypeRefused
+from selfheal.content.content_types import IMAGE_EXTENSIONS, UNKNOWN, can_run_script, content_type
+from selfheal.content.signatures import signatures
+from tests.support.checked_uploads import STRICT, WITH_SVG, checked, checked_as
 from tests.support.sample_images import IMAGES, PLAIN_JPEG, each, picture, sample, segment, with_segments
 
 ANY = UploadPolicy(extensions=None)
+ANY_STRICT = UploadPolicy(extensions=None, strict=True)
 NOT_PICTURES = [
     b"<!doctype html><html><script>alert(1)</script></html>",
     b"<?php system($_GET['c']); ?>",
@@ -32,6 +32,8 @@ NOT_PICTURES = [
     b"\xff",
 ]
 SAME_TYPE = [{"jpg", "jpeg", "jpe", "jfif"}, {"png", "apng"}, {"tif", "tiff"}, {"heic", "heif"}]
+TRUE_TYPES = {"apng": "image/png"}
+"""An animated PNG begins like any other, and is saved as one."""
 
 
 # -- pictures under other extensions ----------------------------------------------------------------------------------
@@ -39,15 +41,53 @@ SAME_TYPE = [{"jpg", "jpeg", "jpe", "jfif"}, {"png", "apng"}, {"tif", "tiff"}, {
 
 @each(IMAGES)
 async def test_a_picture_under_another_extension(name: str) -> None:
-    """A picture is accepted under the extensions of its own type, and refused (415) under any other."""
+    """A picture under the extension of another type is saved under its own; strictly, it is refused (415)."""
     own, data = sample(name)
-    for end in sorted(IMAGE_EXTENSIONS - {"jxl"}):
-        if own == end or any({own, end} <= kind for kind in SAME_TYPE):
-            assert await checked(UploadPolicy(), end, data) == data
+    same = next((kind for kind in SAME_TYPE if own in kind), {own})
+    for end in sorted(IMAGE_EXTENSIONS - same):
+        if own == "svg":
+            with pytest.raises(UploadTypeRefused, match=r"the bytes are not image/"):
+                await checked(WITH_SVG, end, data)
         else:
-            with pytest.raises(UploadTypeRefused, match=r"the bytes are ") as caught:
-                await checked(UploadPolicy(), end, data)
-            assert caught.value.status == 415
+            true_end, passed = await checked_as(WITH_SVG, end, data)
+            assert (content_type(f"x.{true_end}"), passed) == (TRUE_TYPES.get(own, content_type(f"x.{own}")), data)
+        with pytest.raises(UploadTypeRefused, match=r"the bytes are ") as caught:
+            await checked(STRICT, end, data)
+        assert caught.value.status == 415
+
+
+@each(IMAGES)
+async def test_a_picture_under_an_extension_of_its_type(name: str) -> None:
+    """A picture keeps the extension of the client if its type has that one."""
+    own, data = sample(name)
+    for end in next((kind for kind in SAME_TYPE if own in kind), {own}):
+        for policy in (WITH_SVG, STRICT):
+            assert await checked_as(policy, end, data) == (end, data)
+
+
+@pytest.mark.parametrize(
+    ("extensions", "end", "saved"),
+    [
+        ({"png", "jpg"}, "png", "jpg"),
+        ({"png", "jpeg"}, "png", "jpeg"),
+        ({"png", "jfif", "jpe"}, "png", "jpe"),
+        (None, "png", "jpg"),
+        (None, "txt", "jpg"),
+        (None, "html", "jpg"),
+    ],
+)
+async def test_the_true_extension_is_an_allowed_one(extensions: set[str] | None, end: str, saved: str) -> None:
+    """A JPEG with another extension gets the first extension of JPEG that the policy allows."""
+    policy = UploadPolicy(extensions=extensions and frozenset(extensions))
+    assert await checked_as(policy, end, PLAIN_JPEG) == (saved, PLAIN_JPEG)
+
+
+async def test_a_true_type_that_is_not_allowed() -> None:
+    """Neither an extension of the client nor a true type that is not allowed is accepted (415)."""
+    with pytest.raises(UploadTypeRefused, match="the bytes are image/jpeg, not image/png"):
+        await checked(UploadPolicy(extensions=frozenset({"png"})), "png", PLAIN_JPEG)
+    with pytest.raises(UploadTypeRefused, match="files of type 'png' are not accepted"):
+        await checked(UploadPolicy(extensions=frozenset({"jpg"})), "png", PLAIN_JPEG)
 
 
 @pytest.mark.parametrize("end", sorted(IMAGE_EXTENSIONS))
@@ -62,23 +102,33 @@ async def test_bytes_that_are_no_picture(end: str) -> None:
 @pytest.mark.parametrize("end", ["svg", "html", "xml", "xhtml"])
 @each(["JPEG", "PNG", "GIF", "WebP", "BMP", "ICO", "AVIF", "TIFF"])
 async def test_no_picture_becomes_a_document(name: str, end: str) -> None:
-    """A picture with a script in it or after it is refused as a document that would run the script."""
-    data = sample(name)[1] + b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    """A picture with a script in it or after it is never saved as a document that would run the script."""
+    own, data = sample(name)
+    data += b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    assert await checked_as(ANY, end, data) == (own, data)
     with pytest.raises(UploadTypeRefused):
-        await checked(ANY, end, data)
+        await checked(ANY_STRICT, end, data)
     if name == "JPEG":
-        with pytest.raises(UploadTypeRefused):
-            await checked(ANY, end, with_segments(data, segment(0xFE, b"<svg><script>alert(1)</script></svg>")))
+        data = with_segments(data, segment(0xFE, b"<svg><script>alert(1)</script></svg>"))
+        assert await checked_as(ANY, end, data) == ("jpg", data)
+
+
+def test_no_signature_leads_to_a_document_that_runs_scripts() -> None:
+    """No file is saved under an extension that can run script because of its first bytes."""
+    ends = [end for signature in signatures() for end in (*signature.own, *signature.others)]
+    assert [end for end in ends if can_run_script(content_type(f"x.{end}"))] == []
+    assert [end for end in ends if content_type(f"x.{end}") == UNKNOWN] == []
 
 
 async def test_a_picture_followed_by_an_archive() -> None:
-    """A picture followed by a ZIP is refused as a ZIP; as a picture it is accepted and runs nothing."""
+    """A picture followed by a ZIP is saved as a picture, whatever it is called, and runs nothing."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as packed:
         packed.writestr("evil.html", "<script>alert(1)</script>")
     both = PLAIN_JPEG + archive.getvalue()
     with pytest.raises(UploadTypeRefused, match="the bytes are image/jpeg, not application/zip"):
-        await checked(ANY, "zip", both)
+        await checked(ANY_STRICT, "zip", both)
+    assert await checked_as(ANY, "zip", both) == ("jpg", both)
     assert await checked(UploadPolicy(), "jpg", both) == both
     assert not can_run_script(content_type("both.jpg"))
 
@@ -123,12 +173,59 @@ async def test_a_picture_followed_by_an_archive() -> None:
         ("md", b"# hello"),
         ("html", b"<!doctype html>"),
         ("xml", b"<?xml version='1.0'?><a/>"),
+        ("heic", b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf" + bytes(64)),
+        ("avif", b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(64)),
+        ("jp2", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64)),
+        ("psd", b"8BPS\0\1" + bytes(64)),
+        ("3gp", b"\0\0\0\x14ftyp3gp4\0\0\2\0" + bytes(64)),
+        ("mov", b"\0\0\0\x14ftypmp42\0\0\2\0" + bytes(64)),
+        ("mkv", b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1B\xf2\x81\4B\xf3\x81\x08B\x82\x84webm" + bytes(64)),
+        ("avi", b"RIFF\x24\0\0\0AVI LIST" + bytes(64)),
+        ("ogv", b"OggS\0\2" + bytes(20) + b"\1\x2a\x80theora" + bytes(64)),
+        ("ogv", b"OggS\0\2" + bytes(64)),
+        ("mp3", b"\xff\xfb\x90\x64" + bytes(64)),
+        ("mp3", b"\xff\xf3\x40\xc4" + bytes(64)),
+        ("aac", b"\xff\xf1\x50\x80" + bytes(64)),
+        ("mid", b"MThd\0\0\0\6\0\1" + bytes(64)),
+        ("aiff", b"FORM\0\0\1\0AIFFCOMM" + bytes(64)),
+        ("au", b".snd\0\0\0\x18" + bytes(64)),
+        ("mpeg", b"\0\0\1\xba" + bytes(64)),
+        ("wmv", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(64)),
+        ("pdf", b"\xef\xbb\xbf%PDF-1.4\n"),
+        ("ps", b"%!PS-Adobe-3.0\n"),
+        ("docx", b"PK\3\4" + bytes(64)),
+        ("odt", b"PK\3\4" + bytes(64)),
+        ("doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(64)),
+        ("xlsx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(64)),
+        ("bz2", b"BZh91AY&SY" + bytes(64)),
+        ("xz", b"\xfd7zXZ\0" + bytes(64)),
+        ("zst", b"\x28\xb5\x2f\xfd" + bytes(64)),
+        ("rar", b"Rar!\x1a\7\1\0" + bytes(64)),
+        ("tar", b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(64)),
+        ("ttc", b"ttcf\0\1\0\0" + bytes(64)),
+        ("wasm", b"\0asm\1\0\0\0"),
+        ("glb", b"glTF\2\0\0\0" + bytes(64)),
+        ("txt", "UTF-16".encode("utf-16")),
+        ("vtt", b"WEBVTT\n"),
+        ("ics", b"BEGIN:VCALENDAR\n"),
+        ("txt", b"BMW is a car maker, and 0TTO is no font\n"),
+        ("csv", b"ID3 tags,RIFF files,OggS pages\n"),
     ],
     ids=lambda value: value if isinstance(value, str) else "beginning",
 )
 def test_bytes_that_are_what_the_extension_says(end: str, head: bytes) -> None:
-    """Every type of the table is recognised by its first bytes."""
-    check_head(end, head)
+    """A file keeps its extension if its first bytes are those of its type."""
+    assert ANY_STRICT.true_extension(end, head) == end
+
+
+@pytest.mark.parametrize(
+    ("end", "head"),
+    [("txt", b"MZ\x90\0"), ("csv", bytes(9)), ("vtt", b"a\0b"), ("mp4", b"\0\0\0\x18free"), ("bmp", b"BMW is a car")],
+)
+def test_bytes_that_are_not_what_the_extension_says(end: str, head: bytes) -> None:
+    """Zero bytes are no text, and a type that has a signature needs it (415)."""
+    with pytest.raises(UploadTypeRefused, match="the bytes are not "):
+        ANY.true_extension(end, head)
 
 
 @pytest.mark.parametrize("data", [b"hello", bytes(100), PLAIN_JPEG], ids=["text", "zeros", "a picture"])
@@ -145,7 +242,7 @@ async def test_an_unknown_extension(data: bytes) -> None:
 def test_other_types_are_checked_too(end: str, data: bytes) -> None:
     """Types other than images are checked too."""
     with pytest.raises(UploadTypeRefused):
-        check_head(end, data)
+        ANY_STRICT.true_extension(end, data)
 
 
 async def test_unchecked_contents() -> None:
@@ -157,26 +254,18 @@ async def test_unchecked_contents() -> None:
         await checked(policy, "jpg", b"x" * 101)
 
 
-async def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package that detects types, the error says what to install, and nothing passes unchecked."""
-    monkeypatch.setitem(sys.modules, "filetype", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'selfheal\[validate\]'") as caught:
-        await checked(UploadPolicy(), "jpg", PLAIN_JPEG)
-    assert caught.value.extra == "validate"
-    assert await checked(UploadPolicy(check_contents=False), "jpg", PLAIN_JPEG) == PLAIN_JPEG
-
-
 MAGIC = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\4\0\0\0WEBPVP8 ", b"BM", b"II*\0", b"\0\0\1\0"]
 MAGIC += [b"\0\0\0\x20ftypavif", b"\0\0\0\0ftypmif1", b"\x89PNG\r\n\x1a\n\xff\xff\xff\xffacTL", b"PK\3\4", b"<svg"]
 
 
-@given(st.sampled_from(sorted(IMAGE_EXTENSIONS)), st.sampled_from(MAGIC), st.binary(max_size=300))
+@given(st.sampled_from(sorted(WITH_SVG.extensions or ())), st.sampled_from(MAGIC), st.binary(max_size=300))
 @settings(deadline=None, max_examples=150)
 def test_any_bytes(end: str, magic: bytes, rest: bytes) -> None:
     """Any bytes pass unchanged or are refused with 415 or 422; nothing else is raised."""
     data = magic + rest
-    try:
-        status, passed = 200, asyncio.run(checked(UploadPolicy(), end, data))
-    except UploadRefused as error:
-        status, passed = error.status, data
-    assert (status in (200, 415, 422), passed) == (True, data)
+    for policy in (WITH_SVG, STRICT):
+        try:
+            status, passed = 200, asyncio.run(checked(policy, end, data))
+        except UploadRefused as error:
+            status, passed = error.status, data
+        assert (status in (200, 415, 422), passed) == (True, data)

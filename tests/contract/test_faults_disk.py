@@ -31,7 +31,14 @@ from tests.support.served_images import (
 )
 from tests.support.small_disk import SmallDisk
 from tests.support.sockets import make_socket
-from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
+from tests.support.store_state import (
+    files_below,
+    in_database,
+    in_quarantine,
+    on_disk,
+    on_disk_and_in_database,
+    set_aside,
+)
 from tests.support.waiting import eventually
 
 # -- a damaged file ----------------------------------------------------------------------------------------------------
@@ -49,7 +56,8 @@ async def test_disk_copy_damaged_size(tmp_path: Path, sqlite_store: UploadStore,
             assert (await server.get(NAME)).body == damaged
             await eventually(lambda: on_disk(sqlite_store, NAME) == noise(SMALL))
             assert is_image(await server.get(NAME), SMALL)
-    assert in_quarantine(sqlite_store) == [damaged] * 2
+    assert await set_aside(sqlite_store, NAME) == [damaged]
+    assert in_quarantine(sqlite_store) == []
     assert saved.path.stat().st_mtime_ns == saved.modified_ns
     assert await in_database(sqlite_store, NAME) == noise(SMALL)
 
@@ -67,7 +75,7 @@ async def test_disk_copy_damaged_same_size(tmp_path: Path, sqlite_store: UploadS
     assert on_disk(sqlite_store, NAME) == damaged
     code, report = run_script("restore_images", "--verify", **where)
     assert code == 0
-    assert in_quarantine(sqlite_store) == [damaged]
+    assert await set_aside(sqlite_store, NAME) == [damaged]
     assert await on_disk_and_in_database(sqlite_store, NAME) == noise(MEDIUM)
     assert saved.path.stat().st_mtime_ns == saved.modified_ns
     code, report = run_script("test_image_storage", **where)
@@ -111,19 +119,33 @@ async def test_eio_reading_the_disk_copy_of_a_read_only_disk(
             assert is_image(await server.get(NAME), SMALL)
 
 
-async def test_file_there_but_unreadable(tmp_path: Path, sqlite_store: UploadStore, faults: Faults) -> None:
-    """A file that must not be read (EACCES) is a 500 with a clear log line; it does not count as missing."""
+async def test_file_there_but_unreadable_and_recorded(
+    tmp_path: Path, sqlite_store: UploadStore, faults: Faults
+) -> None:
+    """A file that must not be read (EACCES) is served from the database; a log line says whose it should be."""
     saved = await sqlite_store.save(NAME, noise(SMALL))
     saved.path.chmod(0)
-    before = saved.path.stat()
+    async with running_server(tmp_path, replace(faults, is_privileged=False)) as server:
+        assert is_image(await server.get(NAME), SMALL)
+        (line,) = [line for line in server.lines_with("ERROR") if NAME in line]
+        assert "chown" in line
+    assert in_quarantine(sqlite_store) == []
+
+
+async def test_file_there_but_unreadable(tmp_path: Path, sqlite_store: UploadStore, faults: Faults) -> None:
+    """An unreadable file that the database lacks is a 500 with a clear log line; it does not count as missing."""
+    path = sqlite_store.disk.path_of(NAME)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(noise(SMALL))
+    path.chmod(0)
+    before = path.stat()
     async with running_server(tmp_path, replace(faults, is_privileged=False)) as server:
         answer = await server.get(NAME)
         assert answer.status == 500
         assert is_not_stored(answer)
         (line,) = [line for line in server.lines_with("ERROR") if NAME in line]
         assert "Permission denied" in line
-        assert await server.count("image_chunk") == 0
-    assert saved.path.stat() == before
+    assert path.stat() == before
     assert in_quarantine(sqlite_store) == []
 
 
@@ -313,4 +335,4 @@ async def test_uploads_directory_is_a_lost_mount(tmp_path: Path, sqlite_store: U
             assert is_image(await server.get(name), size)
         assert (await server.ask("POST", f"/upload/{NAME}", noise(MEDIUM))).status == 201
         assert is_image(await server.get(NAME), MEDIUM)
-        assert list(sqlite_store.disk.path.iterdir()) == []
+        assert files_below(sqlite_store.disk.path) == []

@@ -10,15 +10,18 @@ import asyncio
 import os
 import random
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from selfheal import UploadStore
+from selfheal.http.headers import make_head
 from tests.support.servers import COMMANDS, HttpServer, all_running
 from tests.support.sockets import make_socket
 from tests.support.two_store_app import DEAD, LIVE
@@ -28,6 +31,8 @@ from tests.support.wire import Reply, parse_reply
 SECRET = b"these bytes must never be sent"
 PICTURE = random.Random(1).randbytes(5000)
 FILM = random.Random(2).randbytes(20 * 1024 * 1024)
+FIRST_SIZE = 300 * 1024
+"""The size of a file of more than one piece."""
 MODIFIED_NS = 1_700_000_000_123_456_789
 LONG_PART = "d" * 200
 
@@ -355,6 +360,68 @@ def test_large_body_comes_whole(base: Path, server: HttpServer) -> None:
     assert restored.status == 200
     assert restored.body == FILM
     assert _without_date(restored) == _without_date(on_disk)
+
+
+# -- names that change while they are sent ----------------------------------------------------------------------------
+
+
+def test_one_version_per_answer(base: Path, server: HttpServer, times: Callable[[int, int], int]) -> None:
+    """While a file is replaced again and again, each answer has the headers and the bytes of one version."""
+    name, versions = base / "dead" / "uploads" / "race.mp4", dict[str, bytes]()
+    for number in range(2):
+        data = bytes([number]) * (FIRST_SIZE + number)
+        _write(base / f"version{number}", data)
+        os.utime(base / f"version{number}", (number, number))
+        versions[make_head("race.mp4", number * 10**9, len(data)).etag] = data
+
+    def replace() -> None:
+        for number in range(2):
+            os.link(base / f"version{number}", base / "next")
+            (base / "next").replace(name)
+
+    replace()
+    with repeating(replace):
+        for _ in range(times(400, 20_000)):
+            reply = server.get(f"{DEAD}/race.mp4".encode())
+            assert reply.status == 200
+            assert reply.body == versions[reply.headers["etag"]], "headers and bytes of two versions"
+
+
+def test_a_directory_that_becomes_a_link(base: Path, server: HttpServer, times: Callable[[int, int], int]) -> None:
+    """While a directory changes places with a link to one outside the root, no byte from there is sent."""
+    album, outside = base / "dead" / "uploads" / "album", base / "outside"
+    _write(album / "race.mp4", b"i" * FIRST_SIZE)
+    _write(outside / "race.mp4", SECRET * FIRST_SIZE)
+
+    def exchange() -> None:
+        album.rename(base / "kept")
+        album.symlink_to(outside)
+        album.unlink()
+        (base / "kept").rename(album)
+
+    with repeating(exchange):
+        for _ in range(times(400, 20_000)):
+            reply = server.get(f"{DEAD}/album/race.mp4".encode())
+            assert SECRET not in reply.body
+            assert reply.status in (200, 404, 503)
+
+
+@contextmanager
+def repeating(work: Callable[[], None]) -> Iterator[None]:
+    """Repeat something in a thread until the block ends."""
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        while not is_over.is_set():
+            work()
+
+    with ThreadPoolExecutor(1) as thread:
+        repeated = thread.submit(repeat)
+        try:
+            yield
+        finally:
+            is_over.set()
+            repeated.result()
 
 
 # -- clients that disconnect ------------------------------------------------------------------------------------------

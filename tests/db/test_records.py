@@ -24,6 +24,8 @@ def is_recent(moment: datetime) -> bool:
 
 # -- saves -------------------------------------------------------------------------------------------------------------
 
+NS = 10**9
+
 
 async def test_a_new_record(images: ImageStorage) -> None:
     """A record describes its bytes, with times in UTC, and is found again."""
@@ -81,11 +83,12 @@ async def test_the_same_bytes_again(images: ImageStorage, data: bytes) -> None:
 async def test_an_overwrite(images: ImageStorage) -> None:
     """Other bytes are the next generation, and the history keeps the version before."""
     first = await images.store_image("a.png", b"one", modified_ns=1)
-    second = await images.store_image("a.png", b"two", modified_ns=2, content_type="image/webp")
-    third = await images.store_image("a.png", b"three", modified_ns=3)
+    second = await images.store_image("a.png", b"two", modified_ns=2 * NS, content_type="image/webp")
+    third = await images.store_image("a.png", b"three", modified_ns=2 * NS + 5)
     assert [record.generation for record in (first, second, third)] == [1, 2, 3]
     assert (second.sha256, second.size) == (sha256_of(b"two"), 3)
-    assert (second.modified_ns, second.content_type) == (2, "image/webp")
+    assert (second.modified_ns, second.content_type) == (2 * NS, "image/webp")
+    assert third.modified_ns == 3 * NS  # a client that knows only the second of the last time sees that it changed
     assert third.created_at == first.created_at
     assert third.changed_at >= second.changed_at >= first.changed_at
     assert await bytes_of(images, "a.png") == b"three"
@@ -146,8 +149,9 @@ async def test_saving_a_deleted_name(images: ImageStorage, data: bytes) -> None:
     """Saving a deleted name again makes it alive, as its next generation."""
     first = await images.store_image("a.png", b"one")
     await images.bury("a.png")
-    record = await images.store_image("a.png", data, modified_ns=5)
-    assert (record.generation, record.deleted_at, record.modified_ns) == (3, None, 5)
+    later = first.modified_ns + 5 * NS
+    record = await images.store_image("a.png", data, modified_ns=later)
+    assert (record.generation, record.deleted_at, record.modified_ns) == (3, None, later)
     assert await bytes_of(images, "a.png") == data
     assert [version.sha256 for version in await images.history("a.png")] == [first.sha256]
 

@@ -14,21 +14,23 @@ from tests.support.tables import age, contents
 
 MONTH = timedelta(days=30)
 
+NS = 10**9
+
 
 async def test_undoing_an_overwrite_twice(images: ImageStorage) -> None:
     """An undo of an overwrite can be undone, back and forth."""
     first = await images.store_image("a.png", b"one", modified_ns=1, content_type="image/webp")
-    second = await images.store_image("a.png", b"two", modified_ns=2)
+    second = await images.store_image("a.png", b"two", modified_ns=2 * NS)
     back = await images.undo("a.png")
     assert await bytes_of(images, "a.png") == b"one"
     assert (back.generation, back.sha256, back.size) == (3, first.sha256, first.size)
-    assert (back.content_type, back.modified_ns, back.created_at) == ("image/webp", 1, first.created_at)
+    assert (back.content_type, back.modified_ns, back.created_at) == ("image/webp", 3 * NS, first.created_at)
     forth = await images.undo("a.png")
-    assert (forth.generation, forth.sha256, forth.modified_ns) == (4, second.sha256, 2)
+    assert (forth.generation, forth.sha256, forth.modified_ns) == (4, second.sha256, 4 * NS)
     assert await bytes_of(images, "a.png") == b"two"
     assert (await images.undo("a.png")).sha256 == first.sha256
     assert await images.find("a.png") == replace(
-        first, generation=5, changed_at=(await existing_record(images)).changed_at
+        first, generation=5, modified_ns=5 * NS, changed_at=(await existing_record(images)).changed_at
     )
 
 

@@ -18,10 +18,10 @@ from selfheal.disk.listing import walk
 from selfheal.disk.open_file import OpenFile, identity_of
 from selfheal.errors import NotAFile
 from tests.support.descriptors import assert_no_more_than, open_descriptors
-from tests.support.disk_files import ABSURD_TIMES, MODIFIED, OTHER, PICTURE, contents_below, put, read
+from tests.support.disk_files import ABSURD_TIMES, MODIFIED, OTHER, PICTURE, contents_below, put, read, set_modified
 from tests.support.os_errors import fails
 from tests.support.sockets import make_socket
-from tests.support.special_files import dangling_link, device, link_to_a_file, link_to_itself
+from tests.support.special_files import dangling_link, device, full_directory, link_to_a_file, link_to_itself
 
 Uploads = Callable[..., UploadsDirectory]
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -151,13 +151,13 @@ def test_an_identity_changes_with_the_file(disk: UploadsDirectory) -> None:
 def test_an_impossible_time_on_disk_is_accepted(disk: UploadsDirectory, modified_ns: int) -> None:
     """A file whose mtime is impossible is opened, measured and walked like any other (CVE-2017-20005)."""
     put(disk, "tom.png")
-    disk.set_modified("tom.png", modified_ns)
+    set_modified(disk, "tom.png", modified_ns)
     with contextlib.suppress(OverflowError):
         os.utime(disk.path_of("tom.png"), ns=(modified_ns, modified_ns))
     assert read(disk, "tom.png") == PICTURE
     measured = disk.stat("tom.png")
     assert measured is not None
-    assert [entry.modified_ns for entry in walk(disk)] == [measured.st_mtime_ns]
+    assert [entry.identity[0] for entry in walk(disk)] == [measured.st_mtime_ns]
 
 
 # -- special files ----------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_special_file_is_not_opened(disk: UploadsDirectory, name: str, make: C
     assert disk.stat(name) is None
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, make_socket, link_to_a_file, dangling_link])
+@pytest.mark.parametrize("make", [full_directory, os.mkfifo, make_socket, link_to_a_file, dangling_link])
 def test_a_special_file_is_not_replaced(disk: UploadsDirectory, make: Callable[[Path], None]) -> None:
     """Publishing over a directory, FIFO, socket or link changes nothing, and never writes to the target of a link."""
     path = disk.path_of("special.png")
@@ -198,15 +198,15 @@ def test_a_special_file_is_not_replaced(disk: UploadsDirectory, make: Callable[[
 
 
 def test_a_time_can_be_set(disk: UploadsDirectory) -> None:
-    """The mtime is set to the nanosecond; a missing file raises `FileNotFoundError`."""
+    """The mtime is set to the nanosecond; for a missing file nothing is done."""
     put(disk, "cats/tom.png")
-    disk.set_modified("cats/tom.png", 42)
+    set_modified(disk, "cats/tom.png", 42)
     measured = disk.stat("cats/tom.png")
     assert measured is not None
     assert measured.st_mtime_ns == 42
     for missing in ("cats/mog.png", "dogs/rex.png"):
-        with pytest.raises(FileNotFoundError):
-            disk.set_modified(missing, 42)
+        set_modified(disk, missing, 42)
+    assert contents_below(disk.path) == {"cats/tom.png": PICTURE}
 
 
 def test_a_file_can_be_removed(disk: UploadsDirectory) -> None:
@@ -217,8 +217,9 @@ def test_a_file_can_be_removed(disk: UploadsDirectory) -> None:
 
 
 def test_removing_leaves_directories_alone(disk: UploadsDirectory) -> None:
-    """`remove` does not remove a directory or anything in it."""
+    """`remove` and `quarantine` take a directory for no file, and leave it and what is in it."""
     put(disk, "cats/tom.png")
-    with contextlib.suppress(OSError):
-        assert disk.remove("cats") is False
+    assert disk.remove("cats") is False
+    assert disk.quarantine("cats") is None
+    assert not disk.quarantine_path.exists()
     assert contents_below(disk.path) == {"cats/tom.png": PICTURE}

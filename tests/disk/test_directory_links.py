@@ -10,7 +10,7 @@ import pytest
 
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.errors import DiskUnwritable, NotAFile
-from tests.support.disk_files import MODIFIED, OTHER, SECRET, put, read, write_file
+from tests.support.disk_files import OTHER, SECRET, put, read, write_file
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -89,7 +89,6 @@ def test_no_trick_changes_what_it_leads_to(disk: UploadsDirectory, trick: str, o
     secret = disk.path_of(trick).resolve()
     before = secret.stat()
     for change in (
-        lambda: disk.set_modified(trick, MODIFIED),
         lambda: put(disk, trick, OTHER),
         lambda: disk.quarantine(trick),
         lambda: disk.remove(trick),

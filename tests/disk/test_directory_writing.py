@@ -18,7 +18,7 @@ from selfheal.disk import syscalls
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.root import OpenFolders
-from selfheal.disk.staged_file import TEMPORARY
+from selfheal.disk.temporary import TEMPORARY
 from selfheal.errors import DiskUnwritable
 from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import PICTURE, contents_below, mode_of, put, read, write_file
@@ -61,7 +61,8 @@ def test_directories_are_never_more_open_than_asked(
 
     def observed(path: str, *arguments: int, dir_fd: int | None = None) -> None:
         real(path, *arguments, dir_fd=dir_fd)
-        modes.append(stat.S_IMODE(os.stat(path, dir_fd=dir_fd).st_mode))
+        if path != TEMPORARY:
+            modes.append(stat.S_IMODE(os.stat(path, dir_fd=dir_fd).st_mode))
 
     monkeypatch.setattr(os, "mkdir", observed)
     put(disk, "a/b/tom.png")
@@ -176,8 +177,8 @@ def test_a_staged_file_is_read_while_it_grows(
     assert contents_below(disk.path) == {}
 
 
-def test_readers_never_see_an_absent_or_torn_file(disk: UploadsDirectory) -> None:
-    """While a name is replaced 200 times, every reader gets one whole version."""
+def test_readers_never_see_a_torn_file(disk: UploadsDirectory) -> None:
+    """While a name is removed and published 200 times, every reader gets one whole version, or none."""
     versions = [bytes([number]) * (30_000 + 41 * number) for number in range(200)]
     put(disk, "cats/tom.png", versions[0])
     seen: set[bytes] = set()
@@ -191,7 +192,7 @@ def test_readers_never_see_an_absent_or_torn_file(disk: UploadsDirectory) -> Non
             except BaseException as error:
                 errors.append(error)
             else:
-                seen.add(b"" if data is None else data)
+                seen.update(() if data is None else (data,))
 
     reader = threading.Thread(target=keep_reading)
     reader.start()
@@ -208,19 +209,20 @@ def test_readers_never_see_an_absent_or_torn_file(disk: UploadsDirectory) -> Non
 
 
 def test_everything_is_synced_at_once(disk: UploadsDirectory) -> None:
-    """`sync` succeeds after files were stored."""
-    put(disk, "tom.png")
-    disk.sync()
-    assert read(disk, "tom.png") == PICTURE
+    """`sync` succeeds for files that are staged, and for none."""
+    with disk.stage("tom.png") as first, disk.stage("cats/tom.png") as second:
+        disk.sync([first, second])
+        disk.sync([])
+        assert first.publish()
+    assert read(disk, "tom.png") == b""
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_a_failed_sync_is_raised(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """A failure of `sync` is raised: a bulk run must not record lost files as safe."""
-    put(disk, "tom.png")
     monkeypatch.setattr(syscalls, "sync_filesystem", fails(code))
-    with pytest.raises(OSError) as caught:
-        disk.sync()
+    with disk.stage("tom.png") as staged, pytest.raises(OSError) as caught:
+        disk.sync([staged])
     assert caught.value.errno == code
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selfheal.disk.directory import UploadsDirectory
-from selfheal.disk.listing import walk
+from selfheal.disk.listing import Listing, walk
+from selfheal.disk.open_file import identity_of
 from selfheal.disk.quarantine import QUARANTINE
 from selfheal.disk.root import MARKER
-from selfheal.disk.staged_file import TEMPORARY
+from selfheal.disk.temporary import TEMPORARY
 from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import MODIFIED, PICTURE, contents_below, put, read, write_file
+from tests.support.os_errors import fails
 from tests.support.sockets import make_socket
 from tests.support.special_files import device
 
@@ -48,7 +53,8 @@ def test_a_walk_yields_sizes_and_times(disk: UploadsDirectory) -> None:
     put(disk, "cats/tom.png")
     [entry] = walk(disk)
     assert (entry.name, entry.fault) == ("cats/tom.png", "")
-    assert (entry.size, entry.modified_ns) == (len(PICTURE), MODIFIED)
+    assert (entry.size, entry.identity[0]) == (len(PICTURE), MODIFIED)
+    assert entry.changed_ns == disk.path_of("cats/tom.png").stat().st_ctime_ns > MODIFIED
 
 
 def test_a_walk_follows_no_link(disk: UploadsDirectory, outside: Path) -> None:
@@ -86,23 +92,15 @@ def test_a_walk_yields_a_hidden_directory_once(disk: UploadsDirectory) -> None:
     found = {entry.name: entry.fault for entry in walk(disk)}
     assert sorted(found) == [".git", "cats/.thumbs", "cats/tom.png"]
     assert found["cats/tom.png"] == ""
-    assert "hidden" in found[".git"]
-    assert "hidden" in found["cats/.thumbs"]
+    assert found[".git"]
+    assert found["cats/.thumbs"]
 
 
-def test_a_walk_skips_files_that_are_no_uploads(disk: UploadsDirectory) -> None:
-    """Files such as `.gitkeep`, and selfheal's own files, are not yielded."""
+def test_a_walk_skips_selfheals_own_files(disk: UploadsDirectory) -> None:
+    """Selfheal's own files are not yielded."""
     put(disk, "tom.png")
-    for name in (
-        ".gitkeep",
-        "cats/.gitignore",
-        "cats/.keep",
-        ".DS_Store",
-        "cats/Thumbs.db",
-        MARKER,
-        f"{TEMPORARY}/killed",
-        f"{QUARANTINE}/20200101T000000-00000000/tom.png",
-    ):
+    own = (MARKER, f"{TEMPORARY}/killed", f"cats/{TEMPORARY}/killed", f"{QUARANTINE}/20200101T000000-00000000/tom.png")
+    for name in own:
         write_file(disk.path_of(name))
     assert [entry.name for entry in walk(disk)] == ["tom.png"]
 
@@ -121,19 +119,52 @@ def test_a_name_that_is_no_text_is_yielded(disk: UploadsDirectory, name: bytes) 
         assert read(disk, entry.name) == PICTURE
 
 
-def test_an_unreadable_directory_is_not_skipped(uploads: Uploads, ordinary_directory: Path) -> None:
-    """An unreadable directory raises or is yielded with a fault, so that its files do not look missing."""
+@pytest.mark.parametrize("mode", [0o000, 0o300, 0o400, 0o600])
+def test_an_unreadable_directory_is_yielded(uploads: Uploads, ordinary_directory: Path, mode: int) -> None:
+    """A directory without the right to list or enter it is yielded once, with what mends it; all else is yielded."""
     disk = uploads(ordinary_directory / "uploads")
-    put(disk, "cats/tom.png")
-    (disk.path / "cats").chmod(0)
+    for name in ("a.png", "cats/tom.png", "cats/small/mog.png", "z/z.png"):
+        put(disk, name)
+    (disk.path / "cats").chmod(mode)
     try:
-        found = []
-        with contextlib.suppress(PermissionError):
-            found = list(walk(disk))
-            assert any(entry.fault for entry in found), "the unreadable directory was skipped"
-        assert "cats/tom.png" not in [entry.name for entry in found]
+        found = {entry.name: entry.fault for entry in walk(disk)}
     finally:
         (disk.path / "cats").chmod(0o755)
+    assert sorted(found) == ["a.png", "cats", "z/z.png"]
+    assert [name for name, fault in found.items() if fault] == ["cats"]
+    assert f"chmod -R a+rX {disk.path}/cats`" in found["cats"]
+
+
+@pytest.mark.parametrize(("mode", "is_skipped"), [(0o700, True), (0o755, False)])
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that belongs to root")
+def test_lost_and_found(disk: UploadsDirectory, mode: int, is_skipped: bool) -> None:
+    """The directory that the file system itself makes is skipped; one of that name in it, or of an app, is walked."""
+    walked = ["cats/lost+found/mog.png", "lost+found/tom.png"]
+    for path in walked:
+        put(disk, path)
+        disk.path_of(path).parent.chmod(mode)
+    assert [entry.name for entry in walk(disk)] == (walked[:1] if is_skipped else walked)
+
+
+@pytest.mark.parametrize("call", ["stat", "scandir"])
+def test_an_entry_that_cannot_be_measured(disk: UploadsDirectory, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk fails to measure or to list is yielded with a fault; the root raises, for nothing is known then."""
+    for name in ("a.png", "b/1.png", "c.png"):
+        put(disk, name)
+    real = getattr(os, call)
+    directory = disk.path.joinpath("b").stat().st_ino
+
+    def fail(path: Any, **how: Any) -> Any:
+        if path == "a.png" or (call == "scandir" and os.fstat(path).st_ino == directory):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **how)
+
+    monkeypatch.setattr(os, call, fail)
+    assert {entry.name for entry in walk(disk) if entry.fault} == ({"a.png"} if call == "stat" else {"b"})
+    assert [entry.name for entry in walk(disk)][-1] == "c.png"
+    monkeypatch.setattr(os, call, fails(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        list(walk(disk))
 
 
 def test_files_that_are_removed_during_a_walk(disk: UploadsDirectory) -> None:
@@ -184,3 +215,37 @@ def test_a_walk_of_a_large_directory(disk: UploadsDirectory) -> None:
     for name in wanted:
         (disk.path / name).touch()
     assert [entry.name for entry in walk(disk)] == wanted
+
+
+def test_threads_that_list_the_root_at_once(disk: UploadsDirectory) -> None:
+    """Threads that read the same directory at the same time do not take each other's entries."""
+    names = [f"{number:04}-{'x' * 100}.png" for number in range(2000)]
+    for name in names:
+        write_file(disk.path / name, b"")
+    found: list[int] = []
+
+    def work() -> None:
+        for _ in range(4):
+            found.append(sum(Listing(disk).has_all([name]) for name in names[::500]))
+            found.append(len(list(walk(disk))) - len(names))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found) == {4, 0}
+
+
+@pytest.mark.parametrize("modified_ns", [-(10**17), 2**63, 2**64])
+def test_times_that_no_record_can_hold(disk: UploadsDirectory, modified_ns: int) -> None:
+    """A file whose time is before 1970 or after 2262 is walked, measured and opened like any other."""
+    path = write_file(disk.path / "tom.png")
+    os.utime(path, ns=(modified_ns, modified_ns))
+    kept = path.stat().st_mtime_ns
+    assert [entry.identity[0] for entry in walk(disk)] == [kept]
+    found, file = disk.stat("tom.png"), disk.open("tom.png")
+    assert found is not None
+    assert file is not None
+    with file:
+        assert (identity_of(found), file.modified_ns) == (file.identity, kept)

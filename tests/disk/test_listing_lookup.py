@@ -59,6 +59,7 @@ async def test_files_between_subfolders(
         read[os.fstat(fd).st_ino] += 1
         return scandir(fd)
 
+    sqlite_store.disk.root()
     monkeypatch.setattr(os, "scandir", counting)
     listing = Listing(sqlite_store.disk)
     assert all(map(listing.has, sorted(names)))

@@ -16,7 +16,7 @@ from selfheal.disk import quarantine as quarantine_module
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.quarantine import QUARANTINE
-from tests.support.disk_files import MODIFIED, PICTURE, SECRET, contents_below, mode_of, put, read, write_file
+from tests.support.disk_files import MODIFIED, PICTURE, SECRET, contents_below, mode_of, names_in, put, read, write_file
 from tests.support.mounts import Mount
 from tests.support.os_errors import fails
 
@@ -62,7 +62,7 @@ def test_the_quarantine_may_be_a_link(uploads: Uploads, directory: Path, tmp_pat
     assert moved is not None
     assert moved.resolve().is_relative_to(tmp_path / "large")
     assert moved.read_bytes() == PICTURE
-    assert list(directory.iterdir()) == [directory / "cats"]
+    assert names_in(directory) == []
 
 
 def block_with_a_file(path_given: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_link_is_set_aside_as_a_link(disk: UploadsDirectory) -> None:
     moved = disk.quarantine("special.png")
     assert moved is not None
     assert os.readlink(moved) == "nowhere"
-    assert list(disk.path.iterdir()) == []
+    assert names_in(disk.path) == []
 
 
 def test_all_bad_copies_of_a_name_are_kept(disk: UploadsDirectory) -> None:
@@ -259,3 +259,20 @@ def test_a_bad_copy_that_vanishes_is_absent(disk: UploadsDirectory, monkeypatch:
 
     monkeypatch.setattr(os, "rename", rename_after_removal)
     assert disk.quarantine("tom.png") is None
+
+
+def test_a_directory_that_takes_the_name_is_not_moved(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a directory with files takes the name just before the move, it stays, and nothing is left in quarantine."""
+    put(disk, "cats")
+    real = os.rename
+
+    def rename_after_exchange(*arguments: object, **more: object) -> None:
+        if disk.path_of("cats").is_file():
+            disk.path_of("cats").unlink()
+            write_file(disk.path_of("cats/tom.png"))
+        real(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "rename", rename_after_exchange)
+    assert disk.quarantine("cats") is None
+    assert contents_below(disk.path) == {"cats/tom.png": PICTURE}
+    assert not disk.quarantine_path.exists()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from selfheal.disk import syscalls
-from selfheal.disk.staged_file import TEMPORARY, StagedFile, sweep
+from selfheal.disk.staged_file import StagedFile
+from selfheal.disk.temporary import TEMPORARY, sweep
 from tests.support.os_errors import fails
 from tests.support.special_files import dangling_link
 from tests.support.staging import MODIFIED, NEW, OLD, WAYS, Root, named_only

@@ -190,10 +190,11 @@ def test_deleted_stays_deleted(gallery: Server, originals: dict[str, bytes], tmp
         ("tool.exe", lambda of: of["dusk.jpg"], 415),
         ("no extension", lambda of: of["dusk.jpg"], 415),
         ("page.png", lambda _: b"<!doctype html><script>alert(1)</script>", 415),
-        ("photo.png", lambda of: of["dusk.jpg"], 415),
+        ("photo.png", lambda of: of["rose.svg"], 415),
         ("large.jpg", lambda of: of["dusk.jpg"][:-2] + bytes(50 * MIB) + b"\xff\xd9", 413),
         ("empty.jpg", lambda _: b"", 422),
-        ("half.jpg", lambda of: of["dusk.jpg"][: len(of["dusk.jpg"]) // 2], 422),
+        ("headers.jpg", lambda of: of["dusk.jpg"][: of["dusk.jpg"].index(b"\xff\xda")], 422),
+        ("half.bmp", lambda of: of["tiles.png"][: len(of["tiles.png"]) // 2], 422),
         ("half.png", lambda of: of["tiles.png"][:-20], 422),
         ("half.webp", lambda of: of["julia.webp"][:-1], 422),
     ],
@@ -202,11 +203,20 @@ def test_a_bad_picture_is_refused(
     gallery: Server, originals: dict[str, bytes], name: str, make: Callable[[dict[str, bytes]], bytes], status: int
 ) -> None:
     """A wrong type is 415, too large 413, empty or truncated 422; page and disk do not change, the file is named."""
-    before = gallery.shown(), set(gallery.directory.glob("*"))
+    before = gallery.shown(), set(gallery.directory.glob("[!.]*"))
     answer = gallery.add((name, make(originals)))
     assert answer.status_code == status
     assert f"<p role=alert><b>{name}</b>" in answer.text
-    assert (gallery.shown(), set(gallery.directory.glob("*"))) == before
+    assert (gallery.shown(), set(gallery.directory.glob("[!.]*"))) == before
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.avif", "photo.svg"])
+def test_a_picture_with_another_extension(gallery: Server, originals: dict[str, bytes], name: str) -> None:
+    """A photo that is called otherwise is kept as what it is, with the extension and the type of its bytes."""
+    path = gallery.added(name, originals["dusk.jpg"])
+    assert path.endswith(".jpg")
+    answer = gallery.browser.get(path)
+    assert (answer.content, answer.headers["content-type"]) == (originals["dusk.jpg"], "image/jpeg")
 
 
 def test_the_other_files_of_a_form_are_kept(gallery: Server, originals: dict[str, bytes]) -> None:

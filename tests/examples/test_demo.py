@@ -75,7 +75,7 @@ def test_without_a_terminal_it_ends_by_itself(home: Path) -> None:
     assert f"{ORIGINALS} of {ORIGINALS} came back" in done.stdout
     assert len(re.findall(r"^ +\S+\.\w+ +200 .*same +same +same *$", done.stdout, re.MULTILINE)) == ORIGINALS
     assert "Everything came back." in done.stdout
-    assert len(list((home / ".demo" / "uploads").glob("*.*"))) == ORIGINALS
+    assert len(list((home / ".demo" / "uploads").glob("[!.]*.*"))) == ORIGINALS
     assert not (home / ".demo" / "uploads" / "of_yesterday.png").exists()
 
 
@@ -123,7 +123,7 @@ def lose_a_record() -> None:
 
 def change_a_byte() -> None:
     """Lose all files but one, and change a byte of that one."""
-    (first, *others) = sorted(path for path in demo.UPLOADS.iterdir() if path.is_file())
+    (first, *others) = sorted(path for path in demo.UPLOADS.iterdir() if path.name[0] != ".")
     first.write_bytes(first.read_bytes()[:-1] + b"?")
     for file in others:
         file.unlink()
@@ -131,7 +131,7 @@ def change_a_byte() -> None:
 
 def change_a_time() -> None:
     """Lose all files but one, and change the mtime of that one, and so its ETag and Last-Modified."""
-    (first, *others) = sorted(path for path in demo.UPLOADS.iterdir() if path.is_file())
+    (first, *others) = sorted(path for path in demo.UPLOADS.iterdir() if path.name[0] != ".")
     os.utime(first, (1e9, 1e9))
     for file in others:
         file.unlink()

@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from selfheal import UploadStore
 from tests.support.constants import set_constants
+from tests.support.faults import BrokenDisk
 from tests.support.raw_sql import execute
-from tests.support.store_requests import hit_and_settle
+from tests.support.records import small_file
+from tests.support.store_requests import hit, hit_and_settle
 from tests.support.store_state import in_quarantine, on_disk
 from tests.support.uploads import NAME, NEW, OLD, OTHER_NAME, THIRD
 from tests.support.waiting import eventually
@@ -78,21 +80,17 @@ async def test_a_change_in_a_long_transaction_is_followed(
 
 
 @pytest.mark.usefixtures("on_both_nodes")
-async def test_too_many_changes_to_follow(
+async def test_many_changes_are_followed_in_pages(
     store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With more changes than a node keeps in memory, it forgets what it has compared; the next hit compares again."""
-    set_constants(monkeypatch, CHANGES_AT_MOST=2)
-    for name in ("x.jpg", "y.jpg", NAME):
+    """More changes than one query returns, or one transaction numbers, are followed to the last one."""
+    set_constants(monkeypatch, CHANGES_AT_ONCE=3, NUMBERED_AT_ONCE=2)
+    names = [f"{number}.jpg" for number in range(10)]
+    for name in names:
         await other_store.save(name, THIRD)
+        await store.restore(name)
         await other_store.delete(name)
-
-    async def is_gone() -> bool:
-        store.background.follow()
-        await hit_and_settle(store, NAME)
-        return on_disk(store, NAME) is None
-
-    await eventually(is_gone)
+    await follow_until(store, lambda: not any(on_disk(store, name) for name in names))
 
 
 @pytest.mark.usefixtures("on_both_nodes")
@@ -107,18 +105,20 @@ async def test_followed_again_after_an_outage(store: UploadStore, other_store: U
 
 @pytest.mark.usefixtures("on_both_nodes")
 async def test_following_that_is_broken_off(
-    store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+    store: UploadStore, other_store: UploadStore, broken_disk: BrokenDisk
 ) -> None:
     """Changes that were not compared before the task was stopped are compared at the next hit."""
-    set_constants(monkeypatch, SETTLED_AFTER=1e9)  # the first comparison never ends
     for name in (NAME, OTHER_NAME):
         await other_store.delete(name)
-    for _ in range(30):
-        store.background.follow()
-        await asyncio.sleep(0.06)
-    await store.tasks.drain(0)
-    set_constants(monkeypatch, SETTLED_AFTER=0.0)
+    held = broken_disk.hold("rename")
+    store.background.follow()
+    await held.met()
+    await asyncio.wait([asyncio.create_task(store.tasks.drain(0))], timeout=0.2)
+    held.release()
+    await store.tasks.drain(30)
     for name in (NAME, OTHER_NAME):
+        if on_disk(store, name) is None:
+            continue
         await hit_and_settle(store, name)
         assert on_disk(store, name) is None
 
@@ -140,13 +140,91 @@ async def test_a_name_outside_the_grammar_is_not_followed(
 
 async def test_following_reads_no_more_than_the_changes(store: UploadStore, engine: AsyncEngine) -> None:
     """An index holds only the changed names; `create_tables` adds it to a table of an earlier version of selfheal."""
-    await execute(store, "DROP INDEX ix_image_storage_changed_at")
+    await execute(store, "DROP INDEX ix_image_storage_sequence")
     await store.database.create_tables()
-    question = "SELECT name FROM image_storage WHERE generation > 1 AND changed_at >= '2026-01-01 00:00:00'"
+    question = "SELECT name FROM image_storage WHERE sequence <> 0 AND sequence > 7 ORDER BY sequence"
     async with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             question = f"QUERY PLAN {question}"
         else:
             await connection.execute(text("SET enable_seqscan = off"))  # it would read a small table as a whole
         plan = (await connection.execute(text(f"EXPLAIN {question}"))).all()
-    assert "ix_image_storage_changed_at" in str(plan)
+    assert "ix_image_storage_sequence" in str(plan)
+
+
+# -- changes that a clock, a page or a pause would hide ---------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_both_nodes")
+async def test_a_change_whose_clock_stepped_back_is_followed(store: UploadStore, other_store: UploadStore) -> None:
+    """A change that the database's clock dates years before the last one that was followed is followed as well."""
+    await other_store.delete(OTHER_NAME)
+    await follow_until(store, lambda: on_disk(store, OTHER_NAME) is None)
+    await other_store.delete(NAME)
+    await execute(store, "UPDATE image_storage SET changed_at = '2001-01-01 00:00:00'")
+    await follow_until(store, lambda: on_disk(store, NAME) is None)
+
+
+@pytest.mark.usefixtures("on_both_nodes")
+async def test_a_transaction_that_outlives_every_patience(
+    store: UploadStore, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transaction of the app's that commits minutes after its save is followed by the node that it began on, too."""
+    set_constants(monkeypatch, CHANGING_FOR=0.0)
+    async with engine.begin() as connection:
+        await store.save(NAME, NEW, connection=connection)
+        if engine.dialect.name != "sqlite":
+            await follow_until(store, lambda: True)
+            await hit_and_settle(store, NAME)
+    await follow_until(store, lambda: on_disk(store, NAME) == NEW)
+
+
+@pytest.mark.usefixtures("on_both_nodes")
+async def test_a_node_that_was_away_catches_up(store: UploadStore, other_store: UploadStore) -> None:
+    """A node that was stopped while others changed names clears its disk at its first request, for whatever name."""
+    await follow_until(store, lambda: True)
+    await store.close()
+    await other_store.delete(NAME)
+    await other_store.save(OTHER_NAME, NEW)
+    async with UploadStore(store.disk.path, store.database.url) as back:
+        await follow_until(back, lambda: on_disk(back, NAME) is None and on_disk(back, OTHER_NAME) == NEW)
+
+
+@pytest.mark.usefixtures("on_both_nodes")
+async def test_thousands_of_deletions_are_followed(store: UploadStore, other_store: UploadStore) -> None:
+    """Every file goes, however many names another node deletes between two questions."""
+    names = [f"many/{number}.jpg" for number in range(2500)]
+    await store.database.store_many([small_file(name, b"x", modified_ns=7) for name in names])
+    (store.disk.path / "many").mkdir()
+    for name in names:
+        store.disk.path_of(name).write_bytes(b"x")
+    gone = "deleted_at = changed_at, generation = 2, sequence = -1"
+    await execute(other_store, f"UPDATE image_storage SET {gone} WHERE name LIKE 'many/%'")
+
+    async def are_gone() -> bool:
+        store.background.follow()
+        await store.tasks.drain(30)
+        return not any(on_disk(store, name) for name in names)
+
+    await eventually(are_gone, seconds=60)
+
+
+@pytest.mark.usefixtures("on_both_nodes")
+async def test_a_file_that_never_holds_still_delays_no_other(
+    store: UploadStore, other_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that cannot be adopted because it is written all the time delays nothing that is followed."""
+    monkeypatch.setattr(store.reconciler, "settled_after", 1e9)
+    await asyncio.sleep(0.02)
+    store.disk.path_of(NAME).write_bytes(THIRD)
+    hit(store, NAME)
+    await other_store.delete(OTHER_NAME)
+    await other_store.save(NAME, NEW)
+
+    async def is_gone() -> bool:
+        store.background.follow()
+        await asyncio.sleep(0.05)
+        return on_disk(store, OTHER_NAME) is None
+
+    await eventually(is_gone, seconds=5)
+    await store.tasks.drain(0)

@@ -1,4 +1,4 @@
-"""A file and its record differ: the database wins, the other bytes go to quarantine, and nothing is lost."""
+"""A file and its record differ: the database wins, the other bytes become a version, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from tests.support.raw_sql import execute
 from tests.support.recorded_statements import recorded_statements
 from tests.support.sample_data import noise
 from tests.support.store_requests import hit, hit_and_settle, restored_bytes
-from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
+from tests.support.store_state import (
+    files_below,
+    in_database,
+    in_quarantine,
+    on_disk,
+    on_disk_and_in_database,
+    set_aside,
+)
 from tests.support.uploads import A_DAY_NS, NAME, NEW, OLD, THIRD, generation_of, history_of, replace_file
 from tests.support.waiting import eventually
 
@@ -29,28 +36,28 @@ from tests.support.waiting import eventually
 
 MTIMES: dict[str, Callable[[int], int]] = {
     "older than the record": lambda recorded: recorded - A_DAY_NS,
-    "newer than the record, older than the process": lambda recorded: recorded + A_DAY_NS // 24,
+    "of the same time": lambda recorded: recorded,
     "at the beginning of time": lambda _: 0,
     "before the beginning of time": lambda _: -A_DAY_NS,
 }
 
 
 @pytest.mark.parametrize("when", MTIMES.values(), ids=MTIMES)
-async def test_old_bytes_from_a_deploy_go_to_quarantine(
+async def test_an_older_file_from_a_deploy_becomes_a_version(
     sqlite_store: UploadStore, directory: Path, when: Callable[[int], int]
 ) -> None:
-    """A file older than this process is no overwrite, whatever its mtime and size: the recorded bytes are restored."""
+    """A file that is not newer than its record is no overwrite: the recorded bytes are restored, its own are kept."""
     recorded = time.time_ns() - A_DAY_NS
-    for data in (THIRD, NEW[::-1], b""):
-        await sqlite_store.database.store_image(NAME, NEW, modified_ns=recorded)
+    await sqlite_store.database.store_image(NAME, NEW, modified_ns=recorded)
+    others = [THIRD, NEW[::-1] + b"!", b""]
+    for data in others:
         replace_file(sqlite_store, data, when(recorded))
         async with UploadStore(directory, sqlite_store.database.url) as started_later:
             await hit_and_settle(started_later, NAME)
             assert await on_disk_and_in_database(started_later, NAME) == NEW
-            assert data in in_quarantine(started_later)
             assert started_later.disk.path_of(NAME).stat().st_mtime_ns == recorded
-    assert await generation_of(sqlite_store) == 1
-    assert await history_of(sqlite_store) == []
+    assert await set_aside(sqlite_store, NAME) == others
+    assert in_quarantine(sqlite_store) == []
 
 
 async def test_the_database_wins_over_an_old_copy(store: UploadStore, other_store: UploadStore) -> None:
@@ -66,11 +73,12 @@ async def test_the_database_wins_over_an_old_copy(store: UploadStore, other_stor
 
 async def test_the_quarantine_is_private_and_keeps_everything(store: UploadStore) -> None:
     """It is outside the uploads directory, has mode 0700, and a second copy of a name does not replace the first."""
-    saved = await store.save(NAME, NEW)
+    await store.save(NAME, NEW)
     for data in (OLD, THIRD):
-        replace_file(store, data, saved.modified_ns - A_DAY_NS)
-        await hit_and_settle(store, NAME)
+        replace_file(store, data, 0)
+        await store.restorer.set_aside_unreadable(NAME)
     assert sorted(in_quarantine(store)) == sorted([OLD, THIRD])
+    assert await store.restore(NAME)
     assert not store.disk.quarantine_path.is_relative_to(store.disk.path)
     assert store.disk.quarantine_path.stat().st_mode & 0o7777 == 0o700
     assert files_below(store.disk.path) == [NAME]
@@ -93,7 +101,7 @@ async def test_a_file_that_is_set_aside_is_reported_once(sqlite_store: UploadSto
 
 
 async def test_a_disk_copy_damaged_in_size_is_restored(store: UploadStore) -> None:
-    """A file that was cut short or has grown goes to quarantine; the whole one is restored with its own mtime."""
+    """A file that was cut short or has grown becomes a version; the whole one is restored with its own mtime."""
     for size in (1000, 11 * CHUNK + 3):
         saved = await store.save(NAME, noise(size))
         for damaged in (noise(size)[:-1], b"", noise(size) + b"x"):
@@ -102,8 +110,7 @@ async def test_a_disk_copy_damaged_in_size_is_restored(store: UploadStore) -> No
             await hit_and_settle(store, NAME)
             assert await on_disk_and_in_database(store, NAME) == noise(size)
             assert saved.path.stat().st_mtime_ns == saved.modified_ns
-            assert damaged in in_quarantine(store)
-    assert await generation_of(store) == 2
+            assert damaged in await set_aside(store, NAME)
 
 
 # -- a copy of an earlier generation ----------------------------------------------------------------------------------
@@ -201,8 +208,7 @@ async def test_no_healing_on_a_disk_that_takes_no_file(store: UploadStore, monke
         patch.setattr(os, "pwrite", full)
         await hit_and_settle(store, NAME)
     assert await in_database(store, NAME) == NEW
-    assert OLD in [on_disk(store, NAME), *in_quarantine(store)]
-    assert await generation_of(store) == 1
+    assert OLD in [on_disk(store, NAME), *await set_aside(store, NAME)]
 
 
 async def test_nothing_changes_without_an_answer(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +229,7 @@ async def test_nothing_changes_without_an_answer(store: UploadStore, monkeypatch
 
         await eventually(agrees)
         await hurried.tasks.drain(30)
-    assert in_quarantine(store) == [OLD]
+    assert await set_aside(store, NAME) == [OLD]
 
 
 async def test_a_quiet_database_is_left_alone(store: UploadStore) -> None:
@@ -252,7 +258,8 @@ async def test_a_save_that_is_committed_during_the_comparison(
     checking = asyncio.create_task(store.reconciler.check(NAME))
     await held.met()
     if is_known:
-        await other_store.database.store_image(NAME, NEW, modified_ns=written)
+        record = await other_store.database.store_image(NAME, NEW, modified_ns=written)
+        written = record.modified_ns
     else:
         await execute(store, "DELETE FROM image_storage")
     held.release()

@@ -26,7 +26,7 @@ async def test_an_unwritable_disk_is_left_alone_for_30_seconds(
         await store.database.create_tables()
         data = noise(size)
         await store.database.store_image(NAME, data)
-        directory.mkdir(parents=True)  # the mount point that a lost mount leaves
+        directory.mkdir(parents=True, exist_ok=True)  # the mount point that a lost mount leaves
         assert await restored_bytes(store, NAME) == data
         store.disk.mark()
         assert await restored_bytes(store, NAME) == data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 
 import pytest
@@ -73,6 +74,37 @@ def test_every_date_format_is_gmt(monkeypatch: pytest.MonkeyPatch, zone: str, pa
         time.tzset()
 
 
+@pytest.mark.parametrize("year", ["0000", "0001", "0024", "0069", "0070", "0099", "0100"])
+@pytest.mark.parametrize("pattern", ["Mon, 01 Jan {} 00:00:00 GMT", "Mon Jan  1 00:00:00 {}"])
+def test_years_of_the_first_centuries(year: str, pattern: str) -> None:
+    """A year of four digits is that year, long ago: `0001` is not 2001 (the minimal date of .NET)."""
+    date = pattern.format(year).encode()
+    head = make_head("a.png", 10**9 * 10**9 // 2, 100)  # in 1985
+    assert plan(head, 100, (b"if-modified-since", date)).status == 200
+    assert plan(head, 100, (b"if-unmodified-since", date)).status == 412
+
+
+def test_years_of_two_digits() -> None:
+    """A year of two digits is the last such year up to 50 years from now (RFC 9110, section 5.6.7)."""
+    now = time.gmtime()
+    for years, is_past in ((-49, True), (-1, True), (1, False), (49, False), (51, True), (99, True)):
+        date = f"Monday, 01-Jan-{(now.tm_year + years) % 100:02} 00:00:00 GMT".encode()
+        head = make_head("a.png", time.time_ns(), 100)
+        assert plan(head, 100, (b"if-modified-since", date)).status == (200 if is_past else 304), years
+        assert plan(head, 100, (b"if-unmodified-since", date)).status == (412 if is_past else 200), years
+
+
+@pytest.mark.parametrize(("days", "is_past"), [(-2, False), (2, True)])
+def test_fifty_years_are_counted_in_days(days: int, is_past: bool) -> None:
+    """A date two days before 50 years from now is in the future, one two days after that is of the past century."""
+    now = datetime.now(UTC)
+    now = now.replace(year=now.year + 50, day=28 if (now.month, now.day) == (2, 29) else now.day)
+    date = (now + timedelta(days=days)).strftime("%d-%b-%y %T")
+    head = make_head("a.png", time.time_ns(), 100)
+    planned = plan(head, 100, (b"if-modified-since", f"Monday, {date} GMT".encode()))
+    assert planned.status == (200 if is_past else 304)
+
+
 # -- entity tags ------------------------------------------------------------------------------------------------------
 
 
@@ -90,12 +122,17 @@ def test_every_date_format_is_gmt(monkeypatch: pytest.MonkeyPatch, zone: str, pa
         ('"*"', 412, 200),
         ("", 412, 200),
         ("x", 412, 200),
+        ("w/{}", 412, 200),
+        ('w/{}, "x"', 412, 200),
+        ("w/{}, {}", 200, 304),
+        ("W/{}, w/{}", 412, 304),
+        ('"x"{}', 412, 200),
     ],
 )
 def test_entity_tags_are_compared_strongly_or_weakly(tags: str, if_match: int, if_none_match: int) -> None:
     """If-Match compares strongly, If-None-Match weakly, in one line or in several (RFC 9110, section 8.8.3.2)."""
     head = make_head("a.png", MODIFIED_NS, 100)
-    whole = tags.format(head.etag)
+    whole = tags.replace("{}", head.etag)
     for lines in ([whole], whole.split(",")):
         encoded = [line.encode() for line in lines]
         assert plan(head, 100, *((b"if-match", line) for line in encoded)).status == if_match

@@ -82,7 +82,8 @@ def test_headers_of_every_answer() -> None:
 def test_documents_that_can_run_scripts_are_sandboxed(name: str) -> None:
     """SVG, HTML and XML have `sandbox` with every status (CVE-2020-15275)."""
     head = make_head(name, MODIFIED_NS, 100)
-    policy = (b"content-security-policy", b"sandbox; default-src 'none'; style-src 'unsafe-inline'")
+    allowed = b"style-src 'unsafe-inline'; img-src data:; font-src data:"
+    policy = (b"content-security-policy", b"sandbox; default-src 'none'; " + allowed)
     assert policy[1] == SANDBOX
     for lines, status in (
         ([], 200),
@@ -117,6 +118,37 @@ def test_cache_control_by_status(value: str) -> None:
         planned = plan(head, 100, *lines)
         assert planned.status == status
         assert [sent for key, sent in planned.headers if key == b"cache-control"] == [b"no-store"]
+
+
+# -- recorded types ---------------------------------------------------------------------------------------------------
+
+SAFE = (
+    "image/png", "image/jpeg", "image/vnd.microsoft.icon", "image/svg+xml", "audio/mpeg", "video/mp4",
+    "video/x-msvideo", "font/woff2", "application/pdf", "text/plain", "text/plain; charset=utf-8",
+)  # fmt: skip
+UNSAFE = (
+    "text/html", "text/html; charset=utf-8", "application/xhtml+xml", "text/xml", "application/xml", "text/javascript",
+    "application/javascript", "text/css", "application/wasm", "text/plain; charset=utf-8; x=1", "multipart/mixed", "",
+    "image/", "/png", "image", "image/png\r\nset-cookie: a=1", "image/png\n", " image/png", "image/png, text/html",
+    "image/p\u00e4ng", "IMAGE/PNG", "application/octet-stream", "text/plainer", "application/pdfx",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a", "folder.d/a", "a.unknown"])
+@pytest.mark.parametrize("recorded", [*SAFE, *UNSAFE])
+def test_a_recorded_type(name: str, recorded: str) -> None:
+    """A name whose extension says nothing has the recorded type, if no script can run in it."""
+    headers = dict(make_head(name, MODIFIED_NS, 100, None, recorded).whole.headers)
+    expected = recorded if recorded in SAFE else "application/octet-stream"
+    assert headers[b"content-type"] == expected.encode()
+    assert (b"content-security-policy" in headers) == (recorded == "image/svg+xml")
+    assert headers[b"x-content-type-options"] == b"nosniff"
+
+
+def test_an_extension_wins_over_the_recorded_type() -> None:
+    """A name with a known extension has the type of the table, the same on every node, whatever is recorded."""
+    headers = dict(make_head("a.svg", MODIFIED_NS, 100, None, "image/png").whole.headers)
+    assert headers[b"content-type"] == b"image/svg+xml"
 
 
 # -- answers without a file -------------------------------------------------------------------------------------------

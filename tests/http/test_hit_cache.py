@@ -14,11 +14,12 @@ from starlette.types import Message, Receive, Scope, Send
 from selfheal.disk import root as root_module
 from selfheal.disk import syscalls
 from selfheal.disk.directory import UploadsDirectory
-from selfheal.disk.open_file import PIECE, identity_of
+from selfheal.disk.open_file import PIECE, Identity, identity_of
 from selfheal.disk.root import CHECK_EVERY
+from selfheal.healing.reconcile import Judged
 from selfheal.http.headers import make_head
 from selfheal.http.hit_cache import HitCache
-from selfheal.http.sending import Responder
+from selfheal.http.sending import Responder, send_pieces
 from tests.support.asgi import Lines, ask_scope, scope_of
 from tests.support.descriptors import assert_no_more_than, open_descriptors
 from tests.support.os_errors import fails
@@ -58,7 +59,12 @@ def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
 @pytest.fixture
 def hits(disk: UploadsDirectory) -> HitCache:
     """An empty hit cache."""
-    return HitCache(disk, Responder())
+    return HitCache(disk, Responder(), not_judged)
+
+
+def not_judged(name: str, identity: Identity) -> Judged | None:
+    """No file was compared with its record yet."""
+    return None
 
 
 def write_picture(path: Path, data: bytes = PICTURE) -> None:
@@ -101,8 +107,8 @@ async def test_the_answer_equals_the_one_after_a_wait(
         file = disk.open("tom.png")
         assert file is not None
         with file:
-            plan, first = await responder.read_first(scope, responder.head_of("tom.png", file), file)
-            await responder.send_file(scope, receive, send, file, plan, first)
+            plan, first = await responder.read_first(scope, responder.head_of_file("tom.png", file, None), file)
+            await send_pieces(receive, send, plan, file, first)
 
     learn(hits, disk)
     found = hits.answer(scope)
@@ -111,6 +117,32 @@ async def test_the_answer_equals_the_one_after_a_wait(
     assert (await ask_scope(after_a_wait, scope)).messages == [start, {**body, "more_body": False}]
     assert (known.name, known.size) == ("tom.png", size)
     assert known.identity == identity_of(os.stat(disk.path / "tom.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "cache_control", "waits"),
+    [("tom.png", None, False), ("tom.png", "immutable", True), ("tom", None, True), ("tom.xyz", None, True)],
+)
+def test_a_file_whose_headers_depend_on_its_record(
+    disk: UploadsDirectory, name: str, cache_control: str | None, waits: bool
+) -> None:
+    """If the record may change the headers of a file, it is in the hit cache once it was compared, and not before."""
+    write_picture(disk.path / name)
+    compared = dict[tuple[str, Identity], Judged]()
+    hits = HitCache(disk, Responder(cache_control), lambda *file: compared.get(file))
+    scope, identity = scope_of(f"/static/uploads/{name}"), identity_of(os.stat(disk.path / name))
+    learn(hits, disk, name)
+    assert (hits.answer(scope) is None) == waits
+    compared[name, identity] = Judged(identity, content_type="image/png")
+    learn(hits, disk, name)
+    found = hits.answer(scope)
+    assert found is not None
+    headers = dict(found[1]["headers"])
+    assert headers[b"content-type"] == b"image/png"
+    assert headers.get(b"cache-control") == (cache_control and cache_control.encode())
+    write_picture(disk.path / name, b"other bytes")
+    learn(hits, disk, name)
+    assert (hits.answer(scope) is None) == waits
 
 
 def test_a_first_request_is_not_answered(hits: HitCache) -> None:
@@ -330,7 +362,7 @@ def test_added_headers_stay_with_their_answer(hits: HitCache, disk: UploadsDirec
 
 def test_files_are_not_mixed_up(disk: UploadsDirectory) -> None:
     """With more files than the hit cache holds, every answer has the bytes of its own file."""
-    hits = HitCache(disk, Responder(), limit=5)
+    hits = HitCache(disk, Responder(), not_judged, limit=5)
     for index in range(12):
         write_picture(disk.path / f"{index}.png", b"%d" % index * (index + 1))
     for repetition in range(3):

@@ -13,7 +13,7 @@ from selfheal.content.sources import CHUNK
 from tests.support.command_line import IMAGES, MODULES, PASSWORD, Done, Site
 from tests.support.files import contents_of, flip_a_bit, noise, own_files_below, snapshot_of, write_file
 
-KEYS = {"command", "ok", "examined", "counts", "bytes", "seconds", "problems"}
+KEYS = {"command", "ok", "examined", "counts", "skipped", "bytes", "seconds", "problems"}
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
@@ -25,7 +25,8 @@ def test_the_three_modules(site: Site, database_url: str) -> None:
     flags = ["--directory", str(site.directory), "--database", url]
     for name, data in IMAGES.items():
         write_file(site.directory / name, data)
-    everything = {"examined": len(IMAGES), "bytes": sum(map(len, IMAGES.values())), "problems": [], "ok": True}
+    everything = {"examined": len(IMAGES), "bytes": sum(map(len, IMAGES.values())), "skipped": 0}
+    everything |= {"problems": [], "ok": True}
 
     done = site.execute("migrate", *flags, "--json")
     assert (done.code, done.err, set(done.json)) == (0, "", KEYS)
@@ -99,14 +100,15 @@ def test_progress_only_on_a_terminal(full_site: Site) -> None:
 
 
 def test_restore_with_verify(full_site: Site) -> None:
-    """`restore --verify` heals differing files: exit 0, their bytes in quarantine; in a second run all is ok."""
+    """`restore --verify` heals differing files: exit 0, their bytes are a version; in a second run all is ok."""
     write_file(full_site.directory / "a.png", b"bad")
     plain = full_site.run("restore", "--json")
     assert contents_of(full_site.directory) == IMAGES | {"a.png": b"bad"}, plain
     done = full_site.run("restore", "--verify", "--json")
     assert (done.code, done.json["counts"]) == (0, {"ok": 3, "restored": 1})
     assert contents_of(full_site.directory) == IMAGES
-    assert [path.read_bytes() for path in full_site.home.rglob("*quarantine*/**/a.png")] == [b"bad"]
+    (version,) = full_site.run("history", "a.png", "--json").json["versions"]
+    assert (version["size"], version["reason"]) == (3, "other bytes than the recorded ones")
     assert full_site.run("restore", "--verify", "--json").json["counts"] == {"ok": 4}
 
 
@@ -118,6 +120,47 @@ def test_migrate_prefers_disk(full_site: Site) -> None:
     done = full_site.run("migrate", "--prefer", "disk", "--json")
     assert (done.code, done.json["counts"]) == (0, {"migrated": 1, "ok": 3})
     assert full_site.run("verify", "--drill", "--json").json["counts"] == {"ok": 4}
+
+
+@pytest.mark.parametrize("command", ["migrate", "verify"])
+def test_litter_and_links(full_site: Site, command: str) -> None:
+    """Litter and links are counted in a second line and in the JSON: exit 0; one warning names the first link."""
+    for name in (".htaccess", ".git/config", "cats/._tom.jpg", "Thumbs.db"):
+        write_file(full_site.directory / name, b"litter")
+    assert full_site.run(command).err == ""
+    (full_site.directory / "link.png").symlink_to("a.png")
+    (full_site.directory / "one.png").symlink_to("..")
+    done = full_site.run(command)
+    assert (done.code, done.out.count("\n")) == (0, 2)
+    assert done.out.splitlines()[1] == "skipped: 6 (dotfiles, litter, links, --exclude)"
+    assert done.err.startswith("warning: link.png: a symbolic link; ")
+    assert done.err.endswith("(1 more like this)\n")
+    assert full_site.run(command, "--quiet") == Done(0, "", "")
+    report = full_site.run(command, "--json").json
+    assert (report["ok"], report["examined"], report["counts"], report["skipped"]) == (True, 4, {"ok": 4}, 6)
+
+
+def test_names_that_are_left_alone(full_site: Site) -> None:
+    """`--exclude` can be given several times, to each run; an empty glob is bad usage."""
+    (full_site.directory / "a.png").unlink()
+    (full_site.directory / "cats/tom.jpg").unlink()
+    flags = ("--exclude", "*.png", "--exclude", "cats/*", "--json")
+    for command in MODULES:
+        report = full_site.run(command, *flags).json
+        assert (report["counts"], report["skipped"]) == ({"ok": 2}, 0 if command == "migrate" else 2)
+        assert "globs" in full_site.run(command, "--exclude", "").error_line
+    assert not (full_site.directory / "a.png").exists()
+
+
+def test_a_file_that_is_still_written(site: Site) -> None:
+    """Migrate waits for the seconds in the variable; a bad number there is one line and exit 2."""
+    write_file(site.directory / "a.png", b"a")
+    done = site.run("migrate", "--json", env={"SELFHEAL_SETTLED_AFTER": "1.5"})
+    assert (done.code, done.json["counts"]) == (0, {"migrated": 1})
+    assert done.json["seconds"] > 1
+    for seconds in ("soon", "-1", "nan", "inf", "1e9"):
+        done = site.run("migrate", env={"SELFHEAL_SETTLED_AFTER": seconds})
+        assert (done.code, "number from 0 to 3600" in done.error_line) == (2, True)
 
 
 @pytest.mark.parametrize(

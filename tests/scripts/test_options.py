@@ -27,7 +27,8 @@ def _connection_worker_thread(queue):
 
 core._connection_worker_thread = _connection_worker_thread
 try:
-    run_on(UploadStore(sys.argv[1], "sqlite:///" + sys.argv[1] + "/nowhere/a.db"), lambda store: store.database.count())
+    store = UploadStore(sys.argv[1] + "/uploads", "sqlite:///" + sys.argv[1] + "/nowhere/a.db")
+    run_on(store, lambda store: store.database.count())
 except DatabaseUnavailable:
     print("no answer")
 time.sleep(0.2)

@@ -42,8 +42,15 @@ BAD: list[tuple[int, str, str]] = [
     *((2, f"{command} --database gibberish", "cannot be read") for command in (*BULK, "list", "serve")),
     (2, f"verify --database mysql://u:{PASSWORD}@h/d", "'mysql' is not supported"),
     (2, f"verify --database postgres://u:{PASSWORD}@h:port/d", "cannot be read"),
-    (2, "serve --workers 2 --database sqlite://", "in memory"),
-    (2, "serve --workers 2 --database sqlite+aiosqlite:///:memory:", "in memory"),
+    *(
+        (2, f"{command} --database {url}", "in memory")
+        for command in ("migrate", "migrate --dry-run", "serve", *WITH_DATABASE)
+        for url in ("sqlite://", "sqlite+aiosqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true")
+    ),
+    *((2, f"{command} --table-prefix Shop-", "the table prefix") for command in ("migrate", "serve", *WITH_DATABASE)),
+    *((2, f"{command} --schema shop", "SQLite has no schema") for command in ("migrate", "serve", *WITH_DATABASE)),
+    (2, "migrate --table-prefix ''", "--table-prefix is empty"),
+    (2, f"verify --database postgres://u:{PASSWORD}@h/d?schema=shop", "'schema'"),
     (2, "serve no_such_module:app", "cannot be imported"),
     (2, "serve json:no_such_app", "cannot be imported"),
     (2, "serve json:__doc__", "not an ASGI app"),
@@ -63,6 +70,7 @@ BAD: list[tuple[int, str, str]] = [
     *((3, f"{command} --database sqlite:///{{home}}/blank.db", "run `selfheal migrate`") for command in WITH_DATABASE),
     *((3, f"{command} --database sqlite:///{{home}}/a-file", "no answer") for command in ("migrate", *WITH_DATABASE)),
     (3, "migrate --database sqlite:///{home}/nowhere/x.db", "no answer"),
+    (2, "migrate --database sqlite:///{home}/others.db", "image_blob belongs to another app; choose a table prefix"),
 ]
 
 
@@ -74,6 +82,8 @@ def odd_site(site: Site) -> Site:
     (site.home / "root").symlink_to("/")
     with closing(sqlite3.connect(site.home / "blank.db")) as connection:
         connection.execute("CREATE TABLE t (x)")
+    with closing(sqlite3.connect(site.home / "others.db")) as connection:
+        connection.execute("CREATE TABLE image_blob (id INTEGER PRIMARY KEY)")
     return site
 
 

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfheal.sql import postgresql as module
+from selfheal.sql.pool_limit import PoolLimit
 from selfheal.sql.postgresql import KEPT_AT_MOST, PostgreSQLReader
 from selfheal.sql.statements import DeadConnection
 from tests.support.postgres import PostgresServer
@@ -33,7 +34,7 @@ async def engine(postgres_url: str) -> AsyncIterator[AsyncEngine]:
 @pytest.fixture
 async def readers(engine: AsyncEngine) -> AsyncIterator[PostgreSQLReader]:
     """The connections that are kept for reading, over this engine."""
-    readers = PostgreSQLReader(engine, 2 * POOL)
+    readers = PostgreSQLReader(engine, PoolLimit(2 * POOL))
     yield readers
     readers.close()
 
@@ -208,7 +209,7 @@ async def test_readers_that_are_not_closed(
     engine: AsyncEngine, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Kept connections go back to the pool with the garbage collection, without a warning."""
-    readers = PostgreSQLReader(engine, 2 * POOL)
+    readers = PostgreSQLReader(engine, PoolLimit(2 * POOL))
     await readers.ask(process)
     assert checked_out(engine) == 1
     del readers

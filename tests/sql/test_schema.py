@@ -331,7 +331,7 @@ async def test_tables_of_an_older_file_go_on_working(sqlite_url: str, tmp_path: 
     for table in tables.all():
         table.dialect_options["sqlite"]["strict"] = False
     await make_all(sqlite_url, metadata)
-    async with UploadStore(tmp_path / "uploads", sqlite_url) as store:
+    async with UploadStore(tmp_path / "uploads", sqlite_url, settled_after=0.0) as store:
         await store.database.create_tables()
         saved = await store.save("a.png", b"old")
         await store.save("a.png", b"new")
@@ -341,3 +341,25 @@ async def test_tables_of_an_older_file_go_on_working(sqlite_url: str, tmp_path: 
             assert [(one.name, one.outcome) async for one in run(store)] == [("a.png", outcome)]
         assert saved.path.read_bytes() == b"old"
     assert await sql(sqlite_url, "SELECT count(*) FROM sqlite_master WHERE sql LIKE '%STRICT%'") == [(0,)]
+
+
+# -- tables of other apps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", list(KEYS))
+async def test_a_table_of_another_app(table: str, database_url: str, directory: Path) -> None:
+    """A table of our name without our columns is another app's: nothing is made or changed, and the error says so."""
+    await sql(database_url, f"CREATE TABLE {table} (id integer PRIMARY KEY, name text)")
+    await sql(database_url, f"INSERT INTO {table} VALUES (1, 'theirs')")
+    before = await described(database_url)
+    async with UploadStore(directory, database_url) as store:
+        with pytest.raises(SchemaError, match=f"{table} belongs to another app; choose a table prefix, a schema or"):
+            await store.database.create_tables()
+        with pytest.raises(SchemaError, match="another app's"):
+            await store.database.find("a.png")
+    assert await described(database_url) == before
+    assert await sql(database_url, f"SELECT * FROM {table}") == [(1, "theirs")]
+    async with UploadStore(directory, database_url, table_prefix="ours_") as store:
+        await store.database.create_tables()
+        await store.save("a.png", b"x")
+    assert await sql(database_url, f"SELECT * FROM {table}") == [(1, "theirs")]

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfheal import UploadStore
-from selfheal.sql.backend import POOL_SIZE
-from selfheal.sql.sqlite import SQLiteReader
+from selfheal.sql.sqlite import KEPT_AT_MOST, SQLiteReader
 from tests.support.recorded_statements import recorded_statements
 
 
@@ -68,11 +67,11 @@ def test_few_connections_stay_open(file: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert descriptors(file) - before <= POOL_SIZE
+    assert descriptors(file) - before <= KEPT_AT_MOST
     held = [direct._take() for _ in range(12)]
     for connection in held:
         direct._give_back(connection)
-    assert descriptors(file) - before == POOL_SIZE
+    assert descriptors(file) - before == KEPT_AT_MOST
     direct.close()
     assert descriptors(file) == before
 

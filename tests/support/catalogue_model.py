@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+NS = 10**9
+
 
 @dataclass
 class Version:
-    """The bytes that a name has, or had."""
+    """The bytes that a name has, or had; or those of a copy that was set aside."""
 
     data: bytes
     modified_ns: int
     generation: int
+    is_set_aside: bool = False
 
 
 @dataclass
@@ -22,8 +25,8 @@ class NameState(Version):
     history: list[Version] = field(default_factory=list)
 
     def is_recorded(self, data: bytes) -> bool:
-        """Whether these bytes are recorded, now or as an earlier version."""
-        return data in (self.data, *(version.data for version in self.history))
+        """Whether these bytes are those of the living record or of a version."""
+        return (data == self.data and not self.is_deleted) or data in [version.data for version in self.history]
 
 
 class CatalogueModel:
@@ -54,11 +57,19 @@ class CatalogueModel:
         state.generation += 1
         state.is_deleted = True
 
+    def set_aside(self, name: str, data: bytes, modified_ns: int) -> None:
+        """A copy was moved away: it becomes a version unless its bytes are recorded; damaged ones are mended."""
+        self.damaged.pop(data, None)
+        state = self.names[name]
+        if not state.is_recorded(data):
+            state.history.append(Version(data, modified_ns, state.generation + 1, is_set_aside=True))
+            state.generation += 2
+
     def before(self, name: str) -> Version | None:
-        """Return the version that an undo goes back to, or None."""
+        """Return the version that an undo goes back to, or None: the newest, copies that were set aside last."""
         state = self.names.get(name)
         earlier = [] if state is None else [v for v in state.history if state.is_deleted or v.data != state.data]
-        return earlier[-1] if earlier else None
+        return max(earlier, key=lambda version: (not version.is_set_aside, version.generation), default=None)
 
     def undo(self, name: str) -> None:
         """Make a name what it was before its last change."""
@@ -84,6 +95,8 @@ class CatalogueModel:
     def _replace(self, state: NameState, data: bytes, modified_ns: int) -> None:
         if not state.is_deleted:
             self._remember(state)
+        if data != state.data:
+            modified_ns = max(modified_ns, (state.modified_ns // NS + 1) * NS)
         state.data, state.modified_ns, state.is_deleted = data, modified_ns, False
         state.generation += 1
 

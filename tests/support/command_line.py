@@ -75,6 +75,7 @@ def environment(**variables: str) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "TERM": "xterm",
         "PYTHONDEVMODE": "1",
+        "SELFHEAL_SETTLED_AFTER": "0",
         **variables,
         **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -79,6 +80,7 @@ class CrashChecker:
             await self._mend(store)
             await self._check_disk_and_database(store, "after a repetition and mending", is_done=True)
             await self._check_visits(store)
+            await self._check_that_nothing_is_thrown_away(store)
             await self._check_for_leftovers(store)
 
     def _add(self, kind: str, words: str) -> None:
@@ -169,6 +171,19 @@ class CrashChecker:
                 for result in [result async for result in results]:
                     if result.is_problem:
                         self._add("not mended", f"{run.__qualname__} reports {result}")
+
+    async def _check_that_nothing_is_thrown_away(self, store: UploadStore) -> None:
+        """Check that copies that differed are versions of their names, once what was moved away is drained."""
+        for moved in store.disk.quarantine_path.glob("*"):
+            os.utime(moved, (0, 0))  # as a while after the interruption
+        await store.background.copies.drain()
+        if in_quarantine(store):
+            self._add("not mended", "a copy stays in quarantine")
+        for name, expected in self._scenario.expected.items():
+            if expected.other_on_disk is not None:
+                kept = {_digest(on_disk(store, name)), *(one.sha256 for one in await store.database.history(name))}
+                if _digest(expected.other_on_disk) not in kept:
+                    self._add("lost", f"{name}: the other bytes on disk are not a version")
 
     async def _check_for_leftovers(self, store: UploadStore) -> None:
         """Check that a purge, for which every upload is old, leaves no unreferenced bytes."""

@@ -28,7 +28,7 @@ class Deployment:
 
     def store(self) -> UploadStore:
         """Return a store over both, in this process."""
-        return UploadStore(self.directory, self.database)
+        return UploadStore(self.directory, self.database, settled_after=0.0)
 
 
 class DeploymentTemplate:

@@ -29,13 +29,14 @@ REMOVED = ("removed.png", "gone/removed.bin")
 DELETED = ("deleted.png", "deleted-other.png")
 """Names with a tombstone whose files were put back; the second with other bytes."""
 NOT_RECORDED = ("extra.png", "new/extra.bin", "extra-empty.png")
-INVALID_NAMES = (
-    "CON", "nul.png", "dot.", "space ", ".hidden", "cats/.htaccess", "back\\slash.png", "bell\a.png", "a::$DATA"
-)  # fmt: skip
-OTHER_ENTRIES = ("link.png", "dangling.png", "link to directory", "pipe", "socket", ".git")
-"""Names without a record where something other than a regular file is."""
+INVALID_NAMES = ("CON", "nul.png", "dot.", "space ", "back\\slash.png", "bell\a.png", "a::$DATA")
 UNDECODABLE = os.fsdecode(b"latin-\xe9.png")
-NO_UPLOADS = outcomes(invalid_name=(*INVALID_NAMES, UNDECODABLE, ".git"), failed=OTHER_ENTRIES[:-1])
+NO_UPLOADS = outcomes(invalid_name=(*INVALID_NAMES, UNDECODABLE), failed=("pipe", "socket"))
+"""Names without a record that are problems."""
+LINKS = ("link.png", "dangling.png", "link to directory")
+LITTER = (".hidden", "cats/.htaccess", ".gitkeep", ".DS_Store", "cats/Thumbs.db", ".git/config")
+"""Names without a record that are skipped; `.git` counts as one."""
+SKIPPED = (*LINKS, *LITTER[:-1], ".git", "a directory.png/.gitkeep")
 
 
 @dataclass
@@ -68,6 +69,7 @@ async def damage_disk(store: UploadStore, directory: Path, outside: Path) -> Dam
         (directory / name).unlink()
     (directory / "linked.png").symlink_to(outside / "secret.png")
     (directory / "a directory.png").mkdir()
+    (directory / "a directory.png" / ".gitkeep").touch()
     os.mkfifo(directory / "fifo.png")
     for name in DELETED:
         await store.delete(name)
@@ -76,14 +78,13 @@ async def damage_disk(store: UploadStore, directory: Path, outside: Path) -> Dam
 
     for name in (*NOT_RECORDED, *INVALID_NAMES, UNDECODABLE):
         write_file(directory / name, b"" if name == "extra-empty.png" else noise(70_000, name))
+    for name in LITTER:
+        write_file(directory / name, b"litter")
     (directory / "link.png").symlink_to(outside / "secret.png")
     (directory / "dangling.png").symlink_to(outside / "nothing")
     (directory / "link to directory").symlink_to(outside)
     os.mkfifo(directory / "pipe")
     make_socket(directory / "socket")
-    write_file(directory / ".git/config", b"[core]")
-    for ignored in (".gitkeep", ".DS_Store", "cats/Thumbs.db"):
-        write_file(directory / ignored, b"")
     return DamagedDisk(images, outside)
 
 

@@ -6,7 +6,9 @@ import stat
 from pathlib import Path
 
 from selfheal.disk.directory import UploadsDirectory
+from selfheal.disk.mark import FOLLOWED, MARK
 
+MARKS = (MARK, FOLLOWED)
 PICTURE = b"a picture " * 1000
 OTHER = b"another picture " * 900
 SECRET = b"a file outside of the uploads"
@@ -22,7 +24,16 @@ def put(disk: UploadsDirectory, name: str, data: bytes = PICTURE) -> None:
         staged.write(data)
         staged.seal(MODIFIED, disk.file_mode)
         staged.sync()
-        staged.replace()
+        while not staged.publish():
+            disk.remove(name)
+
+
+def set_modified(disk: UploadsDirectory, name: str, modified_ns: int) -> None:
+    """Set the mtime of a name's file, if there is one."""
+    file = disk.open(name)
+    if file is not None:
+        with file:
+            disk.set_time(file, modified_ns)
 
 
 def read(disk: UploadsDirectory, name: str) -> bytes | None:
@@ -45,8 +56,14 @@ def write_file(path: Path, data: bytes = PICTURE) -> Path:
 
 
 def contents_below(path: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a path, by its relative path."""
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """Return the bytes of every file below a path, by its relative path, but not the mark of the disk."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.name not in MARKS)
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the names in a directory, but not the mark of the disk."""
+    return sorted(entry.name for entry in path.iterdir() if entry.name not in MARKS)
 
 
 def mode_of(path: Path) -> int:

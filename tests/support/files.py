@@ -9,6 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests.support.disk_files import MARKS
+
 MODIFIED_NS = 1_500_000_000_123_456_789
 """The mtime in ns that `write_file` gives: older than every process and every record."""
 
@@ -37,11 +39,18 @@ def flip_a_bit(path: Path) -> None:
 
 
 def snapshot_of(base: Path) -> dict[str, tuple[Any, ...]]:
-    """Return mode, mtime, inode, size and digest of everything below a directory, by path; links are not followed."""
+    """Return mode, inode, mtime, size and digest of everything below a directory, by path, but not the disk's mark.
+
+    Links are not followed; the mtime of a directory says no more than the names in it.
+    """
     found: dict[str, tuple[Any, ...]] = {}
     for path in [base, *sorted(base.rglob("*"))] if base.exists() else []:
+        if path.name in MARKS:
+            continue
         measured = path.lstat()
-        seen: tuple[Any, ...] = (measured.st_mode, measured.st_mtime_ns, measured.st_ino)
+        seen: tuple[Any, ...] = (measured.st_mode, measured.st_ino)
+        if not stat.S_ISDIR(measured.st_mode):
+            seen += (measured.st_mtime_ns,)
         if stat.S_ISREG(measured.st_mode):
             seen += (measured.st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         found[str(path)] = seen
@@ -50,10 +59,10 @@ def snapshot_of(base: Path) -> dict[str, tuple[Any, ...]]:
 
 def contents_of(directory: Path) -> dict[str, bytes]:
     """Return the bytes of all files below a directory, by name."""
-    files = [path for path in directory.rglob("*") if path.is_file()]
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name not in MARKS]
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def own_files_below(directory: Path) -> list[str]:
     """Return the files of selfheal itself below a directory, for instance temporary files that a run left."""
-    return [str(path) for path in directory.rglob(".selfheal*")]
+    return [str(path) for path in directory.rglob(".selfheal*") if path.name not in MARKS]

@@ -171,7 +171,7 @@ class Headers(Target):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "a.jpg").write_bytes(self.DATA)
         os.utime(self.directory / "a.jpg", (self.SECONDS, self.SECONDS))
         answer = self.runner.run(self.ask(f"{PREFIX}/a.jpg", b"", [], "GET"))
@@ -339,7 +339,7 @@ class Records(Target):
         time = decisions.pick((0, 10**18, -1, 2**63 - 1, -(2**63)))
         put = self.connection.execute
         put(
-            "INSERT OR IGNORE INTO image_storage VALUES (?, ?, ?, 'x', ?, ?, ?, 1, ?)",
+            "INSERT OR IGNORE INTO image_storage VALUES (?, ?, ?, 'x', ?, ?, ?, 1, ?, 0)",
             (name, key, size, time, now, now, deleted),
         )
         if decisions.number(7):

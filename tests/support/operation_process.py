@@ -51,7 +51,7 @@ def _apply(variant: str) -> None:
 
 
 async def _run(operation: Operation) -> None:
-    async with UploadStore(operation.directory, operation.database) as store:
+    async with UploadStore(operation.directory, operation.database, settled_after=0.0) as store:
         # `open` has created the thread for the disk; the connections are created here
         await asyncio.gather(*(store.database.count() for _ in range(CONNECTIONS)))
         _write_line(process=os.getpid(), threads=sorted(int(tid) for tid in os.listdir("/proc/self/task")))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 
-from selfheal import ImageStorage, Record
+from selfheal import ImageStorage, Record, UploadStore
 from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
 from selfheal.sql.models import SmallFile
@@ -42,3 +44,11 @@ async def existing_record(images: ImageStorage, name: str = "a.png") -> Record:
     record = await images.find(name)
     assert record is not None
     return record
+
+
+async def fill_catalogue(url: str, directory: Path, names: Iterable[str]) -> None:
+    """Create the tables, and store names in the database alone, each with its own text as bytes."""
+    async with UploadStore(directory, url) as store:
+        await store.database.create_tables()
+        for name in names:
+            await store.database.store_image(name, name.encode())

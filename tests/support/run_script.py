@@ -16,7 +16,7 @@ SECONDS = 60.0
 
 def run_script(module: str, *flags: str, directory: Path, database: str) -> tuple[int, dict[str, Any]]:
     """Run a module of `selfheal.scripts` with --json; return its exit code and its report."""
-    where = {"SELFHEAL_DIRECTORY": str(directory), "SELFHEAL_DATABASE_URL": database}
+    where = {"SELFHEAL_DIRECTORY": str(directory), "SELFHEAL_DATABASE_URL": database, "SELFHEAL_SETTLED_AFTER": "0"}
     done = subprocess.run(
         [sys.executable, "-m", f"selfheal.scripts.{module}", "--json", *flags],
         env={**os.environ, **where}, capture_output=True, text=True, timeout=SECONDS, check=False,

@@ -13,6 +13,7 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.bulk.outcomes import Result
+from tests.support.store_state import set_aside
 
 SQL = Callable[..., Awaitable[list[Any]]]
 TABLES = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
@@ -76,6 +77,12 @@ def after_listing(store: UploadStore, monkeypatch: pytest.MonkeyPatch, change: C
 async def rows(sql: SQL) -> dict[str, list[Any]]:
     """Return every row of every table."""
     return {table: sorted(await sql(f"SELECT * FROM {table}"), key=repr) for table in TABLES}
+
+
+async def all_set_aside(store: UploadStore) -> list[tuple[str, bytes]]:
+    """Return the names and bytes of all copies that were set aside as versions."""
+    names = [record.name async for page in store.database.pages(deleted=None) for record in page]
+    return sorted([(name, data) for name in names for data in await set_aside(store, name)])
 
 
 def quarantine_of(store: UploadStore) -> list[tuple[str, bytes]]:

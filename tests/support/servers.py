@@ -88,6 +88,7 @@ def _started(kind: str, base: Path, dead_port: int) -> Iterator[tuple[HttpServer
     log = server.log.read_text()
     assert "Traceback" not in log, f"the log of {kind}:\n{log}"
     assert "ResourceWarning" not in log, f"the log of {kind}:\n{log}"
+    assert "socket.send() raised" not in log, f"written to a closed connection again and again:\n{log}"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -18,6 +18,12 @@ def device(path: Path) -> None:
         needs("the right to make devices", "the tests as root, with TMPDIR on a file system that permits devices")
 
 
+def full_directory(path: Path) -> None:
+    """Make a directory with a file in it."""
+    path.mkdir()
+    (path / "inside").write_bytes(b"a file in the way")
+
+
 def link_to_a_file(path: Path) -> None:
     """Make a link to a file in the same directory."""
     (path.parent / "target.png").write_bytes(b"the target of a link")

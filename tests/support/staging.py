@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from selfheal.disk import syscalls
+from selfheal.disk.features import DiskFeatures
+from selfheal.disk.root import OpenRoot
 from selfheal.disk.staged_file import StagedFile
 from selfheal.disk.syscalls import Directory
 from tests.support import environment
@@ -32,7 +34,7 @@ class Root:
     """An uploads directory, open."""
 
     path: Path
-    directory: Directory
+    directory: OpenRoot
 
     @property
     def fd(self) -> int:
@@ -50,7 +52,8 @@ class Root:
         with self.stage(name) as staged:
             staged.write(data)
             staged.seal(MODIFIED, 0o644)
-            staged.replace()
+            while not staged.publish():
+                os.unlink(name, dir_fd=self.fd)
 
     def entries(self) -> list[str]:
         """Return every path below the directory, temporary files too."""
@@ -63,7 +66,8 @@ class Root:
 
 def open_root(path: str | Path) -> Root:
     """Open the directory at a path."""
-    return Root(Path(path), Directory(os.open(path, os.O_RDONLY | os.O_DIRECTORY)))
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    return Root(Path(path), OpenRoot(fd, DiskFeatures(path), None))
 
 
 def publish_once(root: Root) -> None:
@@ -73,15 +77,6 @@ def publish_once(root: Root) -> None:
         staged.seal(MODIFIED, 0o644)
         staged.sync()
         staged.publish()
-
-
-def replace_once(root: Root) -> None:
-    """Stage `NEW` and replace `tom.png` with it."""
-    with root.stage() as staged:
-        staged.write(NEW)
-        staged.seal(MODIFIED, 0o644)
-        staged.sync()
-        staged.replace()
 
 
 def in_a_process(function: Callable[..., None], *arguments: str, way: str) -> subprocess.Popen[str]:

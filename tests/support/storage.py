@@ -50,7 +50,7 @@ WRITES: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {
     "store_image": lambda images: images.store_image("a.png", b"new"),
     "store a large image": lambda images: images.store_image("a.png", LARGE),
     "store_many": lambda images: images.store_many([SmallFile("a.png", 1, 1, [b"x"], Digests.of([b"x"]))]),
-    "mend": lambda images: images.mend(a_record(), b"x"),
+    "mend": lambda images: images.versions.mend(a_record(), b"x"),
     "bury": lambda images: images.bury("a.png"),
     "undo": lambda images: images.undo("a.png"),
     "purge": lambda images: images.purge(timedelta(days=30)),

@@ -7,10 +7,19 @@ from pathlib import Path
 
 from selfheal import UploadStore
 
+OF_THE_DISK = (".selfheal-disk", ".selfheal-followed")
+
 
 def files_below(directory: Path) -> list[str]:
-    """Return the relative path of every file below a directory, hidden and temporary files included."""
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+    """Return the relative path of every file below a directory, temporary files included, but not the disk's mark."""
+    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+    return [file for file in files if not file.rpartition("/")[2].startswith(OF_THE_DISK)]
+
+
+async def set_aside(store: UploadStore, name: str) -> list[bytes]:
+    """Return the bytes of every copy that was set aside as a version of a name, oldest first."""
+    versions = [version for version in await store.database.history(name) if version.reason]
+    return [b"".join([chunk async for chunk in store.database.read(version)]) for version in reversed(versions)]
 
 
 def on_disk(store: UploadStore, name: str) -> bytes | None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.store_state import OF_THE_DISK
+
 SECONDS = 40.0
 """The longest time that an operation may take before it counts as hung."""
 CHANGES = (
@@ -107,7 +109,7 @@ _LAST_PATH = re.compile(r'.*"([^"]+)"')
 
 
 def named_before_synced(calls: list[Call], directory: Path) -> list[Call]:
-    """Return the calls that give a file below a directory its name while some of its bytes are not synced."""
+    """Return the calls that give an upload below a directory its name while some of its bytes are not synced."""
     unsynced: set[str] = set()
     paths: dict[str, str] = {}
     found = []
@@ -124,16 +126,26 @@ def named_before_synced(calls: list[Call], directory: Path) -> list[Call]:
         elif call.name in ("linkat", "renameat", "renameat2"):
             first = call.arguments.split('"')[1]
             source = paths.get(first.rpartition("/")[2]) if first.startswith("/proc/self/fd/") else f"{path}/{first}"
-            if source in unsynced:
+            if source in unsynced and not _last_path(call).startswith(OF_THE_DISK):
                 found.append(call)
     return found
 
 
 def names_at(calls: list[Call], name: str) -> list[int]:
-    """Return the positions of the calls that create or remove a name."""
+    """Return the positions of the calls that create, move or remove a name."""
     kinds = ("linkat", "renameat", "renameat2", "unlinkat")
-    ends = [(number, _LAST_PATH.match(call.arguments)) for number, call in enumerate(calls) if call.name in kinds]
-    return [number for number, match in ends if match and match[1] == name.rpartition("/")[2]]
+    last = name.rpartition("/")[2]
+    return [
+        number
+        for number, call in enumerate(calls)
+        if call.name in kinds and (_last_path(call) == last or f'>, "{last}"' in call.arguments)
+    ]
+
+
+def _last_path(call: Call) -> str:
+    """Return the last path in the arguments of a call."""
+    match = _LAST_PATH.match(call.arguments)
+    return match[1] if match else ""
 
 
 def commits_at(calls: list[Call]) -> list[int]:

@@ -1,7 +1,7 @@
 """Two nodes over one database, and everything that can happen to a name, in any order, beside a model.
 
-Hypothesis applies each step to the nodes and to the model; after it, every file, every record, every version of the
-history and everything in quarantine must be what the model says. Sizes are small, so that a few bytes are many chunks.
+Hypothesis applies each step to the nodes and to the model; after it, every file, every record and every version of the
+history must be what the model says, and nothing may wait in quarantine. Sizes are small: a few bytes are many chunks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import random
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from datetime import timedelta
 from hashlib import sha256
@@ -43,7 +42,14 @@ SIZES = {
     "WHOLE_FIRST": 600,
     "LARGE": 400,
 }
-TIMES = {"FOLLOW_EVERY": 1e9, "SETTLED_AFTER": 0.0, "FORGET_AFTER": 0.0, "CHANGING_FOR": 1e9}
+TIMES = {
+    "FOLLOW_EVERY": 0.0,
+    "CALL_EVERY": 1e9,
+    "SETTLED_AFTER": 0.0,
+    "FORGET_AFTER": 0.0,
+    "CHANGING_FOR": 1e9,
+    "OVERWRITES_EVERY": 0.0,
+}
 CHUNK = SIZES["CHUNK"]
 NAMES = ["tom.jpg", "cats/über @2x.svg"]
 PICTURES = [
@@ -90,8 +96,12 @@ class TwoNodes(RuleBasedStateMachine):
         self.engine = create_async_engine(self.url)
         self.catalogue = CatalogueModel()
         self.run(self.execute(*(f"DELETE FROM {table}" for table in TABLES)))
-        self.nodes = [Node(self.base / which / "static" / "uploads", self.url) for which in ("one", "two")]
+        directories = [self.base / which / "static" / "uploads" for which in ("one", "two")]
+        self.nodes = [Node(directory, self.url, self.catalogue) for directory in directories]
+        self.marks: list[tuple[int, int] | None] = [None, None]
         self.crashed: list[UploadStore] = []
+        for here in self.nodes:
+            self._first_request(here)
 
     def teardown(self) -> None:
         if not hasattr(self, "runner"):
@@ -109,7 +119,7 @@ class TwoNodes(RuleBasedStateMachine):
         here = self.nodes[node]
         saved = self.run(here.store.save(name, pieces_of(data, 50)))
         self.catalogue.store(name, data, saved.modified_ns)
-        here.expect_restored(name, self.catalogue.names[name])
+        here.expect_restored(name)
         here.forget(name)
 
     @step(node=nodes, name=names, data=pictures)
@@ -148,11 +158,8 @@ class TwoNodes(RuleBasedStateMachine):
             self.catalogue.store(name, copy.data, copy.modified_ns)
         assert deleted == (self.catalogue.alive(name) is not None)
         if deleted:
-            state = self.catalogue.names[name]
             self.catalogue.delete(name)
-            if name in here.copies and here.has_recorded_size_and_time(name, state):
-                del here.copies[name]
-            here.expect_set_aside(name, state)
+            here.expect_set_aside(name)
             here.forget(name)
 
     @step(node=nodes, name=names)
@@ -171,7 +178,7 @@ class TwoNodes(RuleBasedStateMachine):
             assert can_be_read is not False
             self.catalogue.undo(name)
             here.forget(name)
-            here.expect_restored(name, self.catalogue.names[name])
+            here.expect_restored(name)
 
     @step(name=names, one=pictures, other=pictures)
     def save_on_both_at_once(self, name: str, one: bytes, other: bytes) -> None:
@@ -191,7 +198,10 @@ class TwoNodes(RuleBasedStateMachine):
         now = self.catalogue.names[name]
         for node, here in enumerate(self.nodes):
             here.forget(name)
-            here.copies.pop(name, None)
+            here.failed.add(name)
+            copy = here.copies.pop(name, None)
+            if copy is not None:
+                self.catalogue.damaged.pop(copy.data, None)
             self._expect_one_of(
                 here, name, FileCopy(data[node], saved[node].modified_ns), FileCopy(now.data, now.modified_ns)
             )
@@ -238,14 +248,34 @@ class TwoNodes(RuleBasedStateMachine):
     @step(node=nodes)
     def lose_the_directory(self, node: int) -> None:
         shutil.rmtree(self.nodes[node].directory, ignore_errors=True)
-        self.nodes[node].copies.clear()
+        self.nodes[node].lose_directory()
+        self.marks[node] = None
 
     @step(node=nodes)
     def crash(self, node: int) -> None:
         here = self.nodes[node]
+        if self._is_uncertain(here):
+            return
         self.crashed.append(here.store)
         here.start()
         self.run(here.store.open())
+        assert not here.directory.exists() or here.mark() is not None
+        self._first_request(here)
+
+    @step(node=nodes)
+    def follow(self, node: int) -> None:
+        """A node learns what others changed, and tries again what failed."""
+        here = self.nodes[node]
+        if self._is_uncertain(here):
+            return
+        here.foresee()
+
+        async def work() -> None:
+            here.store.background.follow()
+            await here.store.tasks.drain(30)
+
+        self.run(work())
+        self._expect_followed(here)
 
     # -- damage and purges of the database ----------------------------------------------------------------------------
 
@@ -306,12 +336,11 @@ class TwoNodes(RuleBasedStateMachine):
         copy, state = here.copies.get(name), self.catalogue.alive(name)
         if copy is not None:
             identity = here.identity(name)
+            here.foresee()
             assert self._request(here, name, part=part) == (200, copy.data)
             if here.seen.get(name) != identity:
                 is_hidden = state is not None and here.has_recorded_size_and_time(name, state)
-                self._check_in_background(here, name)
-                if name not in here.changing:
-                    here.seen[name] = identity
+                self._expect_compared(here, name)
                 now = self.catalogue.alive(name)
                 if not is_hidden and (now is None or self.catalogue.can_be_read(now.data)):
                     after = here.copies.get(name)
@@ -324,12 +353,12 @@ class TwoNodes(RuleBasedStateMachine):
             assert status == 500 or body == state.data
             if can_be_read:
                 assert status == 200
-                here.expect_restored(name, state)
+                here.expect_restored(name)
             elif status == 200:
                 is_before_the_damage = part and len(state.data) > SIZES["WHOLE_FIRST"]
                 assert can_be_read is None or is_before_the_damage
                 if can_be_read is None and here.path(name).exists():
-                    here.expect_restored(name, state)
+                    here.expect_restored(name)
 
     @step(node=nodes, name=names)
     def check(self, node: int, name: str) -> None:
@@ -339,11 +368,12 @@ class TwoNodes(RuleBasedStateMachine):
             return
         state = self.catalogue.alive(name)
         is_damaged = state is not None and state.data in self.catalogue.damaged
+        here.foresee()
         try:
             self.run(here.store.reconciler.check(name))
         except CorruptBlob:
             assert is_damaged
-        self._check_in_background(here, name)
+        self._expect_agreement(here, name)
 
     @step(node=nodes, name=names, data=st.none() | pictures)
     def adopt(self, node: int, name: str, data: bytes | None) -> None:
@@ -421,22 +451,23 @@ class TwoNodes(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_as_the_model_says(self) -> None:
-        """Compare files, times and quarantine of both nodes, records and history; there are no other files."""
+        """Compare files and times of both nodes, records and history; there are no other files."""
         TwoNodes.steps += 1
-        for node in self.nodes:
+        for number, node in enumerate(self.nodes):
+            assert self.marks[number] in (None, node.mark())
+            self.marks[number] = node.mark()
             assert files_below(node.directory) == sorted(node.copies)
             for name, copy in node.copies.items():
                 path = node.path(name)
                 assert (path.read_bytes(), path.stat().st_mtime_ns) == (copy.data, copy.modified_ns), name
-            assert Counter(in_quarantine(node.store)) == node.quarantine
-            shutil.rmtree(node.store.disk.quarantine_path, ignore_errors=True)
-            node.quarantine.clear()
+            assert in_quarantine(node.store) == []
         query = "SELECT name, generation, sha256, size, modified_ns, deleted_at IS NOT NULL FROM image_storage"
         records = {row[0]: (*row[1:5], bool(row[5])) for row in self.run(self.rows(query))}
         assert records == {name: (*_row(state), state.is_deleted) for name, state in self.catalogue.names.items()}
-        query = "SELECT name, generation, sha256, size, modified_ns FROM image_history"
-        history = {tuple(row) for row in self.run(self.rows(query))}
-        assert history == {(name, *_row(v)) for name, state in self.catalogue.names.items() for v in state.history}
+        query = "SELECT name, generation, sha256, size, modified_ns, reason != '' FROM image_history"
+        history = {(*row[:5], bool(row[5])) for row in self.run(self.rows(query))}
+        expected = [(name, version) for name, state in self.catalogue.names.items() for version in state.history]
+        assert history == {(name, *_row(version), version.is_set_aside) for name, version in expected}
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -473,23 +504,69 @@ class TwoNodes(RuleBasedStateMachine):
         assert body == right[7:251]
         return 200, right
 
-    def _check_in_background(self, here: Node, name: str) -> None:
-        """Update the model as the background check after the first hit of a file does."""
+    def _is_uncertain(self, here: Node) -> bool:
+        """Whether the order matters in which files are compared: the bytes of one mend the record of another."""
+        return bool(self.catalogue.damaged) and len(here.copies) > 1
+
+    def _first_request(self, here: Node) -> None:
+        here.foresee()
+
+        async def work() -> None:
+            await ask(here.app, "/")
+            await here.store.tasks.drain(30)
+
+        self.run(work())
+        self._expect_followed(here)
+
+    def _expect_followed(self, here: Node) -> None:
+        """Update the model as a node does that learns what was changed; a new name has no old copies."""
+        generations = {name: state.generation for name, state in self.catalogue.names.items()}
+        changed = {name for name, generation in generations.items() if generation > here.followed.get(name, 1)}
+        here.followed |= generations
+        for name in changed:
+            here.forget(name)
+        for name in (changed | here.failed) & here.copies.keys():
+            self._expect_compared(here, name)
+
+    def _expect_compared(self, here: Node, name: str) -> None:
+        """Update the model as a comparison in the background does: it is remembered if the file agrees."""
+        if not self._expect_agreement(here, name):
+            here.failed.add(name)
+            return
+        here.failed.discard(name)
+        if name in here.copies and name not in here.changing:
+            here.seen[name] = here.identity(name)
+
+    def _expect_agreement(self, here: Node, name: str) -> bool:
+        """Update the model as a comparison of a file with its record does; false if the record is damaged."""
         copy, state = here.copies[name], self.catalogue.names.get(name)
         if state is None:
             self.catalogue.store(name, copy.data, copy.modified_ns)
         elif state.is_deleted:
-            here.expect_set_aside(name, state)
+            here.expect_set_aside(name)
         elif here.has_recorded_size_and_time(name, state):
             pass  # a check of size and time cannot tell; `restore --verify` reads
         elif copy.data == state.data:
             copy.modified_ns = state.modified_ns
-        elif here.is_overwrite(name, state):
+        elif self._is_adopted(here, name):
             self.catalogue.store(name, copy.data, copy.modified_ns)
+            copy.modified_ns = state.modified_ns
         elif self.catalogue.can_be_read(state.data):
-            here.expect_restored(name, state)
+            here.expect_restored(name)
         elif self.catalogue.can_be_read(state.data) is None and _copy_on_disk(here, name) != copy:
-            here.expect_restored(name, state)
+            here.expect_restored(name)
+        else:
+            return False
+        return True
+
+    def _is_adopted(self, here: Node, name: str) -> bool:
+        """Whether a file was adopted; where both are right, ask the database what happened."""
+        foreseen = here.overwrites[name]
+        if foreseen is not None:
+            return foreseen
+        query = f"SELECT sha256 FROM image_storage WHERE name = '{name}'"
+        [[digest]] = self.run(self.rows(query))
+        return bool(digest == sha256(here.copies[name].data).hexdigest())
 
     def _restore_one(self, here: Node, name: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Do work that restores a record, or fails because the record is damaged."""
@@ -501,7 +578,7 @@ class TwoNodes(RuleBasedStateMachine):
             assert not can_be_read
         else:
             assert can_be_read is not False
-            here.expect_restored(name, state)
+            here.expect_restored(name)
 
     def _restore(self, here: Node, *, verify: bool) -> None:
         """Run a bulk restore, and check its outcomes and what it does."""
@@ -512,14 +589,14 @@ class TwoNodes(RuleBasedStateMachine):
             copy, state = here.copies.get(name), self.catalogue.names[name]
             if state.is_deleted:
                 assert outcome == Outcome.DELETED
-                here.expect_set_aside(name, state)
+                here.expect_set_aside(name)
             elif copy is not None and (copy.data == state.data or not verify):
                 assert outcome == Outcome.OK
                 if verify:
                     copy.modified_ns = state.modified_ns
             elif outcome == Outcome.RESTORED:
                 assert self.catalogue.can_be_read(state.data) is not False
-                here.expect_restored(name, state)
+                here.expect_restored(name)
             else:
                 assert outcome == Outcome.CORRUPT_IN_DATABASE
                 assert not self.catalogue.can_be_read(state.data)
@@ -537,6 +614,7 @@ class TwoNodes(RuleBasedStateMachine):
         if not prefer_disk:
             return Outcome.CORRUPT_IN_DATABASE if is_damaged else Outcome.DIFFERS
         self.catalogue.store(name, copy.data, copy.modified_ns)
+        copy.modified_ns = state.modified_ns
         return Outcome.MIGRATED
 
     def _expect_one_of(self, here: Node, name: str, *copies: FileCopy) -> None:

@@ -1,0 +1,98 @@
+"""The mark: a file of ours below the root that says since when this disk is in use, and what this node has followed.
+
+A copy of a disk (a container's image, a backup) brings the mark with it: it holds its own inode number, which a copy
+does not have.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+from ..names import OWN_PREFIX
+
+MARK = f"{OWN_PREFIX}-disk"
+FOLLOWED = f"{OWN_PREFIX}-followed"
+
+_STARTED_NS = time.time_ns()
+
+
+def marked_ns(root: int) -> int:
+    """Return when the mark was made, in ns since the epoch by the disk's clock; make it if there is none.
+
+    On a disk that takes no file it is the start of this process.
+    """
+    try:
+        return _read_mark(root) or _make_mark(root)
+    except OSError:
+        return _STARTED_NS
+
+
+def read_followed(root: int) -> str:
+    """Return what `write_followed` wrote last; empty if there is nothing."""
+    try:
+        return _read(root, FOLLOWED)[0]
+    except OSError:
+        return ""
+
+
+def write_followed(root: int, text: str) -> None:
+    """Remember a text on this disk; a disk that takes no file forgets it."""
+    with contextlib.suppress(OSError):
+        _write(root, FOLLOWED, text)
+
+
+@contextlib.contextmanager
+def only_process(root: int) -> Iterator[bool]:
+    """Yield whether no other process is in this block for the same disk; true on a disk without locks."""
+    fd = -1
+    try:
+        try:
+            fd = os.open(MARK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _read_mark(root: int) -> int | None:
+    try:
+        text, found = _read(root, MARK)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns if text == str(found.st_ino) else None
+
+
+def _make_mark(root: int) -> int:
+    _write(root, MARK, None)
+    return _read_mark(root) or _STARTED_NS
+
+
+def _read(root: int, name: str) -> tuple[str, os.stat_result]:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=root)
+    try:
+        return os.read(fd, 65536).decode(errors="replace"), os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(root: int, name: str, text: str | None) -> None:
+    """Write a file of ours and give it its name; without a text, its inode number."""
+    temporary = f"{name}-{os.getpid()}"  # what a killed process leaves is written over by a later one
+    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, 0o644, dir_fd=root)
+    try:
+        os.write(fd, (str(os.fstat(fd).st_ino) if text is None else text).encode())
+        os.rename(temporary, name, src_dir_fd=root, dst_dir_fd=root)
+    except BaseException:
+        os.unlink(temporary, dir_fd=root)
+        raise
+    finally:
+        os.close(fd)
