@@ -1,5 +1,6 @@
 """Copies on disk that must go: each is moved aside first, then hashed, and removed once the database has its bytes."""
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from .. import names
 from ..db import ImageStorage
 from ..disk.directory import UploadsDirectory
-from ..disk.open_file import identity_of
+from ..disk.open_file import OpenFile, identity_of
 from ..disk.staged_file import StagedFile
 from ..errors import DiskUnwritable, FileChanged, SelfHealError
 from ..events import Events, Kind, logger
@@ -76,6 +77,8 @@ class DiskCopies:
         try:
             return await self.disk.threads.run(self.disk.quarantine, name)
         except OSError as error:
+            if error.errno == errno.EXDEV and await self._keep_in_place(name, why):
+                return None
             await self.disk.threads.run(self.disk.distrust, name)
             raise DiskUnwritable(f"{name!r}: {why}; the copy on disk cannot be moved away: {error}") from error
 
@@ -84,15 +87,30 @@ class DiskCopies:
         if moved is None:
             return
         try:
-            await self._store(name, moved, why)
+            await self._store(name, await self.disk.threads.run(self.disk.open_quarantined, moved), why)
             await self.disk.threads.run(self.disk.remove_quarantined, moved)
         except FileNotFoundError:
             pass  # another process drained the quarantine
         except (SelfHealError, OSError) as error:
             self._leave(name, moved, f"{why} (it stays in quarantine: {error})")
 
-    async def _store(self, name: str, moved: Path, why: str) -> None:
-        with await self.disk.threads.run(self.disk.open_quarantined, moved) as file:
+    async def _keep_in_place(self, name: str, why: str) -> bool:
+        """Store and remove a copy on a file system without a quarantine (mounted below the root); False if it stays."""
+        try:
+            file = await self.disk.threads.run(self.disk.open_distrusted, name)
+            if file is None:
+                return True
+            await self._store(name, file, why)
+            there = await self.disk.threads.run(self.disk.stat, name)
+            if there is not None and identity_of(there) == file.identity:
+                await self.disk.threads.run(self.disk.remove, name)
+        except (SelfHealError, OSError) as error:
+            logger.warning("%r: %s; it stays on the disk: %s", name, why, error)
+            return False
+        return True
+
+    async def _store(self, name: str, file: OpenFile, why: str) -> None:
+        with file:
             digest = await self.disk.threads.run(file.sha256)
             if not await self.database.versions.has_bytes(name, digest):
                 await self.database.versions.set_aside(name, file.chunks(), modified_ns=file.modified_ns, reason=why)

@@ -109,3 +109,16 @@ async def test_a_copy_that_could_not_be_moved_is_tried_again(
     await store.tasks.drain(30)
     assert on_disk(store, NAME) is None
     assert in_quarantine(store) == []
+
+
+async def test_a_copy_on_a_mount_without_a_quarantine(store: UploadStore, broken_disk: BrokenDisk) -> None:
+    """Where nothing can be moved to the quarantine (EXDEV), a copy is stored first, and then removed."""
+    await store.save(NAME, OLD)
+    replace_file(store, THIRD, 5)
+    broken_disk.fail("rename", errno.EXDEV)
+    assert await store.delete(NAME) is True
+    assert on_disk(store, NAME) is None
+    assert await set_aside(store, NAME) == [THIRD]
+    await store.save(NAME, OLD)
+    await store.save(NAME, NEW)
+    assert await on_disk_and_in_database(store, NAME) == NEW
