@@ -59,11 +59,15 @@ __all__ = [
     "UploadTypeRefused",
     "define_tables",
 ]
+DISTRIBUTION = "selfheal-uploads"
+"""What the package is called where it is installed from; `selfheal` is another project there."""
 _MODULES = ("errors", "events", "content.policy", "settings", "sql.models", "sql.schema", "db", "store", "middleware")
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: a command starts some 50 ms sooner."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version(DISTRIBUTION)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     modules = (import_module(f".{module}", __name__) for module in _MODULES)

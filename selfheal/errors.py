@@ -13,7 +13,7 @@ class MissingExtra(SelfHealError, ImportError):
     """A feature needs a package that is not installed; the message names the extra that brings it."""
 
     def __init__(self, extra: str, module: str) -> None:
-        super().__init__(f"{module!r} is not installed; run: pip install 'selfheal[{extra}]'")
+        super().__init__(f"{module!r} is not installed; run: pip install 'selfheal-uploads[{extra}]'")
         self.extra = extra
 
 

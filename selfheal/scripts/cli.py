@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import click
 
+from .. import DISTRIBUTION
 from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, SelfHealError, SettingsError
 from . import bulk_commands, name_commands
 from .options import settings_of, where
@@ -47,10 +48,13 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
-@click.group(no_args_is_help=False)
-@click.version_option(package_name="selfheal")
-def selfheal() -> None:
+@click.group(invoke_without_command=True)
+@click.version_option(package_name=DISTRIBUTION, prog_name="selfheal")
+@click.pass_context
+def selfheal(context: click.Context) -> None:
     """Keep uploads on disk and in the database, and restore either one from the other."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @selfheal.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import selfheal
 from tests.support.command_line import MODULES, SECONDS, Done, Site, environment
 from tests.support.files import write_file
 
@@ -68,7 +69,7 @@ def test_without_an_extra(site: Site, command: str | None, arguments: list[str],
     done = site.execute(command, *arguments, PYTHONPATH=str(site.home), PYTHONDONTWRITEBYTECODE="1")
     assert (done.code, done.out) == (2, "")
     assert f"'{module}'" in done.error_line
-    assert f"pip install 'selfheal[{extra}]'" in done.error_line
+    assert f"pip install 'selfheal-uploads[{extra}]'" in done.error_line
 
 
 @pytest.mark.parametrize("module", ["sqlalchemy.dialects.postgresql", "uvicorn"])
@@ -80,6 +81,15 @@ def test_a_run_imports_only_what_it_uses(full_site: Site, module: str) -> None:
 
 
 # -- help, version and collection -------------------------------------------------------------------------------------
+
+
+def test_without_a_command_it_prints_its_help(site: Site) -> None:
+    """`selfheal` alone, and `python -m selfheal`, print the help; the version is that of the distribution."""
+    done = site.run_without_flags()
+    assert done.code == 0
+    assert done.out.startswith("Usage: selfheal")
+    module = subprocess.run([sys.executable, "-m", "selfheal", "--version"], capture_output=True, text=True, check=True)
+    assert module.stdout == f"selfheal, version {selfheal.__version__}\n"
 
 
 def test_help_and_version(site: Site) -> None:

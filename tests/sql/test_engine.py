@@ -244,7 +244,7 @@ def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def use() -> None:
         images = ImageStorage("postgresql+asyncpg://nobody@127.0.0.1:1/x")
-        with pytest.raises(MissingExtra, match=r"pip install 'selfheal\[postgres\]'"):
+        with pytest.raises(MissingExtra, match=r"pip install 'selfheal-uploads\[postgres\]'"):
             await images.find("a.png")
 
     asyncio.run(use())

@@ -1,0 +1,5 @@
+"""`python -m selfheal` is the command `selfheal`."""
+
+from .scripts import main
+
+main()
