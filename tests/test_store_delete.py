@@ -102,7 +102,7 @@ async def test_delete_of_a_file_that_vanishes(sqlite_store: UploadStore, broken_
     """A file that another program removes during the deletion is no error; the name is deleted."""
     saved = await sqlite_store.save(NAME, OLD)
     saved.path.write_bytes(NEW)
-    held = broken_disk.hold("stat", after=1, done_first=True)
+    held = broken_disk.hold("lstat", done_first=True)
     deleting = asyncio.create_task(sqlite_store.delete(NAME))
     await held.met()
     saved.path.unlink()

@@ -18,6 +18,7 @@ from .conditional import plan_of
 from .headers import Head, Plan, make_head
 
 WATCH_FROM = 4 * PIECE  # bytes from which on the client of a body is watched (CVE-2026-54280)
+WATCH_PAUSE = 0.05  # seconds between two looks at a request whose body has ended
 
 
 class Responder:
@@ -109,6 +110,9 @@ class _Client:
             await asyncio.gather(watch, return_exceptions=True)
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        has_ended = False
+        while (message := await receive())["type"] != "http.disconnect":
+            if has_ended:  # a `receive` that never waits must not keep all others waiting
+                await asyncio.sleep(WATCH_PAUSE)
+            has_ended = not message.get("more_body")
         self.is_gone = True

@@ -274,7 +274,7 @@ async def test_a_file_that_vanishes_during_the_comparison(sqlite_store: UploadSt
     """A file that differs and is gone a moment later changes nothing, neither in the database nor in quarantine."""
     saved = await sqlite_store.save(NAME, OLD)
     replace_file(sqlite_store, NEW, saved.modified_ns - A_DAY_NS)
-    held = broken_disk.hold("stat", after=1, done_first=True)
+    held = broken_disk.hold("lstat", done_first=True)
     checking = asyncio.create_task(sqlite_store.reconciler.check(NAME))
     await held.met()
     saved.path.unlink()

@@ -494,7 +494,7 @@ class TwoNodes(RuleBasedStateMachine):
             return answer.status, answer.body, answer.headers.get("content-range", "")
 
         status, body, content_range = self.run(work())
-        if not part or status == 500:
+        if not part or status == 500 or not size:  # an empty file has no range
             return status, body
         if size <= 7:
             assert (status, content_range) == (416, f"bytes */{size}")
