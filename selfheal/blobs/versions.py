@@ -1,4 +1,4 @@
-"""Versions of names: what a name was, and copies that were set aside. All of them can be brought back."""
+"""Versions of names: what a name was, and copies that were set aside. Each can be restored."""
 
 import hashlib
 from datetime import timedelta

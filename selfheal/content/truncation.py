@@ -143,7 +143,7 @@ def _gif() -> Walk:
         else:
             if has_image:
                 yield None
-            yield -_ENDLESS  # nobody reads what follows
+            yield -_ENDLESS  # nothing after this is read
         while size := (yield 1)[0]:
             yield -size
         has_image |= kind == b","

@@ -1,4 +1,4 @@
-"""Owners and modes: new files and directories are like the directory that they go to, whoever runs selfheal."""
+"""Owners and modes: new files and directories are like the directory that they go to, whichever user runs selfheal."""
 
 import os
 import stat

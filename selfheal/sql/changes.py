@@ -74,7 +74,7 @@ class Changes:
         if not names:
             return 0
         schema, record = self._schema, self._records.c
-        # this lock is held until the commit: whoever numbers next waits, and its numbers are seen later
+        # this lock is held until the commit: the next process waits, and its numbers are committed later
         taken = sa.update(schema).where(self._is_ours).values(sequence=schema.c.sequence + len(names))
         await connection.execute(taken)
         last = (await connection.execute(sa.select(schema.c.sequence).where(self._is_ours))).scalar_one()

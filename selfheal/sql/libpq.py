@@ -27,7 +27,7 @@ _NO_STATEMENT_IS_KEPT = {"statement_cache_size": "0", "prepared_statement_cache_
 
 
 def in_asyncpgs_words(url: URL) -> URL:
-    """Return a URL with asyncpg's parameters; raise `SettingsError` for one that nobody knows."""
+    """Return a URL with asyncpg's parameters; raise `SettingsError` for an unknown one."""
     given = {key: value if isinstance(value, str) else value[-1] for key, value in url.query.items() if value}
     query = {"host": url.query["host"]} if "host" in given else {}  # there may be several
     if url.host is not None and url.host.startswith("%2F"):  # a socket's directory, which SQLAlchemy leaves quoted

@@ -31,7 +31,7 @@ def existing(path: Path) -> str:
 
 
 def keep_to_file(engine: AsyncEngine, path: Path) -> None:
-    """Open connections to an existing file only, and anew if the path leads to another one (a backup put back)."""
+    """Open connections to an existing file only, and again if the path leads to another one (a restored backup)."""
 
     def connect(_dialect: Any, entry: ConnectionPoolEntry, args: list[Any], named: dict[str, Any]) -> None:
         entry.info["file"] = identity_of(path)  # before it is opened: a change in between is noticed
