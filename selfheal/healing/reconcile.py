@@ -22,10 +22,12 @@ from ..exclusions import Exclusions
 from ..sql.models import Record
 from .disk_copies import DiskCopies
 from .evidence import Evidence
+from .pace import Pace
 
-OVERWRITES_EVERY = 60.0
-"""Seconds, at least, between two adoptions of one name: an app that rewrites a file for ever stores few versions."""
-PACED_AT_MOST = 10_000
+OVERWRITES_FROM, OVERWRITES_EVERY = 5.0, 60.0
+"""Seconds between two adoptions of one name, at first and at most: an app that rewrites a file for ever stores few
+versions.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Reconciler:
         self._evidence = Evidence(self.disk, self.database)
         self._records: Batcher[str, Record] = Batcher(self.database.catalogue.find, self.tasks, size=256, limit=1)
         self._large = LoopSemaphore(LARGE_UPLOADS_AT_ONCE)
-        self._overwritten: dict[str, float] = {}
+        self._overwrites = Pace(OVERWRITES_FROM, OVERWRITES_EVERY)
 
     async def agrees(self, name: str, identity: Identity) -> Judged | None:
         """Return what there is to know of a file that looks like its record: without a look at its bytes."""
@@ -160,16 +162,13 @@ class Reconciler:
     async def _adopt_overwrite(self, file: OpenFile, digest: str, record: Record) -> Judged:
         """Adopt a file, unless its record is changed or deleted meanwhile: then it is compared again later."""
         name = record.name
-        now = time.monotonic()
-        if now - self._overwritten.get(name, -OVERWRITES_EVERY) < OVERWRITES_EVERY:
+        if not self._overwrites.is_due(name):
             raise FileChanged(f"{name!r} was adopted a moment ago")
         await self._hold_still(name, file.identity)
         adopted = await self._store(name, file, over=record.generation)
         if adopted.is_deleted or adopted.sha256 != digest:
             raise FileChanged(f"{name!r} was changed while it was adopted")
-        if len(self._overwritten) >= PACED_AT_MOST:
-            self._overwritten.clear()
-        self._overwritten[name] = now
+        self._overwrites.slow_down(name)
         return await self._threads.run(self._set_time, file, adopted)
 
     async def _hold_still(self, name: str, identity: Identity) -> None:

@@ -206,3 +206,22 @@ async def test_a_node_follows_an_app_that_writes_all_the_time(
     store.background.follow()
     await asyncio.wait_for(store.tasks.drain(10), 15)
     assert on_disk(store, NAME) is None
+
+
+def test_a_name_that_was_quiet_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals double up to the longest; after a long time without a try, the first interval counts again."""
+    now = 1000.0
+    monkeypatch.setattr("selfheal.healing.pace.time.monotonic", lambda: now)
+    pace = Pace(5.0, 60.0)
+    waited = []
+    for _ in range(6):
+        pace.slow_down("a.jpg")
+        begun = now
+        while not pace.is_due("a.jpg"):
+            now += 1.0
+        waited.append(now - begun)
+    assert waited == [5, 10, 20, 40, 60, 60]
+    now += 241.0
+    pace.slow_down("a.jpg")
+    now += 5.0
+    assert pace.is_due("a.jpg")

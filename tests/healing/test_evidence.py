@@ -213,7 +213,7 @@ async def test_the_quarantine_is_drained(
 
 
 async def test_an_app_that_rewrites_a_file_for_ever(recorded: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adoptions of one name are a minute apart, and a name has a limited number of versions."""
+    """Adoptions of one name are some time apart, and a name has a limited number of versions."""
     for number in range(4):
         write_live(recorded, b"%d of many" % number)
         await hit_and_settle(recorded, NAME)
