@@ -14,7 +14,6 @@ BULK = tuple(MODULES)
 WITH_DATABASE = ("verify", "restore", "list", "delete x.png", "history x.png", "undo x.png", "purge", "save x.png -")
 DEAD = f"postgres://someone:{PASSWORD}@127.0.0.1:{{dead}}/app?sslmode=disable"
 BAD: list[tuple[int, str, str]] = [
-    (2, "", "command"),
     (2, "frobnicate", "No such command 'frobnicate'"),
     *((2, f"{command} --frobnicate", "No such option") for command in (*BULK, "list", "serve", "purge")),
     *((2, f"{command} --jobs many", "'many' is not a valid integer") for command in BULK),
