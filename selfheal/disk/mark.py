@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 
 from ..names import OWN_PREFIX
+from .syscalls import Directory
+from .temporary import Temporary
 
 MARK = f"{OWN_PREFIX}-disk"
 FOLLOWED = f"{OWN_PREFIX}-followed"
@@ -85,14 +87,12 @@ def _read(root: int, name: str) -> tuple[str, os.stat_result]:
 
 def _write(root: int, name: str, text: str | None) -> None:
     """Write a file of ours and give it its name; without a text, its inode number."""
-    temporary = f"{name}-{os.getpid()}"  # what a killed process leaves is written over by a later one
-    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(temporary, flags, 0o644, dir_fd=root)
-    try:
-        os.write(fd, (str(os.fstat(fd).st_ino) if text is None else text).encode())
-        os.rename(temporary, name, src_dir_fd=root, dst_dir_fd=root)
-    except BaseException:
-        os.unlink(temporary, dir_fd=root)
-        raise
-    finally:
-        os.close(fd)
+    with Directory(os.dup(root)) as top, Temporary(top) as temporary:
+        fd = temporary.create()
+        try:
+            with contextlib.suppress(OSError):  # a disk without modes
+                os.fchmod(fd, 0o644)
+            os.write(fd, (str(os.fstat(fd).st_ino) if text is None else text).encode())
+        finally:
+            os.close(fd)
+        temporary.rename(root, name)
