@@ -5,31 +5,33 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import MetaData
 
 from . import names
+from .aio.home import HomeLoop
 from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .blobs.blob_store import READ_AT_ONCE, BlobStore
 from .blobs.database import DatabaseBlobs
+from .blobs.image_writer import ImageWriter
 from .blobs.versions import GRACE, Versions
 from .content.digests import Digests
-from .content.sources import Source
-from .errors import DatabaseUnavailable, UnstorableName
+from .content.sources import Source, portable
+from .errors import DatabaseUnavailable
 from .sql.backends import url_of
 from .sql.catalogue import Catalogue
 from .sql.changes import Changes
 from .sql.engine import Engine
-from .sql.models import Contents, Purged, Record, SmallFile, Version, record_values
+from .sql.models import Contents, Purged, Record, SmallFile, Version
 from .sql.pool_limit import POOL_SIZE
 from .sql.record_writer import RecordWriter
 from .sql.schema import create_tables, define_tables
-from .sql.transactions import Write, within
+from .sql.transactions import AnyConnection, Write, within
 
 
 class DatabaseOptions(TypedDict, total=False):
@@ -66,7 +68,9 @@ class ImageStorage:
             MetaData() if metadata is None else metadata, *dialects, table_prefix=table_prefix, schema=schema
         )
         self._threads = threads or Threads()
-        self._own_tasks = Tasks()
+        self._own_tasks = Tasks(tasks.home if tasks else HomeLoop(prefers_caller=self.app_engine is not None))
+        self._leaves_home = tasks is None
+        self.home = self._own_tasks.home
         tasks = tasks or self._own_tasks
         self._engine = Engine(
             database, self.tables, pool_size=pool_size, timeout=timeout, tasks=tasks, before_opening=before_opening
@@ -76,6 +80,7 @@ class ImageStorage:
         self.catalogue = Catalogue(self._engine, self.tables)
         self.changes = Changes(self._engine, self.tables)
         self.blobs: BlobStore = DatabaseBlobs(self._engine, self.tables, self._threads)
+        self._writer = ImageWriter(self._engine, self._records, self.blobs, self.catalogue)
         self.versions = Versions(self._engine, self._records, self.blobs)
 
     @property
@@ -92,7 +97,9 @@ class ImageStorage:
         """Create the tables and indexes that are missing; two processes may do so at the same time."""
         for tries_left in (2, 1, 0):
             try:
-                await self._engine.write_schema(partial(create_tables, tables=self.tables, backend=self.backend))
+                await self.home.run(
+                    self._engine.write_schema, partial(create_tables, tables=self.tables, backend=self.backend)
+                )
             except (DatabaseUnavailable, IntegrityError) as error:
                 cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
                 if not tries_left or not isinstance(cause, DBAPIError):
@@ -102,17 +109,25 @@ class ImageStorage:
 
     async def close(self) -> None:
         """Close the connections that were opened here; the app's own engine stays open."""
+        self.home.settle()
+        await self.home.run(self.close_at_home)
+        if self._leaves_home:
+            await self.home.leave()
+
+    async def close_at_home(self) -> None:
+        """As `close`, but on the loop where the storage lives, which may be used again."""
         await self._own_tasks.drain(self._engine.timeout)
         await self._engine.close()
 
     async def find(self, name: str) -> Record | None:
         """Return the record of a name (a tombstone if it was deleted); None if there is no such name."""
-        return (await self.catalogue.find([name])).get(name)
+        return (await self.home.run(self.catalogue.find, [name])).get(name)
 
-    async def read(
-        self, version: Contents, first: int = 0, *, at_once: int = READ_AT_ONCE
-    ) -> AsyncGenerator[bytes, None]:
+    def read(self, version: Contents, first: int = 0, *, at_once: int = READ_AT_ONCE) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of a record from chunk `first` on; the caller checks the whole. Raises `CorruptBlob`."""
+        return self.home.iterate(self._read(version, first, at_once))
+
+    async def _read(self, version: Contents, first: int, at_once: int) -> AsyncGenerator[bytes, None]:
         async with aclosing(self.blobs.read(version, first, at_once)) as batches:
             async for chunks in batches:
                 for chunk in chunks:
@@ -120,19 +135,19 @@ class ImageStorage:
 
     async def digest(self, version: Contents) -> str:
         """Return the SHA-256 of the stored bytes; the recorded one may differ. Raises `CorruptBlob`."""
-        return await self.blobs.digest(version)
+        return await self.home.run(self.blobs.digest, version)
 
     async def history(self, name: str) -> list[Version]:
         """Return the versions of a name, newest first."""
-        return await self.catalogue.history(name)
+        return await self.home.run(self.catalogue.history, name)
 
     def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
         """Yield records in the order of names, `size` at a time: the living, the deleted, or (None) all."""
-        return self.catalogue.pages(deleted=deleted, size=size)
+        return self.home.iterate(self.catalogue.pages(deleted=deleted, size=size))
 
     async def count(self) -> int:
         """Return the number of living records."""
-        return await self.catalogue.count()
+        return await self.home.run(self.catalogue.count)
 
     async def store_image(
         self,
@@ -144,7 +159,7 @@ class ImageStorage:
         known: Digests | None = None,
         only_new: bool = False,
         over: int | None = None,
-        connection: AsyncConnection | AsyncSession | None = None,
+        connection: AnyConnection | None = None,
     ) -> Record:
         """Store bytes under a name and return its record; storing the same bytes again changes nothing.
 
@@ -153,58 +168,39 @@ class ImageStorage:
         caller's transaction. Raises `InvalidName`.
         """
         names.check(name)
-        is_own = connection is None
-        write: Write = (
-            self._engine.write if connection is None else within(connection, self.backend, self._engine.unavailable)
-        )
-        received = await self.blobs.put(write, data, known, in_transaction=not is_own)
-        modified_ns = time.time_ns() if modified_ns is None else modified_ns
-        values = record_values(name, received.sha256, received.size, modified_ns)
-        if content_type is not None:
-            values["content_type"] = content_type
-
-        async def work(connection: AsyncConnection) -> Record:
-            # every transaction locks in this order (record, history, blob, chunks), so that none wait in a circle
-            record = await self._records.put(connection, values, over=0 if only_new else over)
-            if is_own:
-                await self.backend.limit_lock_waits(connection)
-            await self.blobs.finish(connection, received)
-            return record
-
-        record: Record = await write(work)
-        return record
+        how: dict[str, Any] = {
+            "content_type": content_type,
+            "modified_ns": time.time_ns() if modified_ns is None else modified_ns,
+            "known": known,
+            "over": 0 if only_new else over,
+        }
+        if connection is not None:
+            return await self._writer.store(
+                name, data, within(connection, self.backend, self._engine.unavailable), **how
+            )
+        return await self.home.run(self._writer.store, name, portable(data, self._threads, self.home), **how)
 
     async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
         """Store files under new names; return the names that have these bytes now: not those it cannot hold."""
-        if not files:
-            return set()
-        by_name = {names.check(file.name): file for file in files}
-        values = [
-            record_values(name, file.digests.whole, file.size, file.modified_ns)
-            for name, file in sorted(by_name.items())
-        ]
+        return await self.home.run(self._writer.store_many, files)
 
-        async def work(connection: AsyncConnection) -> None:
-            await self._records.put_new(connection, values)
-            await self.backend.limit_lock_waits(connection)
-            await self.blobs.put_files(connection, files)
+    async def bury(self, name: str, *, connection: AnyConnection | None = None) -> Record | None:
+        """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record.
 
-        try:
-            await self._engine.write(work)
-        except UnstorableName:
-            half = len(files) // 2  # the others are stored without the name that does not fit
-            return await self.store_many(files[:half]) | await self.store_many(files[half:]) if half else set()
-        stored = await self.catalogue.digests(by_name)
-        return {name for name, file in by_name.items() if stored.get(name) == file.digests.whole}
-
-    async def bury(self, name: str) -> Record | None:
-        """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record."""
-        return await self._engine.write(lambda connection: self._records.bury(connection, name))
+        With `connection` it is part of the caller's transaction.
+        """
+        if connection is not None:
+            record: Record | None = await self._within(connection)(partial(self._records.bury, name=name))
+            return record
+        return await self.home.run(self._engine.write, partial(self._records.bury, name=name))
 
     async def undo(self, name: str, generation: int | None = None) -> Record:
         """Undo the last overwrite or deletion, or go back to `generation`. Raises `NotStored` if it is not there."""
-        return await self.versions.undo(name, generation)
+        return await self.home.run(self.versions.undo, name, generation)
 
     async def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
         """Drop history older than `keep`, then the blobs that nothing refers to and that are older than `grace`."""
-        return await self.versions.purge(keep, grace, dry_run=dry_run)
+        return await self.home.run(self.versions.purge, keep, grace, dry_run=dry_run)
+
+    def _within(self, connection: AnyConnection) -> Write:
+        return within(connection, self.backend, self._engine.unavailable)

@@ -4,21 +4,22 @@ import os
 from collections.abc import Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, Self, Unpack
 from uuid import uuid4
 
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import names
+from .aio.home import HomeLoop
 from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .content.policy import UploadPolicy
-from .content.sources import Readable, Source, read_chunks
+from .content.sources import Readable, Source, portable, read_chunks
 from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
-from .errors import NotStored
 from .events import Events, Kind, Listener
 from .exclusions import Exclusions
 from .healing.background import BackgroundChecks
@@ -31,17 +32,15 @@ from .healing.saving import Saver
 from .settings import SETTLED_AFTER, Settings, check_seconds, refuse_served_database
 from .sql.models import Record
 from .sql.table_names import TableClaim
+from .sql.transactions import AnyConnection
+from .sync import SyncUploadStore
 
 DEADLINE = 5.0  # seconds after which a missing file is unknown
 CLOSING_GRACE = 20.0  # seconds that running tasks get when the store closes
 
 
 class Upload(Readable, Protocol):
-    """An uploaded file, as a framework passes it to the app."""
-
-    @property
-    def filename(self) -> str | None:
-        """As the client names it; never used as a path."""
+    """An uploaded file, as a framework passes it to the app: with a `filename`, or with a `name` (Django)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,9 @@ class UploadStore:
     `table_prefix` and `schema` keep the tables of several stores in one database apart; `metadata` may have them.
     `pool_size` is the most connections that a process opens; half of them stay open while idle.
     The directory is made at once, for apps that mount it as they start (`StaticFiles`), unless it needs a marker.
-    `disk`, `restorer`, `reconciler` and `background` are the inside: the middleware and the bulk runs call them.
+    It may be used from any thread and event loop: calls are handed to the loop on which it lives (see `open`). `sync`
+    has the same methods for synchronous code. `disk`, `restorer`, `reconciler` and `background` are the inside: the
+    middleware and the bulk runs call them.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class UploadStore:
         **options: Unpack[DatabaseOptions],
     ) -> None:
         self.policy, self.exclusions, self.events = policy or UploadPolicy(), Exclusions(exclude), Events(listeners)
-        self.tasks, self.threads = Tasks(), Threads()
+        self.home, self.threads = HomeLoop(prefers_caller=isinstance(database, AsyncEngine)), Threads()
+        self.tasks = Tasks(self.home)
         self.disk = UploadsDirectory(
             directory,
             file_mode=file_mode,
@@ -135,6 +137,11 @@ class UploadStore:
             make_directory=make_directory,
         )
 
+    @cached_property
+    def sync(self) -> SyncUploadStore:
+        """The same methods for synchronous code."""
+        return SyncUploadStore(self)
+
     async def __aenter__(self) -> Self:
         await self.open()
         return self
@@ -143,31 +150,48 @@ class UploadStore:
         await self.close()
 
     async def open(self) -> None:
-        """Remove what dead processes left behind, and mark the disk as in use. The database may be down."""
+        """Live on the running event loop, unless the store lives on another one already; see what the disk has.
+
+        Removes what dead processes left behind, and marks the disk as in use. The database may be down.
+        """
+        if self.home.is_own and not self.home.is_here:  # it was used before the server started
+            await self.close()
+        self.home.settle()
+        await self.home.run(self._open)
+
+    async def _open(self) -> None:
         self._claim.take()
         await self.threads.run(self.disk.sweep)
         await self.threads.run(self.disk.marked_ns)
 
     async def close(self) -> None:
         """Wait up to 20 s for running tasks, then close connections, threads and descriptors."""
+        self.home.settle()
+        await self.home.run(self.close_at_home)
+        await self.home.leave()
+
+    async def close_at_home(self) -> None:
+        """As `close`, but on the loop where the store lives, which may be used again."""
         await self.tasks.drain(CLOSING_GRACE)
         await self.database.close()
         self.disk.close()
         self._claim.release()
 
-    async def save_uploaded_file(self, upload: Upload, *, folder: str = "") -> Saved:
+    async def save_uploaded_file(
+        self, upload: Upload, *, folder: str = "", connection: AnyConnection | None = None
+    ) -> Saved:
         """Save an upload under a UUID, with the extension of its true type, in `folder` if one is given.
 
-        Raises `UploadRefused` (its `status` is 413, 415 or 422) if it breaks the policy, and what `save` raises.
+        The upload is what a framework gives the app: an `UploadFile`, a `FileStorage`, Django's `UploadedFile`. With
+        `connection` it is saved as `save` does. Raises `UploadRefused` (its `status` is 413, 415 or 422) if it breaks
+        the policy, and what `save` raises.
         """
         async with aclosing(read_chunks(upload, self.threads)) as chunks:
-            extension, source = await self.policy.check(upload.filename or "", chunks)
+            extension, source = await self.policy.check(_client_name(upload), chunks)
             name = f"{uuid4().hex}.{extension}" if extension else uuid4().hex
-            return await self.save(f"{folder}/{name}" if folder else name, source)
+            return await self.save(f"{folder}/{name}" if folder else name, source, connection=connection)
 
-    async def save(
-        self, name: str, source: Source, *, connection: AsyncConnection | AsyncSession | None = None
-    ) -> Saved:
+    async def save(self, name: str, source: Source, *, connection: AnyConnection | None = None) -> Saved:
         """Save bytes, a path, a file object, an async iterator or an UploadFile, on disk and in the database.
 
         It streams. If the disk takes no file it is saved in the database alone, and restored later. With `connection`
@@ -176,34 +200,42 @@ class UploadStore:
         """
         names.check(name)
         if connection is None:
-            return self._saved(await self._saver.save(name, source))
+            source = portable(source, self.threads, self.home)
+            return self._saved(await self.home.run(self._saver.save, name, source))
         record = await self.database.store_image(name, source, connection=connection)
-        self._saver.forget(name)
-        self.background.expect(name)
+        self.home.soon(self._saver.expect, name)
         self.events.emit(Kind.SAVED, name, record.size)
         return self._saved(record)
 
-    async def delete(self, name: str) -> bool:
-        """Delete a name; only a save or `undo` undoes it. False if there is no such name."""
-        return await self._saver.delete(names.check(name))
+    async def delete(self, name: str, *, connection: AnyConnection | None = None) -> bool:
+        """Delete a name; only a save or `undo` undoes it. False if there is no such name.
+
+        With `connection` it is deleted in the caller's transaction, and the file goes some seconds after the commit.
+        """
+        names.check(name)
+        if connection is None:
+            return await self.home.run(self._saver.delete, name)
+        is_deleted = await self._saver.bury(name, connection)
+        self.home.soon(self._saver.expect, name)
+        return is_deleted
 
     async def undo(self, name: str, generation: int | None = None) -> Saved:
         """Undo the last overwrite or deletion, or go back to `generation`. Raises `NotStored`, `CorruptBlob`."""
-        return self._saved(await self._saver.undo(names.check(name), generation))
+        return self._saved(await self.home.run(self._saver.undo, names.check(name), generation))
 
     async def restore(self, name: str) -> Saved:
         """Restore a missing file. Raises `NotStored`, `CorruptBlob`, `DiskUnwritable`, `DatabaseUnavailable`."""
-        names.check(name)
-        is_missing = await self.threads.run(self.disk.stat, name) is None
-        record = await self.database.find(name) if not is_missing or await self.restorer.restore_to_disk(name) else None
-        if record is None or record.is_deleted:
-            raise NotStored(f"{name!r} is not in the database")
-        return self._saved(record)
+        return self._saved(await self.home.run(self.restorer.restore_missing, names.check(name)))
 
     async def adopt(self, name: str) -> Saved:
         """Store a file that is only on disk in the database. Raises `NotStored` if it is not there, or was deleted."""
-        return self._saved(await self.reconciler.adopt(names.check(name)))
+        return self._saved(await self.home.run(self.reconciler.adopt, names.check(name)))
 
     def _saved(self, record: Record) -> Saved:
         values = {field.name: getattr(record, field.name) for field in fields(record)}
         return Saved(**values | {"path": self.disk.path_of(record.name)})
+
+
+def _client_name(upload: Upload) -> str:
+    """Return the name that the client gave a file; it is never used as a path."""
+    return getattr(upload, "filename", None) or getattr(upload, "name", None) or ""

@@ -19,7 +19,12 @@ class Batcher(Generic[K, T]):
         self._ask = ask
         self._tasks = tasks
         self._size = size
-        self._free = limit
+        self._limit = limit
+        self._begin()
+        tasks.home.on_new_loop(self._begin)
+
+    def _begin(self) -> None:
+        self._free = self._limit
         self._waiting: dict[K, asyncio.Future[T | None]] = {}
 
     async def get(self, key: K) -> T | None:

@@ -76,6 +76,7 @@ class SingleFlight(Generic[K, T]):
         self._share = share
         self._release = release
         self._calls: dict[K, Call[T]] = {}
+        tasks.home.on_new_loop(self._calls.clear)
 
     async def get(self, key: K, timeout: float) -> T:
         """Return the answer for `key`; raises `TimeoutError` after `timeout` seconds, and what the work raises."""
@@ -93,7 +94,7 @@ class SingleFlight(Generic[K, T]):
             if not isinstance(error, Exception):
                 raise
         finally:
-            del self._calls[key]  # at once: what the work has closed must not be shared any more
+            self._calls.pop(key, None)  # at once: what the work has closed must not be shared any more
 
     def _ended(self, key: K, call: Call[T]) -> None:
         if self._calls.get(key) is call:  # the task was cancelled before its first step

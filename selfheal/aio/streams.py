@@ -13,17 +13,18 @@ T = TypeVar("T")
 async def prefetch(source: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """Yield the items of `source`; the next one is made while the caller uses one: reading and writing overlap."""
     async with aclosing(source):
-        following = asyncio.create_task(_next(source))
+        following = asyncio.create_task(next_item(source))
         try:
             while item := await following:
-                following = asyncio.create_task(_next(source))
+                following = asyncio.create_task(next_item(source))
                 yield item[0]
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
 
 
-async def _next(source: AsyncGenerator[T, None]) -> tuple[T] | None:
+async def next_item(source: AsyncGenerator[T, None]) -> tuple[T] | None:
+    """Return the next item in a tuple; None at the end."""
     async for item in source:
         return (item,)
     return None

@@ -5,14 +5,19 @@ import contextlib
 from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
+from .home import HomeLoop
+
 T = TypeVar("T")
 
 
 class Tasks:
-    """Background tasks, held by reference until they end."""
+    """Background tasks on the home loop, held by reference until they end."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: HomeLoop | None = None) -> None:
+        self.home = home or HomeLoop()
         self._running: set[asyncio.Task[Any]] = set()
+        self._abandoned: list[set[asyncio.Task[Any]]] = []  # of a loop that ended: asyncio logs each that is collected
+        self.home.on_new_loop(self._abandon)
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `work` in a task that is kept alive until it ends."""
@@ -34,6 +39,11 @@ class Tasks:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+
+    def _abandon(self) -> None:
+        if self._running:
+            self._abandoned.append(self._running)
+            self._running = set()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)

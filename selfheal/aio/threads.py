@@ -10,13 +10,14 @@ from .tasks import run_to_end
 
 P = ParamSpec("P")
 T = TypeVar("T")
+WORKERS = 32
 THREAD_NAME = "selfheal"  # what the names of all our threads begin with
 
 
 class Threads:
     """A thread pool of its own, made at first use in each process: a slow disk must not use up the app's threads."""
 
-    def __init__(self, workers: int = 32) -> None:
+    def __init__(self, workers: int = WORKERS) -> None:
         self._workers = workers
         self._pid = -1
         self._pool: ThreadPoolExecutor | None = None

@@ -137,12 +137,16 @@ def _worker_main(pipe: Connection, parent_ends: Iterable[Connection], make_resou
     syscalls.end_with_parent()
     for end in parent_ends:
         end.close()  # an inherited copy would keep `recv` from seeing that the parent closed the pipe
-    resource = make_resource()
     with asyncio.Runner() as runner:  # one event loop for all calls: connections live on in it
+        resource = runner.run(_make(make_resource))
         with suppress(EOFError, OSError):
             while True:
                 pipe.send_bytes(pickle.dumps(runner.run(_call(resource, *pipe.recv()))))
         runner.run(resource.close())
+
+
+async def _make(make_resource: Callable[[], Any]) -> Any:
+    return make_resource()
 
 
 async def _call(

@@ -1,11 +1,13 @@
 """Upload sources (bytes, a path, a file, an async iterator, an UploadFile), read as chunks of one size."""
 
+import asyncio
 import inspect
 import os
 from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, Protocol, TypeGuard
 
+from ..aio.home import HomeLoop, relayed
 from ..aio.threads import Threads
 
 CHUNK = 256 * 1024
@@ -36,6 +38,13 @@ async def read_chunks(source: Source, threads: Threads) -> AsyncGenerator[bytes,
                 del buffer[:CHUNK]
     if buffer:
         yield bytes(buffer)
+
+
+def portable(source: Source, threads: Threads, home: HomeLoop) -> Source:
+    """Return a source that can be read at home: what the running loop has to read is read there, piece by piece."""
+    if home.is_here or not (isinstance(source, AsyncIterable) or _is_awaitable(source)):
+        return source
+    return relayed(read_chunks(source, threads), asyncio.get_running_loop())
 
 
 async def _pieces(source: Source, threads: Threads) -> AsyncGenerator[bytes, None]:
@@ -69,13 +78,17 @@ async def _pieces(source: Source, threads: Threads) -> AsyncGenerator[bytes, Non
 
 
 async def _read(file: Readable, threads: Threads) -> AsyncGenerator[bytes, None]:
-    awaitable = inspect.iscoroutinefunction(file.read)
+    awaitable = _is_awaitable(file)
     if awaitable and hasattr(file, "seek"):
         await file.seek(0)  # the app may have read its UploadFile before it saves it
     while piece := await (file.read(CHUNK) if awaitable else threads.run(file.read, CHUNK)):
         if not isinstance(piece, bytes):
             raise TypeError("the file object reads text; open it in binary mode")
         yield piece
+
+
+def _is_awaitable(source: object) -> bool:
+    return inspect.iscoroutinefunction(getattr(source, "read", None))
 
 
 def _is_readable(source: object) -> TypeGuard[Readable]:

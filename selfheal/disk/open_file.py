@@ -45,13 +45,16 @@ class PieceSize:
 
     def __init__(self) -> None:
         self._answers = 0
+        self._lock = threading.Lock()  # event loops in several threads
 
     def __enter__(self) -> Self:
-        self._answers += 1
+        with self._lock:
+            self._answers += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._answers -= 1
+        with self._lock:
+            self._answers -= 1
 
     @property
     def now(self) -> int:

@@ -51,10 +51,10 @@ class BackgroundChecks:
         self._seen_until = time.monotonic() + SEEN_FOR
         self._newest: dict[str, Judged] = {}
         self._changing: dict[str, float] = {}
-        self._checking: dict[str, asyncio.Task[None]] = {}
+        self._forget_tasks()
+        self.tasks.home.on_new_loop(self._forget_tasks)
         self._pace = Pace()
         self._paused_until = self._follow_from = 0.0
-        self._following: asyncio.Task[None] | None = None
         self._changed_meanwhile: set[str] = set()
         self._must_sweep = False
         self._drain_from = 0.0
@@ -62,10 +62,8 @@ class BackgroundChecks:
     def hit(self, name: str, identity: Identity, *, adopt: bool) -> None:
         """A file was served: compare it with its record, if this process has not done so yet."""
         judged = self._seen.get(name)
-        if judged is not None and judged.identity == identity:
-            return
-        if len(self._checking) < CHECKS_AT_ONCE and time.monotonic() >= self._paused_until and self._pace.is_due(name):
-            self._start(name, identity, adopt=adopt)
+        if judged is None or judged.identity != identity:
+            self.tasks.home.soon(self._compare, name, identity, adopt=adopt)
 
     def judged(self, name: str, identity: Identity) -> Judged | None:
         """Return what is known of a file: None unless this process has found that it agrees with its record."""
@@ -75,12 +73,8 @@ class BackgroundChecks:
     def follow(self, *, adopt: bool = True) -> None:
         """A request came: ask for the changes of other nodes, if the last time is `FOLLOW_EVERY` seconds ago."""
         now = time.monotonic()
-        if now < self._follow_from or now < self._paused_until:
-            return
-        if now >= self._seen_until:
-            self._forget_all()
-        if self._following is None or self._following.done():
-            self._following = self.tasks.start(self._follow(adopt=adopt))
+        if now >= self._follow_from and now >= self._paused_until:
+            self.tasks.home.soon(self._start_following, adopt=adopt)
 
     def forget(self, name: str) -> None:
         """A name was changed: compare its file again at the next hit, and later if it is being compared now."""
@@ -102,6 +96,20 @@ class BackgroundChecks:
     def know(self, record: Record) -> None:
         """A record was saved: a database that lacks it later went back in time."""
         self._know(record.name, Judged((0, 0, 0, 0), record.generation, record.changed_at))
+
+    def _forget_tasks(self) -> None:
+        self._checking: dict[str, asyncio.Task[None]] = {}
+        self._following: asyncio.Task[None] | None = None
+
+    def _compare(self, name: str, identity: Identity, *, adopt: bool) -> None:
+        if len(self._checking) < CHECKS_AT_ONCE and time.monotonic() >= self._paused_until and self._pace.is_due(name):
+            self._start(name, identity, adopt=adopt)
+
+    def _start_following(self, *, adopt: bool) -> None:
+        if time.monotonic() >= self._seen_until:
+            self._forget_all()
+        if self._following is None or self._following.done():
+            self._following = self.tasks.start(self._follow(adopt=adopt))
 
     async def _follow(self, *, adopt: bool) -> None:
         try:

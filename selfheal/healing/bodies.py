@@ -90,7 +90,7 @@ class Restoring:
         self._is_over = False
         self._changed = asyncio.Event()
         self._staged = staged
-        self._rest = rest
+        self.rest = rest
         self._patience = patience
         self._holders = 1
 
@@ -137,8 +137,8 @@ class Restoring:
             yield held.pop()
         if start < stop:
             if not is_far:
-                await self._rest.check()
-            async with aclosing(self._rest.pieces(start, stop)) as rest:
+                await self.rest.check()
+            async with aclosing(self.rest.pieces(start, stop)) as rest:
                 async for piece in rest:
                     yield piece
 

@@ -1,36 +1,23 @@
 """Restore: database → disk, one name at a time. All callers of a name share one restore, and are answered from it."""
 
-import contextlib
 import errno
-import hashlib
 import logging
 import os
-from contextlib import aclosing
 from dataclasses import dataclass
 
-from ..aio.batching import Batcher
-from ..aio.single_flight import Call, SingleFlight
-from ..aio.tasks import LoopSemaphore, Tasks
-from ..blobs.blob_store import READ_AT_ONCE
-from ..content.sources import CHUNK
+from ..aio.single_flight import SingleFlight
+from ..aio.tasks import Tasks
 from ..db import ImageStorage
 from ..disk.directory import UploadsDirectory
 from ..disk.open_file import OpenFile
-from ..disk.staged_file import StagedFile
-from ..errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, SelfHealError
-from ..events import Events, Kind, logger
-from ..sql.models import Found, Record
-from .bodies import Body, FromDatabase, InMemory, Restoring
+from ..errors import DatabaseUnavailable, DiskUnwritable, NotStored
+from ..events import Events, logger
+from ..sql.models import Record
+from .bodies import Body, Restoring
 from .disk_copies import DiskCopies
 from .negative_cache import NegativeCache
-from .publish import Published, Publisher, outdated
-
-WHOLE_FIRST = 16 * 1024 * 1024
-"""Bytes up to which a file is restored and checked whole before its answer begins; a larger one streams meanwhile."""
-RESTORES_AT_ONCE = 32
-LOOKUPS_AT_ONCE = 64
-THREADS_AT_MOST = 8  # threads that may read the database themselves; the others are for the disk
-TRIES = 3
+from .publish import Publisher
+from .restore_file import FileRestorer
 
 _BROKEN = frozenset(getattr(errno, name, errno.EIO) for name in ("EIO", "ESTALE", "EUCLEAN"))
 
@@ -74,8 +61,13 @@ class Restorer:
             file = None
         return await self.restore(name) if file is None else file
 
-    async def restore(self, name: str) -> Body | None:
+    async def restore(self, name: str) -> OpenFile | Body | None:
         """Restore a name that is missing on disk; None if there is no such name. Raises as `open` does."""
+        if self.tasks.home.is_here:
+            return await self._restore(name)
+        return await self.tasks.home.run(self._restore_whole, name)
+
+    async def _restore(self, name: str) -> Body | None:
         if name not in self._negative_cache:
             try:
                 body = await self._flights.get(name, self.deadline)
@@ -89,21 +81,43 @@ class Restorer:
         await self._negative_cache.turn()
         return None
 
+    async def _restore_whole(self, name: str) -> OpenFile | Body | None:
+        """As `restore`, for another event loop than the one where the store lives: it cannot wait for what grows."""
+        body = await self._restore(name)
+        if not isinstance(body, Restoring):
+            return body
+        try:
+            await body.on_disk()
+        except DiskUnwritable:
+            return body.rest
+        finally:
+            body.close()
+        return await self.disk.threads.run(self.disk.open, name) or await self._restore_whole(name)
+
     async def restore_to_disk(self, name: str) -> bool:
         """Restore a missing name onto the disk; False if there is none. Raises `DiskUnwritable`, and as `open`."""
         body = await self.restore(name)
         if body is None:
             return False
         try:
-            await body.on_disk()
+            if not isinstance(body, OpenFile):
+                await body.on_disk()
         finally:
             body.close()
         return True
 
+    async def restore_missing(self, name: str) -> Record:
+        """Restore a name onto the disk if it is missing there; return its record. Raises as `restore_to_disk`."""
+        is_missing = await self.disk.threads.run(self.disk.stat, name) is None
+        record = await self.database.find(name) if not is_missing or await self.restore_to_disk(name) else None
+        if record is None or record.is_deleted:
+            raise NotStored(f"{name!r} is not in the database")
+        return record
+
     async def set_aside_unreadable(self, name: str) -> None:
         """Set a file aside that the disk has lost; log it if that fails too."""
         try:
-            await self.copies.quarantine(name, "the disk copy cannot be read")
+            await self.tasks.home.run(self.copies.quarantine, name, "the disk copy cannot be read")
         except OSError as error:
             logger.error("%r cannot be read, nor moved away: %s", name, error)
 
@@ -111,7 +125,7 @@ class Restorer:
         """Whether a name has a file that must not be served, and cannot be moved away."""
         return self.disk.has_distrusted and await self.disk.threads.run(self.disk.is_distrusted, name)
 
-    async def _restore_forbidden(self, name: str, error: PermissionError) -> Body:
+    async def _restore_forbidden(self, name: str, error: PermissionError) -> OpenFile | Body:
         """Answer from the database for a file that this process may not read; raises `error` if there is no record."""
         body = await self.restore(name)
         if body is None:
@@ -124,161 +138,6 @@ class Restorer:
     def forget(self, name: str) -> None:
         """Remove a name from the negative cache: it was saved."""
         self._negative_cache.discard(name)
-
-
-@dataclass(eq=False)
-class FileRestorer:
-    """Restores one name for all its callers. `patience`: seconds that they wait for the next bytes of a large file."""
-
-    disk: UploadsDirectory
-    database: ImageStorage
-    publisher: Publisher
-    negative_cache: NegativeCache
-    events: Events
-    tasks: Tasks
-    patience: float
-
-    def __post_init__(self) -> None:
-        self._threads = self.disk.threads
-        self._limit = LoopSemaphore(RESTORES_AT_ONCE)
-        self._lookups: Batcher[str, Found] = Batcher(
-            self.database.blobs.fetch, self.tasks, size=LOOKUPS_AT_ONCE, limit=2
-        )
-        self._reading_threads = 0
-
-    async def restore(self, name: str, call: Call[Body | None]) -> None:
-        """Restore a name and answer its callers: a body, or None if there is no such name."""
-        async with self._limit:
-            for _ in range(TRIES):
-                with contextlib.suppress(_Changed):
-                    await self._restore_once(name, call)
-                    return
-        raise DatabaseUnavailable(f"{name!r} is changed as often as it is restored")
-
-    async def _restore_once(self, name: str, call: Call[Body | None]) -> None:
-        found, published = await self._fetch(name)
-        if found is None or found.record.is_deleted:
-            self.negative_cache.add(name)
-            call.answer(None)
-            self.events.emit(Kind.ABSENT, name)
-            return
-        record = found.record
-        try:
-            if record.size > CHUNK:
-                await self._restore_large(found, call)
-            else:
-                call.answer(await self._restore_small(found, published))
-            self.events.emit(Kind.RESTORED, name, record.size)
-        except CorruptBlob as error:
-            await self._raise_unless_changed(record, error)
-        except DiskUnwritable as error:
-            self.events.log_once(logging.WARNING, "unwritable", f"{error}; served from the database meanwhile")
-            if not call.is_answered:
-                call.answer(await self._without_disk(found, error))
-            self.events.emit(Kind.STREAMED, name, record.size, str(error))
-
-    async def _fetch(self, name: str) -> tuple[Found | None, Published | None]:
-        """Read a record and its first chunk; where a thread can read the database, it publishes a small file too."""
-        if self.database.can_read_in_thread and self._reading_threads < THREADS_AT_MOST:
-            self._reading_threads += 1
-            try:
-                return await self._threads.run(self._fetch_and_publish, name)
-            except DatabaseUnavailable:
-                pass  # it is locked: wait without a thread
-            finally:
-                self._reading_threads -= 1
-        return await self._lookups.get(name), None
-
-    def _fetch_and_publish(self, name: str) -> tuple[Found | None, Published | None]:
-        found = self.database.blobs.fetch_in_thread(name)
-        if found is None or found.record.is_deleted or found.record.size > CHUNK:
-            return found, None
-        (published,) = self.publisher.publish_small([found])
-        if published.error is None:
-            with contextlib.suppress(DatabaseUnavailable):  # the record was right a moment ago
-                if outdated([published], {name: self.database.catalogue.generation_in_thread(name)}):
-                    self.publisher.take_back([published])
-                    raise _Changed
-        return found, published
-
-    async def _restore_small(self, found: Found, published: Published | None) -> InMemory:
-        if published is None:
-            (published,) = await self._threads.run(self.publisher.publish_small, [found])
-            await self._keep_if_current(published)
-        if published.error is not None:
-            raise published.error
-        return InMemory(found.first or b"", published.modified_ns, found.record.content_type)
-
-    async def _restore_large(self, found: Found, call: Call[Body | None]) -> None:
-        record = found.record
-        error: SelfHealError | None = DatabaseUnavailable(f"the restore of {record.name!r} was broken off")
-        with await self._threads.run(self.disk.stage, record.name) as staged:
-            reader = self.disk.reader(staged, record.name)
-            body = Restoring(record, reader, FromDatabase(self.database, record), self.patience)
-            try:
-                await self._write(staged, found, body, call)
-                (published,) = await self._threads.run(self.publisher.publish, [(record, staged)])
-                if published.error is not None:
-                    raise published.error
-                with contextlib.suppress(_Changed) if call.is_answered else contextlib.nullcontext():
-                    await self._keep_if_current(published)  # answered callers get the whole old file
-                error = None
-            except SelfHealError as failure:
-                error = failure
-                raise
-            finally:
-                body.finish(error)
-                if error is None and not call.is_answered:
-                    body.modified_ns = published.modified_ns
-                    call.answer(body)
-                body.close()
-
-    async def _write(self, staged: StagedFile, found: Found, body: Restoring, call: Call[Body | None]) -> None:
-        """Write a file of several chunks; a very large one is sent to the callers meanwhile, chunk by checked chunk."""
-        record, blobs = found.record, self.database.blobs
-        is_sent = record.size > WHOLE_FIRST
-        source = blobs.read(record) if is_sent else blobs.read_unchecked(record, found.first)
-        async with aclosing(self.publisher.write_all(staged, source)) as sizes:
-            async for size in sizes:
-                if is_sent:
-                    body.advance(size)
-                    call.answer(body)
-
-    async def _keep_if_current(self, published: Published) -> None:
-        """Take a file back if its name was deleted or overwritten meanwhile (raises `_Changed`)."""
-        if published.error is not None:
-            return
-        try:
-            generations = await self.database.catalogue.generations([published.record.name])
-        except DatabaseUnavailable:
-            return  # the record was right a moment ago
-        if outdated([published], generations):
-            await self._threads.run(self.publisher.take_back, [published])
-            raise _Changed
-
-    async def _raise_unless_changed(self, record: Record, error: CorruptBlob) -> None:
-        """Bytes that were dropped or replaced while they were read look like damage."""
-        now = await self.database.find(record.name)
-        if now is None or now.generation != record.generation:
-            raise _Changed from error
-        self.events.emit(Kind.CORRUPT, record.name, record.size, error.why)
-        logger.error("%s", error)
-        raise error
-
-    async def _without_disk(self, found: Found, error: DiskUnwritable) -> FromDatabase | InMemory:
-        """The bytes of a small file are checked as a whole before the answer begins."""
-        record = found.record
-        if record.size > READ_AT_ONCE * CHUNK:
-            return FromDatabase(self.database, record)
-        async with aclosing(self.database.read(record)) as chunks:
-            data = b"".join([chunk async for chunk in chunks])
-        if (await self._threads.run(hashlib.sha256, data)).hexdigest() != record.sha256:
-            raise CorruptBlob(record.name, "the whole does not match its digest")
-        return InMemory(data, record.modified_ns, record.content_type, error)
-
-
-class _Changed(Exception):
-    """The record was changed or deleted while it was restored."""
 
 
 def _hold(body: Body | None) -> Body | None:

@@ -13,6 +13,7 @@ from ..disk.staged_file import StagedFile
 from ..errors import CorruptBlob, DiskUnwritable, FileChanged, NotAFile, SelfHealError
 from ..events import Events, Kind, logger
 from ..sql.models import Record, earlier
+from ..sql.transactions import AnyConnection
 from .background import BackgroundChecks
 from .disk_copies import OTHER_BYTES, DiskCopies
 from .publish import Publisher
@@ -58,6 +59,23 @@ class Saver:
         record = await self.tasks.finish(self._undo(name, generation))
         self.events.emit(Kind.UNDONE, name, record.size)
         return record
+
+    async def bury(self, name: str, connection: AnyConnection) -> bool:
+        """Delete a name in the caller's transaction; False if there is none. A file only on disk is stored before."""
+        known = await self.database.find(name)
+        file = await self.disk.threads.run(self.disk.open, name) if known is None else None
+        if file is not None:
+            with file:
+                await self.database.store_image(
+                    name, file.chunks(), modified_ns=file.modified_ns, only_new=True, connection=connection
+                )
+        buried = await self.database.bury(name, connection=connection)
+        return buried is not None and buried != known  # it was deleted already
+
+    def expect(self, name: str) -> None:
+        """A name was changed in a transaction of the caller's, who may commit it soon."""
+        self.forget(name)
+        self.background.expect(name)
 
     def forget(self, name: str) -> None:
         """Forget what was cached of a name: it was changed."""

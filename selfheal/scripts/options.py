@@ -99,11 +99,17 @@ def run_on(store: UploadStore, work: Callable[[UploadStore], Coroutine[Any, Any,
 
     async def and_close() -> T:
         try:
-            return await work(store)
+            return await work(_settled(store))
         finally:
             await run_to_end(_close(store, before))
 
     return asyncio.run(and_close())
+
+
+def _settled(store: UploadStore) -> UploadStore:
+    """Let a store live on the running loop: a command works with its inside."""
+    store.home.settle()
+    return store
 
 
 async def _close(store: UploadStore, before: set[threading.Thread]) -> None:
@@ -153,7 +159,7 @@ def process_pool_for(store: UploadStore, jobs: int) -> AbstractContextManager[Pr
     if has_threads or available_cpus() == 1 or count == 1 or store.database.backend.is_in_memory(store.database.url):
         return nullcontext()
     count = store.database.share_connections(count + 1) - 1  # this process has some as well
-    return ProcessPool(lambda: store, count) if count > 1 else nullcontext()
+    return ProcessPool(lambda: _settled(store), count) if count > 1 else nullcontext()
 
 
 def refuse_missing_database(store: UploadStore) -> None:

@@ -15,6 +15,7 @@ from .backends import backend_of, url_of
 from .pool_limit import PoolLimit
 
 POLL = 0.005  # seconds between two looks whether a connection has come back
+_ABANDONED: list[object] = []  # of loops that ended, and of parents: collected, they would be closed
 POLL_AT_MOST = 0.5  # seconds between two connections that the server is asked for
 
 
@@ -44,7 +45,6 @@ class Connections:
         self.reader: Reader | None = None
         self.dialect: Dialect
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._abandoned: list[object] = []
         self.backend.import_driver()
 
     @property
@@ -131,7 +131,7 @@ class Connections:
         else:
             if self._engine is not None:
                 self._abandon(self._engine)
-                self._abandoned.append(self.reader)
+                _ABANDONED.append(self.reader)
             self._engine = self.backend.create_engine(self.url, self._timeout, self.limit)
             self.reader = self.backend.create_reader(self._engine, self.limit)
         self.dialect = self._engine.dialect
@@ -140,7 +140,7 @@ class Connections:
 
     def _abandon(self, engine: AsyncEngine) -> None:
         """Its connections belong to a parent process, or to a loop that has ended: they are neither used nor closed."""
-        self._abandoned.append(engine.sync_engine.pool)
+        _ABANDONED.append(engine.sync_engine.pool)
         engine.sync_engine.dispose(close=False)
 
 

@@ -2,14 +2,19 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from ..errors import DatabaseUnavailable, SelfHealError
 from .backend import Backend
+from .blocking import BlockingConnection
 
+AnyConnection = AsyncConnection | AsyncSession | Connection | Session
+"""What a caller's transaction is open on."""
 Write = Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
 """Runs work in a transaction, one of its own or the caller's, and returns what it returns."""
 
@@ -24,7 +29,7 @@ async def transaction(connection: AsyncConnection, backend: Backend) -> AsyncIte
 
 
 def within(
-    connection: AsyncConnection | AsyncSession,
+    connection: AnyConnection,
     backend: Backend,
     unavailable: Callable[[BaseException], SelfHealError],
 ) -> Write:
@@ -32,7 +37,7 @@ def within(
 
     async def write(work: Callable[[AsyncConnection], Awaitable[Any]], /) -> Any:
         try:
-            inner = await connection.connection() if isinstance(connection, AsyncSession) else connection
+            inner = await _inner(connection)
             if not inner.in_transaction():
                 await inner.begin()  # as its first statement would; an app's hook may begin SQLite's own here
             if await backend.is_autocommit(inner):
@@ -46,3 +51,13 @@ def within(
             raise unavailable(error) from error
 
     return write
+
+
+async def _inner(connection: AnyConnection) -> AsyncConnection:
+    if isinstance(connection, AsyncSession):
+        return await connection.connection()
+    if isinstance(connection, AsyncConnection):
+        return connection
+    return cast(
+        AsyncConnection, BlockingConnection(connection.connection() if isinstance(connection, Session) else connection)
+    )

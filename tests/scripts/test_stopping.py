@@ -85,7 +85,7 @@ def unread_bytes(pipe: IO[str] | None) -> int:
 
 
 def are_whole(directory: Path, images: Mapping[str, bytes]) -> bool:
-    """Return whether every file below a directory has all its bytes, and no other file has a name outside `TEMPORARY`."""
+    """Return whether every file below a directory, but for temporary ones, is one of `images` and has all its bytes."""
     files = contents_of(directory).items()
     return all(images.get(name) == data for name, data in files if not name.startswith(TEMPORARY))
 

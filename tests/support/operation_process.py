@@ -19,7 +19,7 @@ from typing import Any
 from selfheal import SelfHealError, UploadStore
 from selfheal import store as store_module
 from selfheal.aio.threads import Threads
-from selfheal.healing import restore as restoration
+from selfheal.healing import restore_file as restoration
 from tests.support.operations import Operation, perform
 
 CONNECTIONS = 3

@@ -63,6 +63,7 @@ CREATE: dict[str, Callable[[ImageStorage], Awaitable[Any]]] = {"create_tables": 
 async def opened_storage(url: Any, timeout: float = TIMEOUT) -> AsyncIterator[ImageStorage]:
     """Open the database half over a URL or an engine; wait for its background work before it is closed."""
     tasks = Tasks()
+    tasks.home.settle()  # tests use what is inside of it
     images = ImageStorage(url, timeout=timeout, tasks=tasks)
     try:
         yield images

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from selfheal import UploadStore
 from selfheal.content.sources import CHUNK
-from selfheal.healing.restore import WHOLE_FIRST
+from selfheal.healing.restore_file import WHOLE_FIRST
 from tests.support.sample_data import noise
 
 NAME = "cats/tom.jpg"

@@ -1,0 +1,193 @@
+"""The home of a store: the one event loop on which it lives. Calls from other loops and threads are handed to it."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from typing import Any, ParamSpec, TypeVar
+
+from .streams import next_item
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
+ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
+_HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
+
+
+class HomeLoop:
+    """The loop that `settle` was called on; without that one in a thread of its own, or, if it `prefers_caller` (the
+    app's engine has its connections there), the first loop that asks. A fork begins anew.
+    """
+
+    def __init__(self, *, prefers_caller: bool = False) -> None:
+        self._prefers_caller = prefers_caller
+        self._resets: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: ExitStack | None = None
+        self._of_parents: list[ExitStack | None] = []  # to be collected would stop their threads
+        _HOMES.add(self)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the running loop is the home."""
+        return self._loop is not None and _running_loop() is self._loop
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the home is a thread of its own."""
+        return self._thread is not None
+
+    def on_new_loop(self, reset: Callable[[], None]) -> None:
+        """Call `reset` when the home moves away from a loop that has ended, and in a forked process."""
+        self._resets.append(reset)
+
+    def settle(self) -> None:
+        """Make the running loop the home, unless another one is, and runs."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if not self._runs():
+                self._move_to(loop)
+
+    async def run(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Await `work` at home, from any loop; to cancel the caller cancels the work."""
+        loop = self._find()
+        if loop is asyncio.get_running_loop():
+            return await work(*args, **kwargs)
+        return await _ask(loop, work, *args, **kwargs)
+
+    def call(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `work` returns at home, to synchronous code. Raises `RuntimeError` in the thread of the home."""
+        loop = self._find()
+        if loop is _running_loop():
+            raise RuntimeError("this thread runs the store's own event loop: await the method, or call it in a thread")
+        answer = asyncio.run_coroutine_threadsafe(work(*args, **kwargs), loop)
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return answer.result(LOOK_EVERY)
+                if answer.done():
+                    return answer.result()
+                if not loop.is_running():
+                    raise RuntimeError(ENDED)
+        except CancelledError:
+            raise RuntimeError(ENDED) from None
+        except KeyboardInterrupt:
+            answer.cancel()
+            raise
+
+    def soon(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `function` at home: now if this is it, else as soon as it can."""
+        loop = self._find()
+        if loop is _running_loop():
+            function(*args, **kwargs)
+        else:
+            loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
+
+    def iterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Yield on the running loop what an async generator yields at home."""
+        loop = self._find()
+        return items if loop is _running_loop() else relayed(items, loop)
+
+    async def leave(self) -> None:
+        """The home has no more work: end its thread, if it is one of its own."""
+        thread = self._leave()
+        if thread is not None:
+            await asyncio.to_thread(thread.close)
+
+    def leave_waiting(self) -> None:
+        """As `leave`, for synchronous code."""
+        thread = self._leave()
+        if thread is not None:
+            thread.close()
+
+    def _leave(self) -> ExitStack | None:
+        with self._lock:
+            thread, self._thread, self._loop = self._thread, None, None
+        return thread
+
+    def _find(self) -> asyncio.AbstractEventLoop:
+        loop = self._loop
+        if loop is not None and loop.is_running():
+            return loop
+        with self._lock:
+            if not self._runs():
+                running = _running_loop() if self._prefers_caller else None
+                self._move_to(running or self._start_thread())
+            assert self._loop is not None  # noqa: S101 - for the type checker
+            return self._loop
+
+    def _runs(self) -> bool:
+        return self._loop is not None and self._loop.is_running()
+
+    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None:
+            self._reset()
+        self._loop = loop
+
+    def _start_thread(self) -> asyncio.AbstractEventLoop:
+        from anyio.from_thread import start_blocking_portal  # noqa: PLC0415 - only some need it, and it takes 20 ms
+
+        with ExitStack() as stack:
+            loop = stack.enter_context(start_blocking_portal("asyncio")).call(asyncio.get_running_loop)
+            self._thread = stack.pop_all()
+        return loop
+
+    def _reset(self) -> None:
+        for reset in self._resets:
+            reset()
+
+    def forked(self) -> None:
+        """This is a forked process: the loop, its thread and all tasks are the parent's."""
+        self._lock = threading.Lock()
+        self._of_parents.append(self._thread)
+        self._loop = self._thread = None
+        self._reset()
+
+
+async def relayed(items: AsyncGenerator[T, None], loop: asyncio.AbstractEventLoop) -> AsyncGenerator[T, None]:
+    """Yield on the running loop what an async generator yields on another one. Raises `RuntimeError` if that ends."""
+    try:
+        while item := await _ask(loop, next_item, items):
+            yield item[0]
+    finally:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            await _ask(loop, items.aclose)
+
+
+async def _ask(
+    loop: asyncio.AbstractEventLoop, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(*args, **kwargs), loop))
+    try:
+        while not (await asyncio.wait((answer,), timeout=LOOK_EVERY))[0]:
+            if not loop.is_running():
+                raise RuntimeError(ENDED)
+    except asyncio.CancelledError:
+        answer.cancel()
+        raise
+    if answer.cancelled():
+        raise RuntimeError(ENDED)
+    return answer.result()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _forget_parents() -> None:
+    for home in list(_HOMES):
+        home.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parents)

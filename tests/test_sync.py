@@ -1,0 +1,47 @@
+"""`UploadStore.sync`: the same methods for synchronous code."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfheal import ImageStorage, UploadStore
+from selfheal.sync import SyncImageStorage, SyncUploadStore
+from tests.support.sample_images import picture
+
+_OPENING = ("open", "close")
+
+
+def public_methods(of: type) -> dict[str, Any]:
+    """Return the public methods of a class, but for those that open and close it."""
+    found = {name: value for name, value in vars(of).items() if not name.startswith("_") and inspect.isfunction(value)}
+    return {name: value for name, value in found.items() if not name.endswith("_at_home") and name not in _OPENING}
+
+
+@pytest.mark.parametrize(("of", "sync"), [(UploadStore, SyncUploadStore), (ImageStorage, SyncImageStorage)])
+def test_every_method_is_there(of: type, sync: type) -> None:
+    """Each public method has its counterpart, with the same parameters."""
+    for name, method in public_methods(of).items():
+        ours = list(inspect.signature(method).parameters)
+        theirs = list(inspect.signature(getattr(sync, name)).parameters)
+        assert theirs == ours or theirs == [*ours[:3], "connection", "more"], name
+
+
+def test_the_life_of_an_upload(directory: Path, sqlite_url: str) -> None:
+    """What synchronous code does with an upload."""
+    with UploadStore(directory, sqlite_url).sync as uploads:
+        uploads.database.create_tables()
+        upload = io.BytesIO(png := picture("PNG"))
+        upload.name = "me.png"
+        saved = uploads.save_uploaded_file(upload)
+        assert saved.path.read_bytes() == upload.getvalue()
+        saved.path.unlink()
+        assert uploads.restore(saved.name).path.read_bytes() == upload.getvalue()
+        uploads.save(saved.name, b"two")
+        assert uploads.undo(saved.name).size == len(png)
+        assert uploads.delete(saved.name)
+        assert [version.size for version in uploads.database.history(saved.name)]
