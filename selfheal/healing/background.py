@@ -89,6 +89,11 @@ class BackgroundChecks:
             self._changing = {name: until for name, until in self._changing.items() if until > now}
         self._changing[name] = now + CHANGING_FOR
 
+    def compare_now(self, name: str) -> None:
+        """A caller's own transaction that changed a name was committed."""
+        self.forget(name)
+        self.tasks.start(self._check_all([name], adopt=False))
+
     def retry(self, name: str) -> None:
         """The copy of a name could not be cleared: try it again later, whether it is hit or not."""
         self._pace.slow_down(name)
