@@ -17,7 +17,7 @@ from .aio.home import HomeLoop
 from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .content.policy import UploadPolicy
-from .content.sources import Readable, Source, portable, read_chunks
+from .content.sources import Readable, Source, portable, read_chunks, rewind
 from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
 from .events import Events, Kind, Listener
@@ -186,6 +186,7 @@ class UploadStore:
         `connection` it is saved as `save` does. Raises `UploadRefused` (its `status` is 413, 415 or 422) if it breaks
         the policy, and what `save` raises.
         """
+        await rewind(upload, self.threads)
         async with aclosing(read_chunks(upload, self.threads)) as chunks:
             extension, source = await self.policy.check(_client_name(upload), chunks)
             name = f"{uuid4().hex}.{extension}" if extension else uuid4().hex

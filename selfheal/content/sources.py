@@ -1,6 +1,7 @@
 """Upload sources (bytes, a path, a file, an async iterator, an UploadFile), read as chunks of one size."""
 
 import asyncio
+import contextlib
 import inspect
 import os
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -79,12 +80,24 @@ async def _pieces(source: Source, threads: Threads) -> AsyncGenerator[bytes, Non
 
 async def _read(file: Readable, threads: Threads) -> AsyncGenerator[bytes, None]:
     awaitable = _is_awaitable(file)
-    if awaitable and hasattr(file, "seek"):
-        await file.seek(0)  # the app may have read its UploadFile before it saves it
+    if awaitable:
+        await rewind(file, threads)
     while piece := await (file.read(CHUNK) if awaitable else threads.run(file.read, CHUNK)):
         if not isinstance(piece, bytes):
             raise TypeError("the file object reads text; open it in binary mode")
         yield piece
+
+
+async def rewind(upload: Readable, threads: Threads) -> None:
+    """Go back to the start of an upload, if it can: the app may have read it before it saves it."""
+    seek = getattr(upload, "seek", None)
+    if seek is None:
+        return
+    if inspect.iscoroutinefunction(seek):
+        await seek(0)
+        return
+    with contextlib.suppress(OSError):  # a stream
+        await threads.run(seek, 0)
 
 
 def _is_awaitable(source: object) -> bool:
