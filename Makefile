@@ -1,6 +1,7 @@
 # make demo   see a lost disk come back       make test   everything that CI runs
 # make check  lint and types only             make clean  remove what was made here
 # make bench  measure beside the peers        make campaign  kill, damage and fuzz it for hours
+# make lowest test with the lowest versions of all requirements
 # make mutants  break the code in a thousand small ways, and count what no test notices
 
 PYTHON ?= python3
@@ -8,10 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CAMPAIGN := tests/campaigns
 # tests wait for servers and processes half of their time
-WORKERS = $(shell $(BIN)/python -c 'import os; print(min(2 * os.cpu_count(), 16))')
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(2 * os.cpu_count(), 16))')
 READY := $(VENV)/.ready
+LOWEST := .venv-lowest
 
-.PHONY: demo test check campaign clean system bench mutants
+.PHONY: demo test lowest check campaign clean system bench mutants
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("selfheal needs Python 3.11 or later, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
@@ -26,6 +28,20 @@ demo: $(READY)
 
 test: $(READY) system check
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
+
+# Where versions differ: HTTP, stores, both databases, commands.
+lowest: $(LOWEST)/.ready system
+	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/contract/test_http.py tests/http tests/blobs tests/db tests/sql \
+		tests/scripts/test_bulk_commands.py tests/scripts/test_cli.py tests/scripts/test_name_commands.py tests/scripts/test_serve.py \
+		$(wildcard tests/test_middleware*.py tests/test_store*.py)
+
+$(LOWEST)/.ready: pyproject.toml tests/lowest.txt
+	@echo "making $(LOWEST) …"
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/lowest.txt \
+		--editable '.[server,postgres,cli]' --group test
+	@touch $(LOWEST)/.ready
 
 # Hours of faults, kills, damage and random input; docs/reliability.md says what each promises.
 campaign: $(READY) system
@@ -54,4 +70,4 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks
 
 clean:
-	@rm -rf $(VENV) .demo .bench mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	@rm -rf $(VENV) $(LOWEST) .demo .bench mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .distribution import DISTRIBUTION
+
 if TYPE_CHECKING:
     from .content.content_types import IMAGE_EXTENSIONS
     from .content.policy import UploadPolicy
@@ -59,8 +61,6 @@ __all__ = [
     "UploadTypeRefused",
     "define_tables",
 ]
-DISTRIBUTION = "selfheal-uploads"
-"""What the package is called where it is installed from; `selfheal` is another project there."""
 _MODULES = ("errors", "events", "content.policy", "settings", "sql.models", "sql.schema", "db", "store", "middleware")
 
 

@@ -1,5 +1,7 @@
 """All errors that selfheal raises: one root, few children; each message says what to do next."""
 
+from .distribution import DISTRIBUTION
+
 
 class SelfHealError(Exception):
     """The base class of all errors of this package."""
@@ -13,7 +15,7 @@ class MissingExtra(SelfHealError, ImportError):
     """A feature needs a package that is not installed; the message names the extra that brings it."""
 
     def __init__(self, extra: str, module: str) -> None:
-        super().__init__(f"{module!r} is not installed; run: pip install 'selfheal-uploads[{extra}]'")
+        super().__init__(f"{module!r} is not installed; run: pip install '{DISTRIBUTION}[{extra}]'")
         self.extra = extra
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import click
 
-from .. import DISTRIBUTION
+from ..distribution import DISTRIBUTION
 from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, SelfHealError, SettingsError
 from . import bulk_commands, name_commands
 from .options import settings_of, where

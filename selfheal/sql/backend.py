@@ -117,7 +117,7 @@ class Backend:
     async def is_autocommit(self, connection: AsyncConnection) -> bool:
         """Whether a connection that is in a transaction for SQLAlchemy commits every statement all the same."""
         pooled: Any = await connection.get_raw_connection()
-        return connection.dialect.detect_autocommit_setting(pooled.dbapi_connection)
+        return bool(pooled.dbapi_connection.autocommit)
 
     async def prepare_schema(self, connection: AsyncConnection, schema: str) -> None:
         """Make the schema if it is missing. Raises `SettingsError` if the database has no schemas."""

@@ -64,11 +64,11 @@ class Engine:
                 return await run_to_end(self._read(work))
         for _ in range(self._connections.limit.size):
             try:
-                return await self._read(work)
+                return await self._tasks.finish(self._read(work))
             except DatabaseUnavailable as error:
                 if not _was_dead(error.__cause__):
                     raise
-        return await self._read(work)
+        return await self._tasks.finish(self._read(work))
 
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction to its end, even if cancelled; again if the server breaks it off."""
@@ -88,7 +88,7 @@ class Engine:
         reader = self._connections.reader
         if reader is not None and self._is_ready:
             try:
-                rows = await reader.rows(*bind(query, self._connections.dialect, values))
+                rows = await self._tasks.finish(reader.rows(*bind(query, self._connections.dialect, values)))
             except self._errors() as error:
                 if not _was_dead(error):
                     raise self.unavailable(error) from error

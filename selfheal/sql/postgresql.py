@@ -200,6 +200,8 @@ def _arguments(url: URL, timeout: float) -> dict[str, Any]:
         arguments[key] = min(given, timeout) if given > 0 else timeout  # libpq: 0 waits for ever
     if "statement_cache_size" in url.query:
         arguments["statement_cache_size"] = int(str(url.query["statement_cache_size"]))
+    if arguments.get("statement_cache_size") == 0:
+        arguments["prepared_statement_name_func"] = str  # no name: before 0.32 asyncpg keeps those that have one
     return arguments
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import PoolProxiedConnection, StaticPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, PoolProxiedConnection, StaticPool
 
 from ..errors import DatabaseUnavailable, SettingsError
 from .backend import Backend, Reader, Rows, Values
@@ -60,7 +61,8 @@ class SQLite(Backend):
         return ":memory:" in (url.database or ":memory:") or url.query.get("mode") == "memory"
 
     def create_engine(self, url: URL, timeout: float, limit: PoolLimit) -> AsyncEngine:
-        limits = {"pool_size": limit.kept, "max_overflow": limit.size - limit.kept, "pool_timeout": timeout}
+        limits: dict[str, Any] = {"pool_size": limit.kept, "max_overflow": limit.size - limit.kept}
+        limits |= {"pool_timeout": timeout, "poolclass": AsyncAdaptedQueuePool}  # the default since SQLAlchemy 2.0.38
         limits = {} if self.is_in_memory(url) else limits
         # nothing to reset: reads open no transaction, and every write ends its own
         engine = create_async_engine(url, connect_args={"timeout": timeout}, pool_reset_on_return=None, **limits)
@@ -144,11 +146,12 @@ class SQLite(Backend):
 
     async def is_autocommit(self, connection: AsyncConnection) -> bool:
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        return await super().is_autocommit(connection) and not driver.in_transaction  # an app's hook may begin one
+        return driver.isolation_level is None and not driver.in_transaction  # an app's hook may begin one
 
     def table_options(self) -> Values:
         """STRICT: SQLite refuses a value of another type, which other programs might write."""
-        return {"sqlite_strict": True} if sqlite3.sqlite_version_info >= (3, 37) else {}
+        is_known = "strict" in dict(SQLiteDialect.construct_arguments or ())[sa.Table]  # since SQLAlchemy 2.0.37
+        return {"sqlite_strict": True} if is_known and sqlite3.sqlite_version_info >= (3, 37) else {}
 
     def name_list(self, names: Iterable[str]) -> str:
         return json.dumps(list(names))

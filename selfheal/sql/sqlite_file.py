@@ -35,7 +35,7 @@ def keep_to_file(engine: AsyncEngine, path: Path) -> None:
 
     def connect(_dialect: Any, entry: ConnectionPoolEntry, args: list[Any], named: dict[str, Any]) -> None:
         entry.info["file"] = identity_of(path)  # before it is opened: a change in between is noticed
-        if named.get("uri"):
+        if named.get("uri") and args[0] != existing(path):  # before SQLAlchemy 2.1 they are those of the last call
             return  # the app chose the mode
         if entry.info["file"] is None and not path.exists():
             raise SchemaError(f"there is no database {path}; put it back, or run `selfheal migrate` to make one")
