@@ -61,7 +61,7 @@ async def _migrate(
         known = Known({}, {})  # a real run makes the tables
     uploads, results = sort_entries(entries, known, store.exclusions, left_out)
     new = [entry for entry in uploads if entry.name not in known.records]
-    would = (Result(entry.name, Outcome.MIGRATED, entry.size, "would be migrated") for entry in new)
+    would = (Result(entry.name, Outcome.MIGRATED, entry.size, "it would be backed up") for entry in new)
     results += would if dry_run else await _store(store, new, jobs)
     old = {entry.name: entry for entry in uploads if entry.name in known.records}
     compare = partial(_compare, store, old, prefer_disk=prefer_disk, dry_run=dry_run)
@@ -119,7 +119,10 @@ async def _compare(
             await (reconciler.mend(record) if is_same else reconciler.adopt(name, overwrite=True))
     except FAILURES as error:
         return _of_error(name, error)
-    return Result(name, Outcome.MIGRATED, size, "mended" if is_same else "the disk's bytes were taken")
+    would = "would be " if dry_run else ""
+    return Result(
+        name, Outcome.MIGRATED, size, f"its bytes in the database {would}{'repaired' if is_same else 'replaced'}"
+    )
 
 
 async def _raise_if_changed(store: UploadStore, entry: Entry) -> None:

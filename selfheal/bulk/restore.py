@@ -186,7 +186,7 @@ async def _would_restore(store: UploadStore, missing: list[Wanted]) -> list[Resu
     for name, size in missing:
         try:
             await store.threads.run(store.disk.digest, name)  # raises if the name is taken by what is not a file
-            results.append(Result(name, Outcome.RESTORED, size, "would be restored"))
+            results.append(Result(name, Outcome.RESTORED, size, "it would be restored"))
         except (SelfHealError, OSError) as error:
             results.append(of_error(name, error))
     return results
@@ -235,7 +235,8 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
         return of_error(name, error)
     if is_same:
         return Result(name, Outcome.OK, record.size)
-    detail = "the disk's bytes differ" if dry_run else "the disk's bytes differed; they are a version now"
+    kept = "would be" if dry_run else "are"
+    detail = f"the disk's bytes differ; they {kept} replaced, and kept as a version"
     return Result(name, Outcome.RESTORED, record.size, detail)
 
 

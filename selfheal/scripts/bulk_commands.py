@@ -1,21 +1,22 @@
 """The three bulk runs as commands: migrate, verify, restore."""
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any
 
 import click
 
 from .. import bulk
-from ..bulk.outcomes import Result
+from ..bulk.outcomes import Outcome, Result
 from ..bulk.process_pool import Executor
 from ..db import ImageStorage
 from ..disk.syscalls import keep_freed_memory
-from ..errors import SettingsError
+from ..errors import SchemaError, SettingsError
 from ..store import UploadStore
 from .options import F, common, missing_file, process_pool_for, refuse_missing_database, run_on
 from .reporting import Report, has_progress, progress, show
+from .summary import is_directory_right
 
 JOBS = click.IntRange(1, 64)
 
@@ -39,7 +40,9 @@ def migrate(store: UploadStore, *, prefer: str | None, dry_run: bool, **rest: An
     Names that are already recorded are compared; damaged bytes in the database are repaired from the disk.
     """
     if not store.disk.path.is_dir():
-        raise SettingsError(f"there is no directory {store.disk.path} to migrate from; name it with --directory")
+        raise SettingsError(
+            f"there is no directory {store.disk.path} to migrate from; name it with --directory, or make it"
+        )
     if dry_run and missing_file(store):
         store.database = ImageStorage("sqlite+aiosqlite:///:memory:")  # to open the file would make it
     start = partial(bulk.migrate, prefer_disk=prefer == "disk", dry_run=dry_run)
@@ -71,6 +74,19 @@ def restore(store: UploadStore, *, compare: bool, dry_run: bool, **rest: Any) ->
 COMMANDS = (migrate, verify, restore)
 
 
+async def _question(store: UploadStore, report: Report) -> str:
+    """Return a question for people if `migrate` or `verify` found no upload on disk, but the database has some."""
+    missing = report.counts[Outcome.MISSING_ON_DISK]
+    if report.command == "restore" or report.examined > missing:
+        return ""
+    recorded = missing
+    if report.command == "migrate":
+        with suppress(SchemaError):  # a dry run before the first one
+            recorded = await store.database.count()
+    directory = store.disk.path
+    return is_directory_right(str(directory), exists=directory.is_dir(), recorded=recorded) if recorded else ""
+
+
 def _run_bulk(
     store: UploadStore,
     report: Report,
@@ -93,6 +109,7 @@ def _run_bulk(
                 async for result in results:
                     report.add(result)
                     draw(result)
+        report.question = await _question(store, report)
 
     keep_freed_memory()  # a twelfth of a large run
     with process_pool_for(store, jobs) as executor:

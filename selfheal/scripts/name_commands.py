@@ -17,7 +17,8 @@ from ..content.sources import CHUNK
 from ..errors import NotStored
 from ..store import UploadStore
 from .options import on_store
-from .reporting import Output, human_size, moment, plain, printable
+from .reporting import Output, moment, plain, printable
+from .summary import human_size
 
 DAYS = click.IntRange(0, 36_500)
 GENERATION = click.IntRange(1, 2**63 - 1)

@@ -166,7 +166,9 @@ def refuse_missing_database(store: UploadStore) -> None:
     """Raise `DatabaseUnavailable` if the SQLite file is missing: only `migrate` makes one."""
     file = missing_file(store)
     if file is not None:
-        raise DatabaseUnavailable(f"there is no database {file}; `selfheal migrate` makes it")
+        raise DatabaseUnavailable(
+            f"there is no database {file}; name yours with --database, or `selfheal migrate` makes it"
+        )
 
 
 def missing_file(store: UploadStore) -> Path | None:

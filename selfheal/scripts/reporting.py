@@ -16,6 +16,10 @@ import click
 from ..bulk.outcomes import Outcome, Result
 from ..errors import MissingExtra
 from ..sql.models import Contents
+from .summary import human_size, in_words, next_steps
+
+PLACES = ("app", "directory", "database", "table_prefix", "schema")
+"""Flags that say where disk and database are."""
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Result] = field(default_factory=list)
     warnings: list[Result] = field(default_factory=list)
+    plans: list[Result] = field(default_factory=list)  # what a dry run would do
+    question: str = ""  # for people: is the directory right?
     error: str = ""
     started: float = field(default_factory=time.monotonic)
 
@@ -50,6 +56,8 @@ class Report:
             self.size += result.size
         if result.is_problem:
             self.problems.append(result)
+        elif self.dry_run and result.detail:
+            self.plans.append(result)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -68,19 +76,16 @@ class Report:
             **({"error": self.error} if self.error else {}),
         }
 
-    def as_text(self) -> str:
-        """Return the summary for people, in one line, or two if something was skipped."""
+    def as_text(self, flags: str) -> str:
+        """Return the summary for people: what a dry run would do, one line of totals, and what to do next."""
+        counts = self.counts | ({Outcome.SKIPPED.value: self.skipped} if self.skipped else {})
         seconds = time.monotonic() - self.started
-        counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(self.counts.items())) or "nothing to do"
-        mode = " (dry run: nothing was changed)" if self.dry_run else ""
-        skipped = f"\nskipped: {self.skipped} (dotfiles, litter, links, --exclude)" if self.skipped else ""
-        size = human_size(self.size)
-        return f"{self.command}: {self.examined} examined: {counts}; {size} in {seconds:.1f} s{mode}{skipped}"
-
-
-def human_size(size: int) -> str:
-    """Return a size for people."""
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size} bytes"
+        mode = " (dry run, nothing was changed)" if self.dry_run else ""
+        words = in_words(self.command, counts, dry_run=self.dry_run)
+        plans = [f"{printable(one.name)}: {one.detail}" for one in self.plans]
+        total = f"{self.command}{mode}: {words} · {human_size(self.size)} in {seconds:.1f} s"
+        steps = next_steps(self.command, counts, flags, dry_run=self.dry_run)
+        return "\n".join([*plans, total, *(f"next: {step}" for step in steps)])
 
 
 def show(report: Report, *, as_json: bool, quiet: bool) -> None:
@@ -93,9 +98,19 @@ def show(report: Report, *, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(report.as_json()))
         return
     for one in report.problems:
-        click.echo(f"{one.outcome.value}: {printable(one.name)}: {one.detail}", err=True)
+        if not (report.question and one.outcome is Outcome.MISSING_ON_DISK):  # one line for all of them
+            click.echo(f"{one.outcome.value}: {printable(one.name)}: {one.detail}", err=True)
+    if report.question and not (quiet and report.ok):
+        click.echo(f"question: {report.question}", err=True)
     if not quiet and not report.error:
-        click.echo(report.as_text())
+        click.echo(report.as_text(same_flags()))
+
+
+def same_flags() -> str:
+    """Return " (with the same --database)" if this command was told on its command line where disk and database are."""
+    context = click.get_current_context()
+    flags = [f"--{flag.replace('_', '-')}" for flag in PLACES if context.params.get(flag) is not None]
+    return f" (with the same {' and '.join(flags)})" if flags else ""
 
 
 def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
