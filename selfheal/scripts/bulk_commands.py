@@ -14,7 +14,7 @@ from ..db import ImageStorage
 from ..disk.syscalls import keep_freed_memory
 from ..errors import SchemaError, SettingsError
 from ..store import UploadStore
-from .options import F, common, missing_file, process_pool_for, refuse_missing_database, run_on
+from .options import F, common, example, missing_file, process_pool_for, refuse_missing_database, run_on
 from .reporting import Report, has_progress, progress, show
 from .summary import is_directory_right
 
@@ -23,7 +23,12 @@ JOBS = click.IntRange(1, 64)
 
 def _bulk(function: F) -> F:
     for option in (
-        click.option("--exclude", metavar="GLOB", multiple=True, help="Leave these names alone (several times)."),
+        click.option(
+            "--exclude",
+            metavar="GLOB",
+            multiple=True,
+            help="Leave these names alone, such as '*.tmp'; can be given several times.",
+        ),
         click.option("--jobs", type=JOBS, default=4, show_default=True, metavar="N", help="Number of files at a time."),
         click.option("--dry-run", is_flag=True, help="Report what would be done; change nothing."),
     ):
@@ -31,8 +36,12 @@ def _bulk(function: F) -> F:
     return common(function)
 
 
-@click.command()
-@click.option("--prefer", type=click.Choice(["disk"]), help="If disk and database differ, take the bytes on disk.")
+@click.command(epilog=example("selfheal migrate --directory app/static/uploads --database sqlite:///app.db"))
+@click.option(
+    "--prefer",
+    type=click.Choice(["disk"]),
+    help="If disk and database differ, take the bytes on disk. Default: report it and change nothing.",
+)
 @_bulk
 def migrate(store: UploadStore, *, prefer: str | None, dry_run: bool, **rest: Any) -> int:
     """Create the tables and store the files on disk in the database.
@@ -49,11 +58,11 @@ def migrate(store: UploadStore, *, prefer: str | None, dry_run: bool, **rest: An
     return _run_bulk(store, Report("migrate", dry_run), start, **rest)
 
 
-@click.command()
+@click.command(epilog=example("selfheal verify --drill --database sqlite:///app.db"))
 @click.option("--drill", is_flag=True, help="Also restore everything into a temporary directory, and compare.")
 @_bulk
 def verify(store: UploadStore, *, drill: bool, dry_run: bool, **rest: Any) -> int:
-    """Check that every file is stored in the database and can be restored.
+    """Check that every file is backed up and can be restored.
 
     Reads every byte on disk and in the database; changes nothing.
     """
@@ -61,7 +70,7 @@ def verify(store: UploadStore, *, drill: bool, dry_run: bool, **rest: Any) -> in
     return _run_bulk(store, Report("verify", dry_run), partial(bulk.verify, drill=drill), **rest)
 
 
-@click.command()
+@click.command(epilog=example("selfheal restore --quiet --database sqlite:///app.db"))
 @click.option("--verify", "compare", is_flag=True, help="Also hash the files on disk, and replace those that differ.")
 @_bulk
 def restore(store: UploadStore, *, compare: bool, dry_run: bool, **rest: Any) -> int:

@@ -34,6 +34,11 @@ VARIABLES = {
 }
 
 
+def example(line: str) -> str:
+    """Return the end of a command's help."""
+    return f"\b\nExample:\n  {line}"
+
+
 def common(function: F) -> F:
     """Add the options of every command; its `store`, not open yet, is made of them and of the environment."""
 
@@ -59,10 +64,26 @@ def common(function: F) -> F:
 def where(function: F) -> F:
     """Add the options that say where disk and database are."""
     for option in (
-        click.option("--schema", metavar="NAME", help="The tables' schema (PostgreSQL). [env: SELFHEAL_SCHEMA]"),
-        click.option("--table-prefix", metavar="TEXT", help="The start of table names. [env: SELFHEAL_TABLE_PREFIX]"),
-        click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]"),
-        click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]"),
+        click.option(
+            "--schema",
+            metavar="NAME",
+            help="The tables' schema (PostgreSQL only). Default: the database's own. [env: SELFHEAL_SCHEMA]",
+        ),
+        click.option(
+            "--table-prefix",
+            metavar="TEXT",
+            help="The start of the names of the tables. Default: none. [env: SELFHEAL_TABLE_PREFIX]",
+        ),
+        click.option(
+            "--database",
+            metavar="URL",
+            help="The database. Default: sqlite:///selfheal.db. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]",
+        ),
+        click.option(
+            "--directory",
+            metavar="DIR",
+            help="The uploads directory. Default: app/static/uploads. [env: SELFHEAL_DIRECTORY]",
+        ),
     ):
         function = option(function)
     return function
