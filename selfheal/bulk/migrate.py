@@ -15,6 +15,7 @@ from .disk_files import (
     Known,
     deleted_on_disk,
     differs,
+    digest_on_disk,
     find_records,
     for_all_files,
     raise_if_changed,
@@ -104,7 +105,7 @@ async def _compare(
         if record.is_deleted:
             return await deleted_on_disk(store, name)
         fault = await fault_in_database(store.database, found)
-        is_same = await store.threads.run(store.disk.digest, name) == record.sha256
+        is_same = await digest_on_disk(store, name) == record.sha256
         if is_same and not fault:
             return Result(name, Outcome.OK, record.size)
         await _raise_if_changed(store, entry)

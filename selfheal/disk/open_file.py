@@ -121,6 +121,16 @@ class OpenFile(Closing):
             at += len(piece)
         return whole.hexdigest()
 
+    async def digest(self) -> str:
+        """Return the digest of the whole file in hex; one of a large file can be cancelled."""
+        if self.size <= CHUNKS_TOGETHER * CHUNK:
+            return await self.threads.run(self.sha256)
+        whole = hashlib.sha256()
+        async with aclosing(prefetch(self._chunk_lists())) as lists:
+            async for chunks in lists:
+                await self.threads.run(update_all, whole, chunks)
+        return whole.hexdigest()
+
     async def digests(self) -> Digests:
         """Read the file once; return the digests of the whole and of each chunk, computed in two threads."""
         whole, each = hashlib.sha256(), list[bytes]()

@@ -21,7 +21,7 @@ from ..settings import Settings
 from ..sql.backends import url_of
 from ..store import UploadStore
 from .imports import import_store
-from .reporting import Output, show_failure
+from .reporting import Output, show_failure, show_stop
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -48,8 +48,11 @@ def common(function: F) -> F:
         try:
             store = store_of(settings_of(**flags)) if app is None else store_of_app(app, **flags)
             return function(store=store, **rest)
-        except (SelfHealError, OSError, KeyboardInterrupt) as error:
-            show_failure(str(error) or "stopped by the user", as_json=rest["as_json"], quiet=rest["quiet"])
+        except KeyboardInterrupt as stop:
+            show_stop(as_json=rest["as_json"], quiet=rest["quiet"])
+            raise click.exceptions.Exit(130) from stop
+        except (SelfHealError, OSError) as error:
+            show_failure(str(error), as_json=rest["as_json"], quiet=rest["quiet"])
             raise
 
     for option in (

@@ -16,7 +16,7 @@ import click
 from ..bulk.outcomes import Outcome, Result
 from ..errors import MissingExtra
 from ..sql.models import Contents
-from .summary import human_size, in_words, next_steps
+from .summary import counted, human_size, in_words, next_steps
 
 PLACES = ("app", "directory", "database", "table_prefix", "schema")
 """Flags that say where disk and database are."""
@@ -43,6 +43,11 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is wrong (any more)."""
         return not self.problems and not self.error
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a second run finds done what the first one did."""
+        return self.command != "verify" and not self.dry_run
 
     def add(self, result: Result) -> None:
         """Add a result."""
@@ -121,6 +126,17 @@ def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
         show(context.obj, as_json=as_json, quiet=quiet)
     elif as_json:
         click.echo(json.dumps({"command": context.command.name, "ok": False, "error": why}))
+
+
+def show_stop(*, as_json: bool, quiet: bool) -> None:
+    """Print what a command did before the user stopped it, and whether it goes on from there."""
+    show_failure("stopped by the user", as_json=as_json, quiet=quiet)
+    report = click.get_current_context().obj
+    done = f" after {counted(report.examined, 'file')}" if isinstance(report, Report) else ""
+    again = "; run it again to go on" if done and report.goes_on else ""
+    if not quiet:
+        new_line = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C
+        click.echo(f"{new_line}selfheal: stopped{done}{again}", err=True)
 
 
 @dataclass(frozen=True)

@@ -71,16 +71,20 @@ def next_steps(command: str, counts: Mapping[str, int], flags: str, *, dry_run: 
 def is_directory_right(directory: str, *, exists: bool, recorded: int) -> str:
     """Return a question for people: there is no upload in the directory, but the database has some."""
     state = "is empty" if exists else "does not exist"
-    names = "1 name" if recorded == 1 else f"{recorded:,} names"
     return (
-        f"the directory {directory} {state}, but the database has {names}: is --directory right? "
+        f"the directory {directory} {state}, but the database has {counted(recorded, 'name')}: is --directory right? "
         "If it is, `selfheal restore` brings the files back"
     )
+
+
+def counted(number: int, what: str) -> str:
+    """Return "1 file", "2 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def human_size(size: int) -> str:
     """Return a size in bytes for people: 15600 is "15.6 KB"."""
     if size < 1000:
-        return "1 byte" if size == 1 else f"{size} bytes"
+        return counted(size, "byte")
     power = next((one for one in (1, 2, 3) if size < 999_950 * 1000 ** (one - 1)), 4)  # 999.95 KB is 1.0 MB
     return f"{size / 1000**power:,.1f} {'KMGT'[power - 1]}B"

@@ -208,11 +208,10 @@ class Site:
         return subprocess.Popen(
             program(command, *arguments),
             cwd=self.home,
-            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **{"stdin": subprocess.DEVNULL, **more},
+            **{"stdin": subprocess.DEVNULL, "env": environment(), **more},
         )
 
     def count_records(self) -> int:
