@@ -13,12 +13,13 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, Self, TypeVar
 
 from ..aio.threads import Threads
+from ..content.byte_counter import BYTES_READ
 from ..disk import syscalls
 from ..errors import SelfHealError
 
@@ -53,7 +54,10 @@ class InlineExecutor:
 
     async def run(self, function: AsyncFunction[R], /, *args: Any, **kwargs: Any) -> R:
         """Await `function(resource, *args, **kwargs)`."""
-        return await function(self._resource, *args, **kwargs)
+        try:
+            return await function(self._resource, *args, **kwargs)
+        finally:
+            BYTES_READ.clear()
 
 
 class ProcessPool:
@@ -65,6 +69,7 @@ class ProcessPool:
         self.worker_count = worker_count
         self.max_pending = 4 * worker_count
         self._threads = Threads(worker_count)
+        BYTES_READ.share(worker_count)
         self._workers: list[_Worker] = []
         self._idle: asyncio.Queue[_Worker] | None = None
         # A KeyboardInterrupt inside `fork` is lost, and with it a lock: that of `logging`. Workers keep SIGINT blocked:
@@ -146,8 +151,9 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _worker_main(pipe: Connection, parent_ends: Iterable[Connection], make_resource: Callable[[], Any]) -> None:
+def _worker_main(pipe: Connection, parent_ends: Sequence[Connection], make_resource: Callable[[], Any]) -> None:
     syscalls.end_with_parent()
+    BYTES_READ.choose(len(parent_ends) - 1)
     for end in parent_ends:
         end.close()  # an inherited copy would keep `recv` from seeing that the parent closed the pipe
     with asyncio.Runner() as runner:  # one event loop for all calls: connections live on in it
@@ -173,3 +179,5 @@ async def _call(
         return None, SelfHealError("a process of this run was stopped; run it again, it goes on from there")
     except (SelfHealError, OSError) as error:
         return None, error
+    finally:
+        BYTES_READ.clear()

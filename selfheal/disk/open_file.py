@@ -12,6 +12,7 @@ from typing import Self
 
 from ..aio.streams import prefetch
 from ..aio.threads import Threads
+from ..content.byte_counter import BYTES_READ
 from ..content.digests import Digests, chunk_digests, update_all
 from ..content.sources import CHUNK
 from ..errors import FileChanged
@@ -150,7 +151,9 @@ class OpenFile(Closing):
     async def _chunk_lists(self) -> AsyncGenerator[list[bytes], None]:
         step = CHUNKS_TOGETHER * CHUNK
         for start in range(0, self.size, step):
-            yield await self.threads.run(self._chunks_waiting, start, min(self.size, start + step))
+            stop = min(self.size, start + step)
+            yield await self.threads.run(self._chunks_waiting, start, stop)
+            BYTES_READ.add(stop - start)
 
     def _chunks_waiting(self, start: int, stop: int) -> list[bytes]:
         return [self._all_waiting(at, min(CHUNK, stop - at)) for at in range(start, stop, CHUNK)]

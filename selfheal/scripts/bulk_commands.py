@@ -112,7 +112,8 @@ def _run_bulk(
     async def work(store: UploadStore, executor: Executor | None) -> None:
         if may_change:
             await store.open()
-        total = await store.database.count() if report.command != "migrate" and has_progress(quiet=quiet) else None
+        is_known = report.command != "migrate" and has_progress(quiet=quiet)
+        total = await store.database.catalogue.total() if is_known else None
         with progress(report.command, total, quiet=quiet) as draw:
             async with aclosing(start(store, exclude=exclude, jobs=jobs, executor=executor)) as results:
                 async for result in results:

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ import click
 
 from ..bulk.outcomes import Outcome, Result
 from ..errors import MissingExtra
-from ..sql.models import Contents
+from ..sql.models import Contents, Total
 from .summary import counted, human_size, in_words, next_steps
 
 PLACES = ("app", "directory", "database", "table_prefix", "schema")
@@ -178,27 +178,14 @@ def has_progress(*, quiet: bool) -> bool:
 
 
 @contextmanager
-def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
-    """Yield a function that draws a result on a progress bar, with rate and time left, if there is a terminal."""
+def progress(command: str, total: Total | None, *, quiet: bool) -> Iterator[Callable[[Result], None]]:
+    """Yield a function that shows a result on a progress bar, if there is a terminal."""
     if not has_progress(quiet=quiet):
         yield lambda _result: None
         return
     try:
-        from rich import progress as bars  # noqa: PLC0415 - an extra, imported where it is used
-        from rich.console import Console  # noqa: PLC0415
+        from .progress_bar import ProgressBar  # noqa: PLC0415 - it needs an extra
     except ImportError as error:
         raise MissingExtra("cli", "rich") from error
-    rate = bars.TextColumn("{task.fields[rate]}")
-    columns = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), rate, bars.TimeRemainingColumn())
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total, rate="")
-        started, done, size = time.monotonic(), 0, 0
-
-        def draw(result: Result) -> None:
-            nonlocal done, size
-            done, size = done + result.count, size + result.size
-            seconds = max(time.monotonic() - started, 0.001)
-            speed = f"{done / seconds:,.0f} files/s, {size / seconds / 1e6:,.0f} MB/s"
-            bar.update(task, advance=result.count, rate=speed)
-
-        yield draw
+    with ProgressBar(command, total) as bar:
+        yield bar.add

@@ -21,7 +21,7 @@ import pytest
 
 from selfheal.content.sources import CHUNK
 from selfheal.disk.temporary import TEMPORARY
-from tests.support.command_line import IMAGES, SECONDS, Done, ForkServer, Site, environment
+from tests.support.command_line import IMAGES, SECONDS, SLOW_DISK, Done, ForkServer, Site, environment
 from tests.support.disk_files import MARKS
 from tests.support.files import contents_of, noise, own_files_below, write_file
 from tests.support.waiting import wait_until
@@ -134,24 +134,6 @@ def test_a_migration_that_is_stopped(site: Site, jobs: str) -> None:
     counts = {"ok": existing, "migrated": len(images) - existing}
     assert (rest.code, rest.json["counts"]) == (0, {key: number for key, number in counts.items() if number})
     assert site.run("verify", "--json").json["counts"] == {"ok": len(images)}
-
-
-SLOW_DISK = """if True:
-    import os, time
-    from pathlib import Path
-
-    def slow(call, size_of):
-        def slow_call(fd, *arguments):
-            if size_of(arguments) > 10_000 and os.environ.get("SLOW"):
-                Path(os.environ["SLOW"]).touch()
-                time.sleep(size_of(arguments) / 2**20 * 0.3)
-            return call(fd, *arguments)
-        return slow_call
-
-    os.pread = slow(os.pread, lambda arguments: arguments[0])
-    os.pwrite = slow(os.pwrite, lambda arguments: len(arguments[0]))
-"""
-"""A disk that reads and writes 3 MB a second, and the file that says that it began."""
 
 
 @one_process_or_several
