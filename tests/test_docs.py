@@ -125,16 +125,6 @@ def test_every_module_is_named() -> None:
     assert all((ROOT / "selfheal" / "scripts" / f"{module}.py").is_file() for module in modules)
 
 
-def test_the_examples_parse() -> None:
-    """Every `selfheal …` line of the examples parses."""
-    lines = [line for block in fences(COMMANDS, "sh") for line in block.splitlines()]
-    typed = [match[1] for line in lines if (match := re.search(r"(?:^|&& )selfheal ([^|;&>]+)", line))]
-    assert {line.split()[0] for line in typed} >= {*RUNS, "undo", "serve"}
-    for line in typed:
-        name, *arguments = shlex.split(line)
-        selfheal.commands[name].make_context(name, arguments)
-
-
 def test_the_exit_codes() -> None:
     """The five exit codes are documented."""
     assert list(table(sections(COMMANDS)["Exit codes"])) == ["0", "1", "2", "3", "130"]
