@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 
 import selfheal
 from selfheal import UploadStore
+from selfheal.errors import UploadTypeRefused
 from tests.support import ROOT
 from tests.support.docs import Block, Reader, blocks_of, is_server
 from tests.support.files import write_file
@@ -176,3 +177,12 @@ def apps_of_the_reader() -> dict[str, Any]:
 async def test_the_guide(guide_reader: Reader) -> None:
     """Each block of the guide runs over PostgreSQL, and each app that it makes heals."""
     await read("docs/guide.md", guide_reader, lambda _url: None)
+    app = guide_reader.names["app"]
+
+    @app.post("/refused")
+    async def refuse() -> None:
+        raise UploadTypeRefused("it is no picture")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        answer = await client.post("/refused")
+    assert (answer.status_code, answer.text) == (415, "it is no picture")

@@ -31,7 +31,9 @@ def run(command: str | None = None) -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        code = _complain(f"{error.format_message().rstrip('.')}; see --help", 2)
+        context = getattr(error, "ctx", None)
+        program = f"{context.command_path} " if context else ""
+        code = _complain(f"{error.format_message().rstrip('.?')}; see `{program}--help`", 2)
     except (SettingsError, MissingExtra, InvalidName) as error:
         code = _complain(error, 2)
     except DatabaseUnavailable as error:

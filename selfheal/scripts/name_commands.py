@@ -54,7 +54,7 @@ async def delete(store: UploadStore, output: Output, given: tuple[str, ...]) -> 
 @click.option("--deleted", is_flag=True, help="List the deleted names instead.")
 @on_store
 async def list_names(store: UploadStore, output: Output, *, deleted: bool) -> int:
-    """List the recorded names: size in bytes, time of last modification, name."""
+    """List the recorded names: size in bytes, time of last modification (UTC), name."""
     found: list[dict[str, Any]] = []
     async with aclosing(store.database.pages(deleted=deleted)) as pages:
         async for page in pages:
@@ -72,7 +72,7 @@ async def list_names(store: UploadStore, output: Output, *, deleted: bool) -> in
 @click.argument("name")
 @on_store
 async def history(store: UploadStore, output: Output, name: str) -> int:
-    """List the earlier versions of NAME, newest first."""
+    """List the earlier versions of NAME, newest first, with the times (UTC) of the changes."""
     record, versions = await store.database.find(name), await store.database.history(name)
     if record is None:
         raise NotStored(f"{name!r} is not in the database")

@@ -26,10 +26,11 @@ _DRY_WORDS_OF = {
     "restore": {Outcome.RESTORED: "would be restored", Outcome.DELETED: "deleted (files would be removed)"},
 }
 _NOTHING = {
-    "migrate": "there is no file to back up",
+    "migrate": "the tables are ready; there is no file to back up",
     "verify": "there is no file and no record to check",
     "restore": "the database has no name to restore",
 }
+_DRY_NOTHING = {"migrate": "there is no file to back up"}
 _AFTER = {
     "migrate": {
         Outcome.MIGRATED: "`selfheal verify --drill`{flags} proves that every file can be restored",
@@ -50,11 +51,11 @@ _AFTER = {
 
 def in_words(command: str, counts: Mapping[str, int], *, dry_run: bool) -> str:
     """Return how many files had which outcome: "6 backed up, 1 failed"."""
-    words = _WORDS | _WORDS_OF.get(command, {})
+    words, nothing = _WORDS | _WORDS_OF.get(command, {}), _NOTHING
     if dry_run:
-        words |= _DRY_WORDS_OF.get(command, {})
+        words, nothing = words | _DRY_WORDS_OF.get(command, {}), _NOTHING | _DRY_NOTHING
     parts = [f"{counts[outcome]:,} {word}" for outcome, word in words.items() if counts.get(outcome)]
-    return ", ".join(parts) or _NOTHING[command]
+    return ", ".join(parts) or nothing[command]
 
 
 def next_steps(command: str, counts: Mapping[str, int], flags: str, *, dry_run: bool) -> Iterator[str]:
@@ -73,7 +74,7 @@ def is_directory_right(directory: str, *, exists: bool, recorded: int) -> str:
     state = "is empty" if exists else "does not exist"
     return (
         f"the directory {directory} {state}, but the database has {counted(recorded, 'name')}: is --directory right? "
-        "If it is, `selfheal restore` brings the files back"
+        "`selfheal restore` brings them back"
     )
 
 

@@ -112,7 +112,7 @@ def test_an_empty_directory_is_questioned(full_site: Site, is_there: bool) -> No
     state = "is empty" if is_there else "does not exist"
     question = (
         f"question: the directory {full_site.directory} {state}, but the database has 4 names: is --directory right? "
-        "If it is, `selfheal restore` brings the files back\n"
+        "`selfheal restore` brings them back\n"
     )
     done = full_site.run("verify")
     assert (done.code, done.err) == (1, question)
@@ -129,7 +129,7 @@ def test_a_migration_of_an_empty_directory_is_questioned(full_site: Site) -> Non
     empty.mkdir()
     flags = ["--directory", str(empty), "--database", full_site.database]
     done = full_site.run_without_flags("migrate", *flags)
-    assert (done.code, lines_of(done)) == (0, ["migrate: there is no file to back up · 0 bytes"])
+    assert (done.code, lines_of(done)) == (0, ["migrate: the tables are ready; there is no file to back up · 0 bytes"])
     assert done.err.startswith(f"question: the directory {empty} is empty, but the database has 4 names: ")
     assert full_site.run_without_flags("migrate", *flags, "--quiet") == Done(0, "", "")
     flags[-1] = f"sqlite:///{full_site.home}/new.db"
