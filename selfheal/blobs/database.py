@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..aio.streams import in_batches, prefetch
 from ..aio.tasks import LoopSemaphore
 from ..aio.threads import Threads
+from ..content.byte_counter import BYTES_READ
 from ..content.digests import Digests, chunk_digest, update_all
 from ..content.sources import CHUNK, Source, read_chunks
 from ..errors import CorruptBlob
@@ -94,6 +95,7 @@ class DatabaseBlobs(BlobStore):
             if why is not None:
                 raise CorruptBlob(version.name, why)
             yield rows
+            BYTES_READ.add(min(size, wanted.stop * CHUNK) - wanted.start * CHUNK)
 
     async def put(
         self, write: Write, data: Source, known: Digests | None = None, *, in_transaction: bool = False

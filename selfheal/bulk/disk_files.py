@@ -127,6 +127,15 @@ async def differs(store: UploadStore, record: Record) -> Result:
     return problem(record.name, Outcome.DIFFERS, detail, record.size)
 
 
+async def digest_on_disk(store: UploadStore, name: str) -> str | None:
+    """Return the SHA-256 of a name's file in hex; None if there is no file. Raises as `UploadsDirectory.open` does."""
+    file = await store.threads.run(store.disk.open, name)
+    if file is None:
+        return None
+    with file:
+        return await file.digest()
+
+
 def _is_text(name: str) -> bool:
     """Whether a database can be asked for a file's name, which may have bytes that are not text."""
     return names.is_valid(name) or name.isprintable()

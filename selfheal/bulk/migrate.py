@@ -15,6 +15,7 @@ from .disk_files import (
     Known,
     deleted_on_disk,
     differs,
+    digest_on_disk,
     find_records,
     for_all_files,
     raise_if_changed,
@@ -61,7 +62,7 @@ async def _migrate(
         known = Known({}, {})  # a real run makes the tables
     uploads, results = sort_entries(entries, known, store.exclusions, left_out)
     new = [entry for entry in uploads if entry.name not in known.records]
-    would = (Result(entry.name, Outcome.MIGRATED, entry.size, "would be migrated") for entry in new)
+    would = (Result(entry.name, Outcome.MIGRATED, entry.size, "it would be backed up") for entry in new)
     results += would if dry_run else await _store(store, new, jobs)
     old = {entry.name: entry for entry in uploads if entry.name in known.records}
     compare = partial(_compare, store, old, prefer_disk=prefer_disk, dry_run=dry_run)
@@ -104,7 +105,7 @@ async def _compare(
         if record.is_deleted:
             return await deleted_on_disk(store, name)
         fault = await fault_in_database(store.database, found)
-        is_same = await store.threads.run(store.disk.digest, name) == record.sha256
+        is_same = await digest_on_disk(store, name) == record.sha256
         if is_same and not fault:
             return Result(name, Outcome.OK, record.size)
         await _raise_if_changed(store, entry)
@@ -119,7 +120,10 @@ async def _compare(
             await (reconciler.mend(record) if is_same else reconciler.adopt(name, overwrite=True))
     except FAILURES as error:
         return _of_error(name, error)
-    return Result(name, Outcome.MIGRATED, size, "mended" if is_same else "the disk's bytes were taken")
+    would = "would be " if dry_run else ""
+    return Result(
+        name, Outcome.MIGRATED, size, f"its bytes in the database {would}{'repaired' if is_same else 'replaced'}"
+    )
 
 
 async def _raise_if_changed(store: UploadStore, entry: Entry) -> None:

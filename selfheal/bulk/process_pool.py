@@ -13,16 +13,18 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, Self, TypeVar
 
 from ..aio.threads import Threads
+from ..content.byte_counter import BYTES_READ
 from ..disk import syscalls
 from ..errors import SelfHealError
 
 R = TypeVar("R")
+CANCEL = signal.SIGTERM  # cancels the call that a worker runs
 AsyncFunction = Callable[..., Coroutine[Any, Any, R]]
 
 
@@ -52,7 +54,10 @@ class InlineExecutor:
 
     async def run(self, function: AsyncFunction[R], /, *args: Any, **kwargs: Any) -> R:
         """Await `function(resource, *args, **kwargs)`."""
-        return await function(self._resource, *args, **kwargs)
+        try:
+            return await function(self._resource, *args, **kwargs)
+        finally:
+            BYTES_READ.clear()
 
 
 class ProcessPool:
@@ -64,10 +69,11 @@ class ProcessPool:
         self.worker_count = worker_count
         self.max_pending = 4 * worker_count
         self._threads = Threads(worker_count)
+        BYTES_READ.share(worker_count)
         self._workers: list[_Worker] = []
         self._idle: asyncio.Queue[_Worker] | None = None
         # A KeyboardInterrupt inside `fork` is lost, and with it a lock: that of `logging`. Workers keep SIGINT blocked:
-        # Ctrl-C interrupts the whole process group, and the parent waits for the calls that have begun.
+        # Ctrl-C interrupts the whole process group, and the parent cancels the calls that have begun.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(worker_count):
@@ -82,14 +88,22 @@ class ProcessPool:
         self.close()
 
     async def run(self, function: AsyncFunction[R], /, *args: Any, **kwargs: Any) -> R:
-        """Run `function` in the next idle worker. Raises `SelfHealError` if that process is killed meanwhile."""
+        """Run `function` in the next idle worker, and cancel it there if the caller is cancelled.
+
+        Raises `SelfHealError` if that process is killed meanwhile.
+        """
         if self._idle is None:
             self._idle = asyncio.Queue()
             for worker in self._workers:
                 self._idle.put_nowait(worker)
         worker = await self._idle.get()
+        call = asyncio.ensure_future(self._threads.run(worker.call, function, args, kwargs))
         try:
-            value, error = await self._threads.run(worker.call, function, args, kwargs)
+            value, error = await asyncio.shield(call)
+        except asyncio.CancelledError:
+            worker.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            raise
         finally:
             self._idle.put_nowait(worker)
         if error is not None:
@@ -123,6 +137,10 @@ class _Worker:
         except (EOFError, OSError) as error:  # OSError: it was killed in the middle of a message
             raise SelfHealError("a process of this run was killed; run it again, it goes on from there") from error
 
+    def cancel(self) -> None:
+        if self._process.pid is not None:
+            os.kill(self._process.pid, CANCEL)
+
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
@@ -133,8 +151,9 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _worker_main(pipe: Connection, parent_ends: Iterable[Connection], make_resource: Callable[[], Any]) -> None:
+def _worker_main(pipe: Connection, parent_ends: Sequence[Connection], make_resource: Callable[[], Any]) -> None:
     syscalls.end_with_parent()
+    BYTES_READ.choose(len(parent_ends) - 1)
     for end in parent_ends:
         end.close()  # an inherited copy would keep `recv` from seeing that the parent closed the pipe
     with asyncio.Runner() as runner:  # one event loop for all calls: connections live on in it
@@ -152,7 +171,13 @@ async def _make(make_resource: Callable[[], Any]) -> Any:
 async def _call(
     resource: Any, function: AsyncFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Exception | None]:
+    task = asyncio.ensure_future(function(resource, *args, **kwargs))
+    asyncio.get_running_loop().add_signal_handler(CANCEL, task.cancel)
     try:
-        return await function(resource, *args, **kwargs), None
+        return await task, None
+    except asyncio.CancelledError:
+        return None, SelfHealError("a process of this run was stopped; run it again, it goes on from there")
     except (SelfHealError, OSError) as error:
         return None, error
+    finally:
+        BYTES_READ.clear()

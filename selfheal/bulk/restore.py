@@ -16,6 +16,7 @@ from ..exclusions import Exclusions
 from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import KeyRange, Record, Summary
 from ..store import UploadStore
+from .disk_files import LARGE, digest_on_disk
 from .one_by_one import FAILURES, in_halves
 from .outcomes import Outcome, Result, Step, done, of_error, results_of
 from .process_pool import Executor, InlineExecutor
@@ -186,7 +187,7 @@ async def _would_restore(store: UploadStore, missing: list[Wanted]) -> list[Resu
     for name, size in missing:
         try:
             await store.threads.run(store.disk.digest, name)  # raises if the name is taken by what is not a file
-            results.append(Result(name, Outcome.RESTORED, size, "would be restored"))
+            results.append(Result(name, Outcome.RESTORED, size, "it would be restored"))
         except (SelfHealError, OSError) as error:
             results.append(of_error(name, error))
     return results
@@ -205,11 +206,11 @@ async def _heal_all(store: UploadStore, present: list[Wanted], *, dry_run: bool,
 
 
 def _as_recorded(disk: UploadsDirectory, records: Iterable[Record]) -> set[str]:
-    """Return the names whose file is what its record says; the others are looked at one by one."""
+    """Return the names whose file is what its record says; others, and large ones, are looked at one by one."""
     same = set()
     for record in records:
         with contextlib.suppress(SelfHealError, OSError):
-            file = None if record.is_deleted else disk.open(record.name)
+            file = None if record.is_deleted or record.size > LARGE else disk.open(record.name)
             if file is not None:
                 with file:
                     if record.matches(file.modified_ns, file.size) and file.sha256() == record.sha256:
@@ -220,7 +221,7 @@ def _as_recorded(disk: UploadsDirectory, records: Iterable[Record]) -> set[str]:
 async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
     name = record.name
     try:
-        is_same = await store.threads.run(store.disk.digest, name) == record.sha256
+        is_same = await digest_on_disk(store, name) == record.sha256
         if not is_same:
             now = await store.database.find(name)
             if now is None or now.is_deleted:
@@ -235,7 +236,8 @@ async def _heal(store: UploadStore, record: Record, *, dry_run: bool) -> Result:
         return of_error(name, error)
     if is_same:
         return Result(name, Outcome.OK, record.size)
-    detail = "the disk's bytes differ" if dry_run else "the disk's bytes differed; they are a version now"
+    kept = "would be" if dry_run else "are"
+    detail = f"the disk's bytes differ; they {kept} replaced, and kept as a version"
     return Result(name, Outcome.RESTORED, record.size, detail)
 
 

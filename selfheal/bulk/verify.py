@@ -13,7 +13,7 @@ from ..exclusions import Exclusions
 from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import Found
 from ..store import UploadStore
-from .disk_files import deleted_on_disk, differs, find_records, for_all_files, sort_entries
+from .disk_files import deleted_on_disk, differs, digest_on_disk, find_records, for_all_files, sort_entries
 from .one_by_one import FAILURES, in_halves
 from .outcomes import Outcome, Result, Step, done, of_error, problem, results_of
 from .process_pool import Executor, InlineExecutor
@@ -82,7 +82,7 @@ async def _verify(store: UploadStore, found: Found) -> Result | None:
         fault = await fault_in_database(store.database, found)
         if fault:
             return problem(record.name, Outcome.CORRUPT_IN_DATABASE, fault, record.size)
-        digest = await store.threads.run(store.disk.digest, record.name)
+        digest = await digest_on_disk(store, record.name)
         if digest is not None and digest != record.sha256:
             return await differs(store, record)
     except FAILURES as error:

@@ -12,6 +12,7 @@ from typing import Self
 
 from ..aio.streams import prefetch
 from ..aio.threads import Threads
+from ..content.byte_counter import BYTES_READ
 from ..content.digests import Digests, chunk_digests, update_all
 from ..content.sources import CHUNK
 from ..errors import FileChanged
@@ -121,6 +122,16 @@ class OpenFile(Closing):
             at += len(piece)
         return whole.hexdigest()
 
+    async def digest(self) -> str:
+        """Return the digest of the whole file in hex; one of a large file can be cancelled."""
+        if self.size <= CHUNKS_TOGETHER * CHUNK:
+            return await self.threads.run(self.sha256)
+        whole = hashlib.sha256()
+        async with aclosing(prefetch(self._chunk_lists())) as lists:
+            async for chunks in lists:
+                await self.threads.run(update_all, whole, chunks)
+        return whole.hexdigest()
+
     async def digests(self) -> Digests:
         """Read the file once; return the digests of the whole and of each chunk, computed in two threads."""
         whole, each = hashlib.sha256(), list[bytes]()
@@ -140,7 +151,9 @@ class OpenFile(Closing):
     async def _chunk_lists(self) -> AsyncGenerator[list[bytes], None]:
         step = CHUNKS_TOGETHER * CHUNK
         for start in range(0, self.size, step):
-            yield await self.threads.run(self._chunks_waiting, start, min(self.size, start + step))
+            stop = min(self.size, start + step)
+            yield await self.threads.run(self._chunks_waiting, start, stop)
+            BYTES_READ.add(stop - start)
 
     def _chunks_waiting(self, start: int, stop: int) -> list[bytes]:
         return [self._all_waiting(at, min(CHUNK, stop - at)) for at in range(start, stop, CHUNK)]

@@ -133,7 +133,7 @@ class Reconciler:
         if file is None:
             return False
         with file:
-            return await self._evidence.is_overwrite(file, await self._threads.run(file.sha256), record)
+            return await self._evidence.is_overwrite(file, await file.digest(), record)
 
     async def _compare(self, name: str, record: Record) -> Judged | None:
         file = await self._threads.run(self.disk.open_distrusted, name)

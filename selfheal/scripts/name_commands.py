@@ -16,14 +16,15 @@ import click
 from ..content.sources import CHUNK
 from ..errors import NotStored
 from ..store import UploadStore
-from .options import on_store
-from .reporting import Output, human_size, moment, plain, printable
+from .options import example, on_store
+from .reporting import Output, moment, plain, printable
+from .summary import human_size
 
 DAYS = click.IntRange(0, 36_500)
-GENERATION = click.IntRange(1, 2**63 - 1)
+GENERATION = click.IntRange(1, 10**9)
 
 
-@click.command()
+@click.command(epilog=example("selfheal save cats/tom.jpg tom.jpg"))
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @on_store
@@ -34,7 +35,7 @@ async def save(store: UploadStore, output: Output, name: str, file: str) -> int:
     return 0
 
 
-@click.command()
+@click.command(epilog=example("selfheal delete cats/tom.jpg"))
 @click.argument("given", metavar="NAME...", nargs=-1, required=True)
 @on_store
 async def delete(store: UploadStore, output: Output, given: tuple[str, ...]) -> int:
@@ -49,11 +50,11 @@ async def delete(store: UploadStore, output: Output, given: tuple[str, ...]) -> 
     return 1 if missing else 0
 
 
-@click.command("list")
+@click.command("list", epilog=example("selfheal list --deleted"))
 @click.option("--deleted", is_flag=True, help="List the deleted names instead.")
 @on_store
 async def list_names(store: UploadStore, output: Output, *, deleted: bool) -> int:
-    """List the recorded names: size in bytes, time of last modification, name."""
+    """List the recorded names: size in bytes, time of last modification (UTC), name."""
     found: list[dict[str, Any]] = []
     async with aclosing(store.database.pages(deleted=deleted)) as pages:
         async for page in pages:
@@ -67,11 +68,11 @@ async def list_names(store: UploadStore, output: Output, *, deleted: bool) -> in
     return 0
 
 
-@click.command()
+@click.command(epilog=example("selfheal history cats/tom.jpg"))
 @click.argument("name")
 @on_store
 async def history(store: UploadStore, output: Output, name: str) -> int:
-    """List the earlier versions of NAME, newest first."""
+    """List the earlier versions of NAME, newest first, with the times (UTC) of the changes."""
     record, versions = await store.database.find(name), await store.database.history(name)
     if record is None:
         raise NotStored(f"{name!r} is not in the database")
@@ -85,9 +86,11 @@ async def history(store: UploadStore, output: Output, name: str) -> int:
     return 0
 
 
-@click.command()
+@click.command(epilog=example("selfheal undo cats/tom.jpg"))
 @click.argument("name")
-@click.option("--generation", type=GENERATION, metavar="N", help="Restore this generation (see history).")
+@click.option(
+    "--generation", type=GENERATION, metavar="N", help="Restore this generation (see history). Default: the last one."
+)
 @on_store
 async def undo(store: UploadStore, output: Output, name: str, *, generation: int | None) -> int:
     """Undo the last overwrite or deletion of NAME."""
@@ -96,7 +99,7 @@ async def undo(store: UploadStore, output: Output, name: str, *, generation: int
     return 0
 
 
-@click.command()
+@click.command(epilog=example("selfheal purge --keep-days 90 --dry-run"))
 @click.option("--keep-days", type=DAYS, default=30, show_default=True, metavar="N", help="Days of history to keep.")
 @click.option("--dry-run", is_flag=True, help="Report what would be dropped; drop nothing.")
 @on_store

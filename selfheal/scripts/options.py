@@ -21,7 +21,7 @@ from ..settings import Settings
 from ..sql.backends import url_of
 from ..store import UploadStore
 from .imports import import_store
-from .reporting import Output, show_failure
+from .reporting import Output, show_failure, show_stop
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -34,6 +34,11 @@ VARIABLES = {
 }
 
 
+def example(line: str) -> str:
+    """Return the end of a command's help."""
+    return f"\b\nExample:\n  {line}"
+
+
 def common(function: F) -> F:
     """Add the options of every command; its `store`, not open yet, is made of them and of the environment."""
 
@@ -43,8 +48,11 @@ def common(function: F) -> F:
         try:
             store = store_of(settings_of(**flags)) if app is None else store_of_app(app, **flags)
             return function(store=store, **rest)
-        except (SelfHealError, OSError, KeyboardInterrupt) as error:
-            show_failure(str(error) or "stopped by the user", as_json=rest["as_json"], quiet=rest["quiet"])
+        except KeyboardInterrupt as stop:
+            show_stop(as_json=rest["as_json"], quiet=rest["quiet"])
+            raise click.exceptions.Exit(130) from stop
+        except (SelfHealError, OSError) as error:
+            show_failure(str(error), as_json=rest["as_json"], quiet=rest["quiet"])
             raise
 
     for option in (
@@ -59,10 +67,26 @@ def common(function: F) -> F:
 def where(function: F) -> F:
     """Add the options that say where disk and database are."""
     for option in (
-        click.option("--schema", metavar="NAME", help="The tables' schema (PostgreSQL). [env: SELFHEAL_SCHEMA]"),
-        click.option("--table-prefix", metavar="TEXT", help="The start of table names. [env: SELFHEAL_TABLE_PREFIX]"),
-        click.option("--database", metavar="URL", help="The database. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]"),
-        click.option("--directory", metavar="DIR", help="The uploads directory. [env: SELFHEAL_DIRECTORY]"),
+        click.option(
+            "--schema",
+            metavar="NAME",
+            help="The tables' schema (PostgreSQL only). Default: the database's own. [env: SELFHEAL_SCHEMA]",
+        ),
+        click.option(
+            "--table-prefix",
+            metavar="TEXT",
+            help="The start of the names of the tables. Default: none. [env: SELFHEAL_TABLE_PREFIX]",
+        ),
+        click.option(
+            "--database",
+            metavar="URL",
+            help="The database. Default: sqlite:///selfheal.db. [env: SELFHEAL_DATABASE_URL, DATABASE_URL]",
+        ),
+        click.option(
+            "--directory",
+            metavar="DIR",
+            help="The uploads directory. Default: app/static/uploads. [env: SELFHEAL_DIRECTORY]",
+        ),
     ):
         function = option(function)
     return function
@@ -166,7 +190,9 @@ def refuse_missing_database(store: UploadStore) -> None:
     """Raise `DatabaseUnavailable` if the SQLite file is missing: only `migrate` makes one."""
     file = missing_file(store)
     if file is not None:
-        raise DatabaseUnavailable(f"there is no database {file}; `selfheal migrate` makes it")
+        raise DatabaseUnavailable(
+            f"there is no database {file}; name yours with --database, or `selfheal migrate` makes it"
+        )
 
 
 def missing_file(store: UploadStore) -> Path | None:

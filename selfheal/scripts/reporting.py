@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,11 @@ import click
 
 from ..bulk.outcomes import Outcome, Result
 from ..errors import MissingExtra
-from ..sql.models import Contents
+from ..sql.models import Contents, Total
+from .summary import counted, human_size, in_words, next_steps
+
+PLACES = ("app", "directory", "database", "table_prefix", "schema")
+"""Flags that say where disk and database are."""
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Result] = field(default_factory=list)
     warnings: list[Result] = field(default_factory=list)
+    plans: list[Result] = field(default_factory=list)  # what a dry run would do
+    question: str = ""  # for people: is the directory right?
     error: str = ""
     started: float = field(default_factory=time.monotonic)
 
@@ -37,6 +43,11 @@ class Report:
     def ok(self) -> bool:
         """Whether nothing is wrong (any more)."""
         return not self.problems and not self.error
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a second run finds done what the first one did."""
+        return self.command != "verify" and not self.dry_run
 
     def add(self, result: Result) -> None:
         """Add a result."""
@@ -50,6 +61,8 @@ class Report:
             self.size += result.size
         if result.is_problem:
             self.problems.append(result)
+        elif self.dry_run and result.detail:
+            self.plans.append(result)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -68,19 +81,16 @@ class Report:
             **({"error": self.error} if self.error else {}),
         }
 
-    def as_text(self) -> str:
-        """Return the summary for people, in one line, or two if something was skipped."""
+    def as_text(self, flags: str) -> str:
+        """Return the summary for people: what a dry run would do, one line of totals, and what to do next."""
+        counts = self.counts | ({Outcome.SKIPPED.value: self.skipped} if self.skipped else {})
         seconds = time.monotonic() - self.started
-        counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(self.counts.items())) or "nothing to do"
-        mode = " (dry run: nothing was changed)" if self.dry_run else ""
-        skipped = f"\nskipped: {self.skipped} (dotfiles, litter, links, --exclude)" if self.skipped else ""
-        size = human_size(self.size)
-        return f"{self.command}: {self.examined} examined: {counts}; {size} in {seconds:.1f} s{mode}{skipped}"
-
-
-def human_size(size: int) -> str:
-    """Return a size for people."""
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size} bytes"
+        mode = " (dry run, nothing was changed)" if self.dry_run else ""
+        words = in_words(self.command, counts, dry_run=self.dry_run)
+        plans = [f"{printable(one.name)}: {one.detail}" for one in self.plans]
+        total = f"{self.command}{mode}: {words} · {human_size(self.size)} in {seconds:.1f} s"
+        steps = next_steps(self.command, counts, flags, dry_run=self.dry_run)
+        return "\n".join([*plans, total, *(f"next: {step}" for step in steps)])
 
 
 def show(report: Report, *, as_json: bool, quiet: bool) -> None:
@@ -93,9 +103,19 @@ def show(report: Report, *, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(report.as_json()))
         return
     for one in report.problems:
-        click.echo(f"{one.outcome.value}: {printable(one.name)}: {one.detail}", err=True)
+        if not (report.question and one.outcome is Outcome.MISSING_ON_DISK):  # one line for all of them
+            click.echo(f"{one.outcome.value}: {printable(one.name)}: {one.detail}", err=True)
+    if report.question and not (quiet and report.ok):
+        click.echo(f"question: {report.question}", err=True)
     if not quiet and not report.error:
-        click.echo(report.as_text())
+        click.echo(report.as_text(same_flags()))
+
+
+def same_flags() -> str:
+    """Return " (with the same --database)" if this command was told on its command line where disk and database are."""
+    context = click.get_current_context()
+    flags = [f"--{flag.replace('_', '-')}" for flag in PLACES if context.params.get(flag) is not None]
+    return f" (with the same {' and '.join(flags)})" if flags else ""
 
 
 def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
@@ -106,6 +126,17 @@ def show_failure(why: str, *, as_json: bool, quiet: bool) -> None:
         show(context.obj, as_json=as_json, quiet=quiet)
     elif as_json:
         click.echo(json.dumps({"command": context.command.name, "ok": False, "error": why}))
+
+
+def show_stop(*, as_json: bool, quiet: bool) -> None:
+    """Print what a command did before the user stopped it, and whether it goes on from there."""
+    show_failure("stopped by the user", as_json=as_json, quiet=quiet)
+    report = click.get_current_context().obj
+    done = f" after {counted(report.examined, 'file')}" if isinstance(report, Report) else ""
+    again = "; run it again to go on" if done and report.goes_on else ""
+    if not quiet:
+        new_line = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C
+        click.echo(f"{new_line}selfheal: stopped{done}{again}", err=True)
 
 
 @dataclass(frozen=True)
@@ -147,27 +178,14 @@ def has_progress(*, quiet: bool) -> bool:
 
 
 @contextmanager
-def progress(title: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
-    """Yield a function that draws a result on a progress bar, with rate and time left, if there is a terminal."""
+def progress(command: str, total: Total | None, *, quiet: bool) -> Iterator[Callable[[Result], None]]:
+    """Yield a function that shows a result on a progress bar, if there is a terminal."""
     if not has_progress(quiet=quiet):
         yield lambda _result: None
         return
     try:
-        from rich import progress as bars  # noqa: PLC0415 - an extra, imported where it is used
-        from rich.console import Console  # noqa: PLC0415
+        from .progress_bar import ProgressBar  # noqa: PLC0415 - it needs an extra
     except ImportError as error:
         raise MissingExtra("cli", "rich") from error
-    rate = bars.TextColumn("{task.fields[rate]}")
-    columns = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), rate, bars.TimeRemainingColumn())
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total, rate="")
-        started, done, size = time.monotonic(), 0, 0
-
-        def draw(result: Result) -> None:
-            nonlocal done, size
-            done, size = done + result.count, size + result.size
-            seconds = max(time.monotonic() - started, 0.001)
-            speed = f"{done / seconds:,.0f} files/s, {size / seconds / 1e6:,.0f} MB/s"
-            bar.update(task, advance=result.count, rate=speed)
-
-        yield draw
+    with ProgressBar(command, total) as bar:
+        yield bar.add

@@ -11,6 +11,7 @@ from .models import (
     KeyRange,
     Record,
     Summary,
+    Total,
     Version,
     to_integer,
     to_record,
@@ -52,6 +53,10 @@ class Catalogue:
     async def count(self) -> int:
         """Return the number of living records."""
         return int((await self._engine.rows(self._queries.count))[0][0])
+
+    async def total(self) -> Total:
+        """Return the number and the bytes of the living records."""
+        return Total(*(await self._engine.rows(self._queries.total))[0])
 
     async def pages(self, *, deleted: bool | None, size: int) -> AsyncGenerator[list[Record], None]:
         """Yield records in the order of names, `size` at a time: the living, the deleted, or (None) all."""

@@ -71,6 +71,14 @@ class KeyRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Total:
+    """How many names there are, and their bytes; not to be relied on: other programs can write into the tables."""
+
+    count: int
+    size: float
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """A range of names in one row; an `unsound` record has a negative size."""
 

@@ -35,6 +35,8 @@ class Queries:
         digests = sa.select(record.c.name, record.c.sha256).where(is_alive)
         self.digests = by_name(backend, record.c.name, digests)
         self.count: sa.Select[Any] = sa.select(sa.func.count()).select_from(record).where(is_alive)
+        total = sa.cast(sa.func.coalesce(backend.total(record.c.size), sa.literal_column("0")), sa.Double)
+        self.total: sa.Select[Any] = sa.select(sa.func.count(), total).select_from(record).where(is_alive)
         self.history = by_name(backend, version.c.name, sa.select(version).order_by(version.c.generation.desc()))
         page = sa.select(*columns).where(record.c.name > backend.bound("after")).order_by(record.c.name).limit(size)
         self.pages: dict[bool | None, sa.Select[Any]] = {

@@ -83,8 +83,25 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     assert not (tmp_path / "worked").exists()
 
 
-def test_ctrl_c_lets_running_work_finish(tmp_path: Path) -> None:
-    """A terminal interrupts all processes at once; running work is finished, and then all processes end."""
+def test_ctrl_c_cancels_running_work(tmp_path: Path) -> None:
+    """A terminal interrupts all processes at once; running work is cancelled, and all processes end."""
+    with running("wait_longer", tmp_path) as process:
+        wait_until((tmp_path / "working").exists)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err
+    assert (tmp_path / "ended").exists()
+    assert pids(tmp_path, "closed") == pids(tmp_path, "begun")
+
+
+def test_a_caller_that_is_cancelled(tmp_path: Path) -> None:
+    """The work of a cancelled caller is cancelled in its process, which goes on with other work."""
+    assert run("stop_one", tmp_path) == (0, "cancelled\n[0, 1, 4, 9, 16, 25, 36, 49, 64, 81] 2\n", "")
+    assert (tmp_path / "ended").exists()
+
+
+def test_ctrl_c_waits_for_work_that_cannot_be_cancelled(tmp_path: Path) -> None:
+    """Work that blocks its process, as a slow disk does, is finished before all processes end."""
     with running("wait_long", tmp_path) as process:
         wait_until((tmp_path / "working").exists)
         os.killpg(process.pid, signal.SIGINT)

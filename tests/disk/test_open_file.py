@@ -302,16 +302,16 @@ async def test_chunks_of_a_file_that_is_cut_short(
 # -- hashed ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [b"", b"x", PICTURE, LONG[: 4 * PIECE], LONG], ids=len)
+@pytest.mark.parametrize("data", [b"", b"x", PICTURE, LONG[: 4 * PIECE], LONG, 2 * LONG], ids=len)
 async def test_a_digest_is_that_of_the_whole_file(path: Path, threads: Threads, data: bytes) -> None:
-    """`sha256` and `digests` are those of the whole file, and of each chunk, for every size."""
+    """`sha256`, `digest` and `digests` are those of the whole file, and of each chunk, for every size."""
     path.write_bytes(data)
     with open_path(path, threads) as file:
-        assert file.sha256() == hashlib.sha256(data).hexdigest()
+        assert file.sha256() == await file.digest() == hashlib.sha256(data).hexdigest()
         assert await file.digests() == Digests.of(data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
 
 
-@pytest.mark.parametrize("digest", [OpenFile.sha256, OpenFile.digests])
+@pytest.mark.parametrize("digest", [OpenFile.sha256, OpenFile.digest, OpenFile.digests])
 async def test_hashing_holds_a_little_of_a_file_at_a_time(
     path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch, digest: Callable[[OpenFile], object]
 ) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from array import array
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -20,7 +21,7 @@ import pytest
 
 from selfheal.content.sources import CHUNK
 from selfheal.disk.temporary import TEMPORARY
-from tests.support.command_line import IMAGES, SECONDS, Done, ForkServer, Site, environment
+from tests.support.command_line import IMAGES, SECONDS, SLOW_DISK, Done, ForkServer, Site, environment
 from tests.support.disk_files import MARKS
 from tests.support.files import contents_of, noise, own_files_below, write_file
 from tests.support.waiting import wait_until
@@ -133,6 +134,32 @@ def test_a_migration_that_is_stopped(site: Site, jobs: str) -> None:
     counts = {"ok": existing, "migrated": len(images) - existing}
     assert (rest.code, rest.json["counts"]) == (0, {key: number for key, number in counts.items() if number})
     assert site.run("verify", "--json").json["counts"] == {"ok": len(images)}
+
+
+@one_process_or_several
+@pytest.mark.parametrize("command", ["migrate", "migrate again", "verify", "restore", "restore --verify"])
+def test_ctrl_c_in_one_large_file(site: Site, command: str, jobs: str) -> None:
+    """Ctrl-C, which reaches all processes of the terminal, ends a run within seconds in the middle of a large file."""
+    large = write_file(site.directory / "large.bin", noise(60 * CHUNK))
+    if command != "migrate":
+        assert site.run("migrate").code == 0
+    if command == "restore":
+        large.unlink()
+    (site.home / "sitecustomize.py").write_text(SLOW_DISK)
+    name, *flags = command.replace(" again", "").split()
+    paths = {"SLOW": str(site.home / "slow"), "PYTHONPATH": str(site.home), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = environment(**paths)
+    with site.start(None, name, *flags, *site.flags, "--jobs", jobs, env=env, start_new_session=True) as process:
+        wait_until((site.home / "slow").exists, SECONDS)
+        os.killpg(process.pid, signal.SIGINT)
+        stopped = time.monotonic()
+        out, err = process.communicate(timeout=SECONDS)
+    seconds = time.monotonic() - stopped
+    done = Done(process.returncode, out, err)
+    again = "" if name == "verify" else "; run it again to go on"
+    assert (done.code, done.out, done.err) == (130, "", f"selfheal: stopped after 0 files{again}\n")
+    assert seconds < 2.5  # the file takes 4.5 s
+    assert [path for path in own_files_below(site.directory) if "tmp" in path] == []
 
 
 INTERRUPTED_AS_IT_CLOSES = """if True:

@@ -31,6 +31,24 @@ IMAGES = {"a.png": noise(5000), "cats/tom.jpg": noise(2 * CHUNK + 5), "empty.gif
 """The uploads of `full_site`."""
 
 
+SLOW_DISK = """if True:
+    import os, time
+    from pathlib import Path
+
+    def slow(call, size_of):
+        def slow_call(fd, *arguments):
+            if size_of(arguments) > 10_000 and os.environ.get("SLOW"):
+                Path(os.environ["SLOW"]).touch()
+                time.sleep(size_of(arguments) / 2**20 * 0.3)
+            return call(fd, *arguments)
+        return slow_call
+
+    os.pread = slow(os.pread, lambda arguments: arguments[0])
+    os.pwrite = slow(os.pwrite, lambda arguments: len(arguments[0]))
+"""
+"""A disk that reads and writes 3 MB a second, and the file that says that it began."""
+
+
 @dataclass(frozen=True)
 class Done:
     """The exit code and the output of a process. No output may have a traceback, a warning or a password."""
@@ -208,11 +226,14 @@ class Site:
         return subprocess.Popen(
             program(command, *arguments),
             cwd=self.home,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            **{
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "env": environment(),
+                **more,
+            },
             text=True,
-            **{"stdin": subprocess.DEVNULL, **more},
         )
 
     def count_records(self) -> int:

@@ -66,6 +66,15 @@ async def block(resource: Resource) -> None:
     (resource.directory / "worked").touch()
 
 
+async def wait(resource: Resource) -> None:
+    """Wait for a minute, in a way that can be cancelled; write a file before and after."""
+    (resource.directory / "working").touch()
+    try:
+        await asyncio.sleep(60)
+    finally:
+        (resource.directory / "ended").touch()
+
+
 # -- the scenarios ----------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +106,22 @@ async def lose_one_reporting(pool: ProcessPool) -> None:
 async def wait_long(pool: ProcessPool) -> None:
     """Wait for work that takes a second."""
     await pool.run(block)
+
+
+async def wait_longer(pool: ProcessPool) -> None:
+    """Wait for work that takes a minute."""
+    await pool.run(wait)
+
+
+async def stop_one(pool: ProcessPool) -> None:
+    """Print the error of work that is cancelled, then do as `share`."""
+    waiting = asyncio.create_task(pool.run(wait))
+    while not Path(sys.argv[2], "working").exists():
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    print("cancelled" if waiting.cancelled() else waiting.exception())
+    await share(pool)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""Every code block of the documentation runs, in the order of its page, in an empty directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from starlette.datastructures import UploadFile
+
+import selfheal
+from selfheal import UploadStore
+from selfheal.errors import UploadTypeRefused
+from tests.support import ROOT
+from tests.support.docs import Block, Reader, blocks_of, is_server
+from tests.support.files import write_file
+from tests.support.postgres import PostgresServer
+from tests.support.requirements import needs
+from tests.support.uploads import small_png
+
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PICTURE = small_png()
+RUN = ("README.md", "docs/commands.md", "docs/guide.md")
+NOT_RUN = {
+    ("README.md", "git clone … && cd selfheal"): "it clones this repository, and runs these tests",
+    ("CONTRIBUTING.md", "git clone … && cd selfheal"): "it clones this repository, and runs these tests",
+    ("docs/architecture.md", " layer 6   scripts/        the commands and the three script modules"): "a picture",
+    (
+        "docs/commands.md",
+        "migrate: 6 backed up, 2 skipped (not valid names), 1 failed · 15.6 KB in 0.3 s",
+    ): "an example of output; `test_problems_are_reported` and `test_the_first_migration` check such lines",
+    ("docs/commands.md", "{"): "an example of output; `test_the_json_example` checks it",
+}
+"""The blocks that no test here runs, with the reason."""
+OPTIONAL = {
+    "django": "pip install django",
+    "litestar": "pip install litestar",
+    "quart": "pip install quart",
+    "asgiref": "pip install flask asgiref",
+    "nginx": "apt-get install nginx",
+    "jq": "apt-get install jq",
+}
+"""What single blocks need that a machine may lack, and how it is installed: the blocks run where it is there."""
+
+
+def is_missing(needed: str) -> bool:
+    """Return whether a program or package is not installed."""
+    return shutil.which(needed) is None and importlib.util.find_spec(needed) is None
+
+
+def needed_by(block: Block) -> str | None:
+    """Return what of `OPTIONAL` a block needs."""
+    signs = {needed: (f"from {needed}", f"| {needed} ") for needed in OPTIONAL}
+    found = (needed for needed, of_it in signs.items() if any(sign in block.text for sign in of_it))
+    return "nginx" if block.language == "nginx" else next(found, None)
+
+
+async def read(page: str, reader: Reader, visit: Callable[[str], None]) -> None:
+    """Run the blocks of a page; `visit` is called with the URL of each server that a block starts."""
+    for block in blocks_of(page):
+        needed = needed_by(block)
+        if (page, block.first_line) in NOT_RUN or (needed and is_missing(needed)):
+            continue
+        if block.file:
+            reader.write(block)
+        elif block.language == "python":
+            await reader.python(block)
+            await check_apps(block, reader.names)
+        elif block.language == "crontab":
+            assert reader.cron(block.text) == ""  # cron sends a mail of what a command prints
+        elif block.language == "nginx":
+            reader.nginx(block.text)
+        else:
+            assert block.language == "sh", f"say in NOT_RUN why this block of {page} is not run: {block.text}"
+            lines = block.text.splitlines()
+            reader.shell("\n".join(line for line in lines if not is_server(line)))
+            for line in filter(is_server, lines):
+                with reader.server(line) as url:
+                    visit(url)
+
+
+async def check_apps(block: Block, names: dict[str, Any]) -> None:
+    """The app that a block makes serves an upload whose file is missing."""
+    for name in ("app", "application"):
+        if f"\n{name} = " not in f"\n{block.text}":
+            continue
+        store = names["uploads"]
+        await store.save("cats/tom.jpg", PICTURE)
+        (store.disk.path / "cats/tom.jpg").unlink()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(names[name]), base_url="http://test") as client:
+            assert (await client.get("/static/uploads/cats/tom.jpg")).content == PICTURE, block.text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_named(page: str) -> None:
+    """A block that is not run is in the list `NOT_RUN`, with the reason, and the list has no other blocks."""
+    left = {block.first_line for block in blocks_of(page) if page not in RUN or (page, block.first_line) in NOT_RUN}
+    assert left == {line for of_page, line in NOT_RUN if of_page == page}
+
+
+@pytest.mark.parametrize("needed", OPTIONAL)
+def test_what_blocks_need(needed: str) -> None:
+    """The end of the run lists the programs and packages without which blocks are left out."""
+    if is_missing(needed):
+        needs(needed, OPTIONAL[needed])
+
+
+async def test_the_readme(tmp_path: Path) -> None:
+    """The app of the README saves an upload, and serves it after its file is deleted."""
+
+    def visit(url: str) -> None:
+        answer = httpx.post(f"{url}/upload", files={"picture": ("tom.png", PICTURE)})
+        assert answer.status_code == 200, answer.text
+        (file,) = tmp_path.glob("app/static/uploads/*.png")
+        file.unlink()
+        assert httpx.get(f"{url}{answer.json()}").content == PICTURE
+
+    await read("README.md", Reader(tmp_path), visit)
+    assert len(list(tmp_path.glob("app/static/uploads/*.png"))) == 1
+
+
+async def test_the_commands(tmp_path: Path) -> None:
+    """Each example of the commands ends with 0, and a server serves a file that was missing."""
+    write_file(tmp_path / "app/static/uploads/cats/tom.jpg", PICTURE)
+    write_file(tmp_path / "shop/main.py", b"from starlette.applications import Starlette\n\napp = Starlette()\n")
+
+    def visit(url: str) -> None:
+        (tmp_path / "app/static/uploads/cats/tom.jpg").unlink()
+        assert httpx.get(f"{url}/static/uploads/cats/tom.jpg").content == PICTURE
+
+    await read("docs/commands.md", Reader(tmp_path, {"DATABASE_URL": f"sqlite:///{tmp_path}/selfheal.db"}), visit)
+
+
+@pytest.fixture
+async def guide_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgres: PostgresServer, postgres_url: str
+) -> AsyncIterator[Reader]:
+    """A reader with what the guide says that the reader's app has."""
+    monkeypatch.chdir(tmp_path)
+    engine = create_async_engine(postgres_url)
+    async with UploadStore("app/static/uploads", postgres_url) as uploads, AsyncSession(engine) as session:
+        await uploads.database.create_tables()
+        given = {
+            "__name__": "__main__",
+            "uploads": uploads,
+            "session": session,
+            "database": postgres_url,
+            "source": PICTURE,
+            "handlers": [],
+        }
+        given |= {"upload": UploadFile(io.BytesIO(PICTURE), filename="tom.png"), **apps_of_the_reader()}
+        names = {name: getattr(selfheal, name) for name in selfheal.__all__} | given
+        url = postgres_url.replace("+asyncpg", "")
+        paths = os.pathsep.join([str(postgres.programs), os.environ["PATH"]])
+        monkeypatch.setenv("PATH", paths)
+        yield Reader(tmp_path, {"DATABASE_URL": url}, names)
+    await engine.dispose()
+
+
+def apps_of_the_reader() -> dict[str, Any]:
+    """Return the apps that blocks wrap, as far as their frameworks are installed."""
+    if not is_missing("django"):
+        import_module("django.conf").settings.configure(ROOT_URLCONF="tests", ALLOWED_HOSTS=["*"])
+    if is_missing("asgiref") or is_missing("flask"):
+        return {}
+    return {"flask_app": import_module("flask").Flask("shop")}
+
+
+async def test_the_guide(guide_reader: Reader) -> None:
+    """Each block of the guide runs over PostgreSQL, and each app that it makes heals."""
+    await read("docs/guide.md", guide_reader, lambda _url: None)
+    app = guide_reader.names["app"]
+
+    @app.post("/refused")
+    async def refuse() -> None:
+        raise UploadTypeRefused("it is no picture")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        answer = await client.post("/refused")
+    assert (answer.status_code, answer.text) == (415, "it is no picture")
