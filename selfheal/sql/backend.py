@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,9 @@ class Backend:
     def prepare_chunks(self, chunks: sa.Table) -> None:
         """Add to the table of chunks what only this database knows."""
 
+    async def mend_chunks(self, connection: AsyncConnection, chunks: sa.Table) -> None:
+        """Add the same to a table that is there: Alembic does not write it."""
+
     def name_list(self, names: Iterable[str]) -> Any:
         """Return the value of the parameter `wanted` of `is_wanted`."""
         return list(names)
@@ -151,6 +155,10 @@ class Backend:
     def bound_value(self, name: str) -> Any:
         """Return the value of such a parameter."""
         return name
+
+    def moment(self, moment: datetime) -> Any:
+        """Return the value of a time, to compare it with a column."""
+        return moment
 
     def joined(self, name: sa.ColumnElement[str]) -> Any:
         """Return the aggregate of all names, joined by newlines."""

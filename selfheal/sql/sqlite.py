@@ -7,13 +7,13 @@ import json
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import PoolProxiedConnection, StaticPool
 
 from ..errors import DatabaseUnavailable, SettingsError
@@ -33,15 +33,6 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
     return version >= (3, 51, 3) or version[2] >= _SAFE_WAL_PATCHES.get((version[0], version[1]), 1 << 30)
 
 
-class _TextMoment(sa.DateTime):
-    """A time as SQLite keeps it; STRICT tables know no DATETIME."""
-
-
-@compiles(_TextMoment)
-def _compile_moment(*_: Any, **__: Any) -> str:
-    return "TEXT"
-
-
 class SQLite(Backend):
     """The backend of SQLite."""
 
@@ -49,7 +40,8 @@ class SQLite(Backend):
     driver = "aiosqlite"
     drivernames = ("sqlite", "sqlite+pysqlite", "sqlite+aiosqlite")
     has_one_writer = True
-    types = {"name": sa.Text(), "text": sa.Text(), "integer": sa.Integer(), "moment": _TextMoment()}  # noqa: RUF012
+    # STRICT tables know no DATETIME; and Alembic writes types into scripts, which know only SQLAlchemy's own
+    types = {"name": sa.Text(), "text": sa.Text(), "integer": sa.Integer(), "moment": sa.Text()}  # noqa: RUF012
 
     def file(self, url: URL) -> Path | None:
         if self.is_in_memory(url):
@@ -162,6 +154,9 @@ class SQLite(Backend):
 
     def bound_value(self, name: str) -> bytes:
         return name.encode(errors="surrogateescape")  # text that is not UTF-8 can only be bound as bytes
+
+    def moment(self, moment: datetime) -> str:
+        return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}"
 
     def joined(self, name: sa.ColumnElement[str]) -> Any:
         # a literal: the value of char(10) would be copied for each name, a fifth of the time

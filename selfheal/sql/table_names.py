@@ -11,6 +11,7 @@ from sqlalchemy.engine import URL
 from ..errors import SettingsError
 from .backends import backend_of
 
+TABLE_NAMES = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
 _PREFIX = re.compile(r"[a-z_][a-z0-9_]{0,30}")
 _SCHEMA = re.compile(r"[^\W\d][\w$-]{0,62}")
 
