@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypedDict
 
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.schema import MetaData
 
@@ -33,12 +33,15 @@ from .sql.transactions import Write, within
 
 
 class DatabaseOptions(TypedDict, total=False):
-    """Which tables: the app's own `metadata`, `table_prefix`, `schema`; and the most connections, `pool_size`."""
+    """Which tables: the app's own `metadata`, `table_prefix`, `schema`; and the most connections, `pool_size`.
+    `database_from` is what set the database (a flag, a variable), for messages.
+    """
 
     metadata: MetaData | None
     table_prefix: str
     schema: str | None
     pool_size: int
+    database_from: str
 
 
 class ImageStorage:
@@ -55,6 +58,7 @@ class ImageStorage:
         table_prefix: str = "",
         schema: str | None = None,
         pool_size: int = POOL_SIZE,
+        database_from: str = "",
         timeout: float = 4.0,
         before_opening: Callable[[], None] = lambda: None,
         threads: Threads | None = None,
@@ -69,7 +73,13 @@ class ImageStorage:
         self._own_tasks = Tasks()
         tasks = tasks or self._own_tasks
         self._engine = Engine(
-            database, self.tables, pool_size=pool_size, timeout=timeout, tasks=tasks, before_opening=before_opening
+            database,
+            self.tables,
+            pool_size=pool_size,
+            database_from=database_from,
+            timeout=timeout,
+            tasks=tasks,
+            before_opening=before_opening,
         )
         self.backend, self.share_connections = self._engine.backend, self._engine.share_connections
         self._records = RecordWriter(self.tables, self.backend)
@@ -84,6 +94,11 @@ class ImageStorage:
         return self._engine.url
 
     @property
+    def where(self) -> str:
+        """Which database this is, for messages, without its password; and what set it, if that is known."""
+        return self._engine.where
+
+    @property
     def can_read_in_thread(self) -> bool:
         """Whether a thread may call `blobs.fetch_in_thread` and `catalogue.generation_in_thread` now."""
         return self._engine.can_read_in_thread
@@ -93,9 +108,8 @@ class ImageStorage:
         for tries_left in (2, 1, 0):
             try:
                 await self._engine.write_schema(partial(create_tables, tables=self.tables, backend=self.backend))
-            except (DatabaseUnavailable, IntegrityError) as error:
-                cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
-                if not tries_left or not isinstance(cause, DBAPIError):
+            except DatabaseUnavailable as error:
+                if not tries_left or not isinstance(error.__cause__, DBAPIError):
                     raise
             else:
                 return
