@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Coroutine
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_waiting: ContextVar[tuple[object, ...]] = ContextVar("waiting", default=())
 
 
 class Tasks:
@@ -16,14 +19,19 @@ class Tasks:
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `work` in a task that is kept alive until it ends."""
-        task = asyncio.get_running_loop().create_task(work)
+        return self._start(work, ())
+
+    def _start(self, work: Coroutine[Any, Any, T], waiting: tuple[object, ...]) -> asyncio.Task[T]:
+        context = copy_context()
+        context.run(_waiting.set, waiting)
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what `work` returns. If the caller is cancelled, `work` goes on in the background: no torn commit."""
-        return await asyncio.shield(self.start(work))
+        return await asyncio.shield(self._start(work, waiting_callers()))
 
     async def drain(self, seconds: float) -> None:
         """Wait up to `seconds` for all running tasks, and for those that they start; then cancel the rest."""
@@ -39,6 +47,18 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # marks it as retrieved: the caller may have left
+
+
+def current_caller() -> object:
+    """Return the running task; the thread if no event loop runs in it."""
+    with contextlib.suppress(RuntimeError):
+        return asyncio.current_task() or threading.current_thread()
+    return threading.current_thread()
+
+
+def waiting_callers() -> tuple[object, ...]:
+    """Return the running task or thread, and the tasks that wait for it to end."""
+    return (current_caller(), *_waiting.get())
 
 
 async def run_to_end(work: Awaitable[T]) -> T:

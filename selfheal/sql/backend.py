@@ -1,6 +1,6 @@
 """What differs between databases: a backend is one database and its driver, with all that is particular to it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from importlib import import_module
@@ -70,6 +70,10 @@ class Backend:
         """Return the absolute path of the database's file; None for a server or a database in memory."""
         return None
 
+    def place(self, url: URL) -> Hashable:
+        """Return what tells a database from others."""
+        return url.query.get("host", url.host), url.query.get("port", url.port), url.database
+
     def is_in_memory(self, url: URL) -> bool:
         """Whether the database is in the memory of one process."""
         return False
@@ -98,6 +102,10 @@ class Backend:
     def is_missing_table(self, error: BaseException) -> bool:
         """Whether a driver's error means that a table or a column is missing."""
         raise NotImplementedError
+
+    def is_lock_timeout(self, error: BaseException) -> bool:
+        """Whether an error means that a lock, or a connection, was not free in time."""
+        return isinstance(error, (TimeoutError, sa.exc.TimeoutError))
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
         """Ask a connection of the driver: one hop or round trip instead of five. Raises `DeadConnection`."""

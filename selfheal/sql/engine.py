@@ -16,6 +16,7 @@ from ..errors import DatabaseUnavailable, SchemaError, SelfHealError, Unstorable
 from .backend import LOCK_TIMEOUT, Backend, Rows, state_of
 from .backends import shown
 from .connections import Connections
+from .own_transactions import own_transactions
 from .pool_limit import POOL_SIZE
 from .queries import ByName
 from .schema import Tables, check_version
@@ -25,6 +26,7 @@ from .transactions import transaction
 T = TypeVar("T")
 MISSING = "the tables are missing, old or another app's; run `selfheal migrate` to make them"
 NOT_MADE = "the tables cannot be made: {}"
+OWN_TRANSACTION = "pass connection= to be part of it, or commit it first"
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
 
@@ -137,6 +139,8 @@ class Engine:
     def unavailable(self, error: BaseException, missing: str = MISSING) -> SelfHealError:
         """Return what a failure of the database means to us; the message holds no password."""
         cause = getattr(error, "orig", None) or error
+        if self.backend.is_lock_timeout(cause) and any(own_transactions(self.backend, self.url)):
+            return DatabaseUnavailable(f"the caller's own transaction is open on {self.where}: {OWN_TRANSACTION}")
         return _meaning(cause, self.backend) or self._named(SchemaError(missing.format(_first_line(cause))))
 
     def _named(self, error: SchemaError) -> SchemaError:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sqlalchemy.pool import PoolProxiedConnection, StaticPool
 
 from ..errors import DatabaseUnavailable, SettingsError
 from .backend import Backend, Reader, Rows, Values
+from .own_transactions import changed_rows, own_transactions
 from .pool_limit import PoolLimit
 from .sqlite_file import Identity, existing, identity_of, keep_to_file
 from .statements import compiled
@@ -47,6 +48,10 @@ class SQLite(Backend):
         if self.is_in_memory(url):
             return None
         return Path((url.database or "").removeprefix("file:").partition("?")[0]).absolute()
+
+    def place(self, url: URL) -> Hashable:
+        file = self.file(url)
+        return object() if file is None else file.resolve()  # two databases in memory are never the same
 
     def is_in_memory(self, url: URL) -> bool:
         return ":memory:" in (url.database or ":memory:") or url.query.get("mode") == "memory"
@@ -88,6 +93,9 @@ class SQLite(Backend):
         # the code of every error in a statement; ours are right, so the tables are not
         return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
 
+    def is_lock_timeout(self, error: BaseException) -> bool:
+        return super().is_lock_timeout(error) or _is_locked(error)
+
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Any:
         try:
             return await driver.execute_fetchall(text, values)
@@ -122,7 +130,10 @@ class SQLite(Backend):
         if driver.in_transaction:  # begun by the app's own engine, without the lock
             await driver.execute_fetchall("ROLLBACK")
         try:
-            await _begin_immediate(driver)
+            if any(map(changed_rows, own_transactions(self, connection.engine.url))):
+                await _begin_at_once(driver)
+            else:
+                await _begin_immediate(driver)
             yield
             await connection.commit()
         except BaseException:
@@ -232,6 +243,19 @@ async def _begin_immediate(driver: Any) -> None:
             await driver.execute_fetchall("BEGIN IMMEDIATE")  # one hop to its thread; through SQLAlchemy it takes three
             return
         except sqlite3.OperationalError as error:
-            is_locked = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-            if time.monotonic() > give_up or not is_locked:
+            if time.monotonic() > give_up or not _is_locked(error):
                 raise
+
+
+async def _begin_at_once(driver: Any) -> None:
+    """Take the lock, or raise without a wait: it belongs to one who waits for this transaction."""
+    ((timeout,),) = await driver.execute_fetchall("PRAGMA busy_timeout")
+    await driver.execute_fetchall("PRAGMA busy_timeout=0")
+    try:
+        await driver.execute_fetchall("BEGIN IMMEDIATE")
+    finally:
+        await driver.execute_fetchall(f"PRAGMA busy_timeout={timeout}")
+
+
+def _is_locked(error: BaseException) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -1,7 +1,7 @@
 """Where the tables are: the prefix of their names and their schema, and which directory they belong to."""
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
@@ -36,7 +36,9 @@ class TableClaim:
     _taken: ClassVar[WeakSet["TableClaim"]] = WeakSet()
 
     def __init__(self, url: URL, options: Mapping[str, object], directory: Path) -> None:
-        self._tables = (*_database(url), options.get("table_prefix") or "", options.get("schema") or "")
+        names = options.get("table_prefix") or "", options.get("schema") or ""
+        # the user and the DSN may choose a search path
+        self._tables = (backend_of(url).place(url), url.username, url.query.get("dsn"), *names)
         self._directory = directory
 
     def take(self) -> None:
@@ -53,15 +55,3 @@ class TableClaim:
     def release(self) -> None:
         """Use the tables no more."""
         self._taken.discard(self)
-
-
-def _database(url: URL) -> tuple[Hashable, ...]:
-    """Return what tells a database from others; two databases in memory are never the same."""
-    backend = backend_of(url)
-    if backend.is_in_memory(url):
-        return (object(),)
-    file = backend.file(url)
-    if file is not None:
-        return (file.resolve(),)
-    place = url.query.get("host", url.host), url.query.get("port", url.port), url.database
-    return (*place, url.username, url.query.get("dsn"))  # the user and the DSN may choose a search path
