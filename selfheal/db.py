@@ -17,7 +17,7 @@ from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .blobs.blob_store import READ_AT_ONCE, BlobStore
 from .blobs.database import DatabaseBlobs
-from .blobs.versions import GRACE, Versions
+from .blobs.versions import GRACE, KEEP, Versions
 from .content.digests import Digests
 from .content.sources import Source
 from .errors import DatabaseUnavailable, UnstorableName
@@ -29,6 +29,7 @@ from .sql.models import Contents, Purged, Record, SmallFile, Version, record_val
 from .sql.pool_limit import POOL_SIZE
 from .sql.record_writer import RecordWriter
 from .sql.schema import create_tables, define_tables
+from .sql.statistics import Statistics, read_statistics
 from .sql.transactions import Write, within
 
 
@@ -222,3 +223,16 @@ class ImageStorage:
     async def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
         """Drop history older than `keep`, then the blobs that nothing refers to and that are older than `grace`."""
         return await self.versions.purge(keep, grace, dry_run=dry_run)
+
+    async def vacuum(self) -> int:
+        """Write a SQLite file anew, without free space, and return the bytes by which it is smaller.
+
+        Others cannot use the file meanwhile. Raises `SettingsError` for another database.
+        """
+        return await self._engine.read(self.backend.vacuum)
+
+    async def statistics(self, keep: timedelta = KEEP, *, grace: timedelta = GRACE) -> Statistics:
+        """Count names, versions and bytes, and what a purge would drop."""
+        return await self._engine.read(
+            lambda connection: read_statistics(connection, self.tables, self.backend, keep, grace)
+        )

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from ..errors import SettingsError
 from .pool_limit import PoolLimit
 
 Rows = Sequence[Sequence[Any]]
@@ -147,6 +148,24 @@ class Backend:
 
     async def mend_chunks(self, connection: AsyncConnection, chunks: sa.Table) -> None:
         """Add the same to a table that is there: Alembic does not write it."""
+
+    async def free_some(self, connection: AsyncConnection) -> int:
+        """Give space that a purge left back to the disk, in a transaction; return the bytes, 0 if there is no more."""
+        return 0
+
+    async def shrink(self, connection: AsyncConnection) -> None:
+        """Let the file have no more bytes than it needs after `free_some`."""
+
+    async def vacuum(self, connection: AsyncConnection) -> int:
+        """Write the whole file anew, without free space; return the bytes by which it is smaller.
+
+        Raises `SettingsError` if the database does that itself.
+        """
+        raise SettingsError(f"{self.name} frees its space itself; only SQLite needs that")
+
+    async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
+        """Return the bytes of the file, or of the tables, and how many of them are free."""
+        raise NotImplementedError
 
     def name_list(self, names: Iterable[str]) -> Any:
         """Return the value of the parameter `wanted` of `is_wanted`."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -110,6 +110,11 @@ class PostgreSQL(Backend):
         table = connection.dialect.identifier_preparer.format_table(chunks)
         if (await connection.execute(sa.text(_IS_STORED_OTHERWISE), {"name": table})).first():  # ALTER locks all out
             await connection.execute(_store_externally().against(chunks))
+
+    async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
+        names = [connection.dialect.identifier_preparer.format_table(table) for table in tables]
+        total = "SELECT sum(pg_total_relation_size(to_regclass(name))) FROM unnest(CAST(:names AS text[])) AS name"
+        return int((await connection.execute(sa.text(total), {"names": names})).scalar_one()), 0
 
     def is_wanted(self, name: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
         return name == sa.any_(sa.bindparam("wanted", type_=sa.ARRAY(sa.String)))

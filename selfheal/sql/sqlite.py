@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .sqlite_file import Identity, existing, identity_of, keep_to_file
 from .statements import compiled
 
 KEPT_AT_MOST = 5  # idle connections of a reader
+FREED_AT_ONCE = 1024  # pages (16 MiB) in one transaction: other writers get the lock in between
 LOCK_WAIT = 10.0  # seconds in which a writer tries to get SQLite's lock; SQLite gives it in no fair order
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
@@ -61,10 +63,11 @@ class SQLite(Backend):
         limits = {} if self.is_in_memory(url) else limits
         # nothing to reset: reads open no transaction, and every write ends its own
         engine = create_async_engine(url, connect_args={"timeout": timeout}, pool_reset_on_return=None, **limits)
-        sa.event.listen(engine.sync_engine, "connect", _tune)
         file = self.file(url)
         if file is not None:
             keep_to_file(engine, file)
+            sa.event.listen(engine.sync_engine, "connect", partial(_prepare, file))
+        sa.event.listen(engine.sync_engine, "connect", _tune)
         return engine
 
     def create_database(self, url: URL) -> None:
@@ -153,6 +156,29 @@ class SQLite(Backend):
         """STRICT: SQLite refuses a value of another type, which other programs might write."""
         return {"sqlite_strict": True} if sqlite3.sqlite_version_info >= (3, 37) else {}
 
+    async def free_some(self, connection: AsyncConnection) -> int:
+        before, _ = await self.space(connection, ())
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await driver.execute_fetchall(f"PRAGMA incremental_vacuum({FREED_AT_ONCE})")
+        return before - (await self.space(connection, ()))[0]
+
+    async def shrink(self, connection: AsyncConnection) -> None:
+        await connection.exec_driver_sql("PRAGMA wal_checkpoint")  # a file in WAL mode is cut then
+
+    async def vacuum(self, connection: AsyncConnection) -> int:
+        before, _ = await self.space(connection, ())
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await driver.execute_fetchall("PRAGMA auto_vacuum=INCREMENTAL")
+        await driver.execute_fetchall("VACUUM")
+        await self.shrink(connection)
+        return before - (await self.space(connection, ()))[0]
+
+    async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        counts = "FROM pragma_page_size, pragma_page_count, pragma_freelist_count"
+        ((size, pages, free),) = await driver.execute_fetchall(f"SELECT page_size, page_count, freelist_count {counts}")
+        return size * pages, size * free
+
     def name_list(self, names: Iterable[str]) -> str:
         return json.dumps(list(names))
 
@@ -226,9 +252,17 @@ class SQLiteReader(Reader):
                 self._idle.pop().close()
 
 
+def _prepare(file: Path, connection: Any, _record: PoolProxiedConnection) -> None:
+    """Set what only a new file can have; on an old one these are writes."""
+    if not file.exists() or file.stat().st_size == 0:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA page_size=16384")  # a quarter of the writes that 4 KiB pages take
+        cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # a purge can give space back
+        cursor.close()
+
+
 def _tune(connection: Any, _record: PoolProxiedConnection) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA page_size=16384")  # of a new file: a quarter of the writes that 4 KiB pages take
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute("PRAGMA synchronous=FULL")
     if wal_is_safe(sqlite3.sqlite_version_info):
