@@ -145,6 +145,10 @@ class ImageStorage:
         """Yield records in the order of names, `size` at a time: the living, the deleted, or (None) all."""
         return self.catalogue.pages(deleted=deleted, size=size)
 
+    async def version(self) -> str:
+        """Return the name and the version of the database, for people."""
+        return await self._engine.read(self.backend.version)
+
     async def count(self) -> int:
         """Return the number of living records."""
         return await self.catalogue.count()

@@ -1,5 +1,6 @@
-"""Commands that look after a store: stats."""
+"""Commands that look after a store: stats, doctor."""
 
+from contextlib import aclosing
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -8,9 +9,10 @@ import click
 from .. import names
 from ..disk.listing import walk
 from ..store import UploadStore
+from .doctor import UNREACHABLE, WRONG, Finding, examine
 from .name_commands import DAYS
-from .options import on_store
-from .reporting import Output, human_size
+from .options import common, on_store, run_on
+from .reporting import Output, human_size, printable
 
 
 @click.command()
@@ -37,7 +39,30 @@ async def stats(store: UploadStore, output: Output, *, keep_days: int) -> int:
     return 0
 
 
-COMMANDS = (stats,)
+@click.command()
+@common
+def doctor(store: UploadStore, *, as_json: bool, quiet: bool) -> int:
+    """Look at database, disk and installation, and say for each what is fine, what is not, and what to do."""
+    findings = run_on(store, _examine)
+    wrong = [one for one in findings if one.level in (WRONG, UNREACHABLE)]
+    lines = "\n".join(_line(one) for one in (wrong if quiet else findings))
+    if as_json:
+        Output(as_json, quiet).answer("", ok=not wrong, checks=[asdict(one) for one in findings])
+    elif lines:
+        click.echo(lines, err=quiet)
+    return 3 if any(one.level == UNREACHABLE for one in wrong) else 1 if wrong else 0
+
+
+COMMANDS = (stats, doctor)
+
+
+async def _examine(store: UploadStore) -> list[Finding]:
+    async with aclosing(examine(store)) as findings:
+        return [one async for one in findings]
+
+
+def _line(finding: Finding) -> str:
+    return "\n    ".join((f"{finding.level:<12}{finding.check}: {finding.text}", *map(printable, finding.names)))
 
 
 def _files(store: UploadStore) -> tuple[int, int]:

@@ -149,6 +149,10 @@ class Backend:
     async def mend_chunks(self, connection: AsyncConnection, chunks: sa.Table) -> None:
         """Add the same to a table that is there: Alembic does not write it."""
 
+    async def version(self, connection: AsyncConnection) -> str:
+        """Return the name and the version of the database, for people."""
+        return f"{connection.dialect.name} {'.'.join(map(str, connection.dialect.server_version_info or ()))}"
+
     async def free_some(self, connection: AsyncConnection) -> int:
         """Give space that a purge left back to the disk, in a transaction; return the bytes, 0 if there is no more."""
         return 0

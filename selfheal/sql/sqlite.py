@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import PoolProxiedConnection, StaticPool
 
 from ..errors import DatabaseUnavailable, SettingsError
+from . import sqlite_space
 from .backend import Backend, Reader, Rows, Values
 from .own_transactions import changed_rows, own_transactions
 from .pool_limit import PoolLimit
@@ -25,7 +26,6 @@ from .sqlite_file import Identity, existing, identity_of, keep_to_file
 from .statements import compiled
 
 KEPT_AT_MOST = 5  # idle connections of a reader
-FREED_AT_ONCE = 1024  # pages (16 MiB) in one transaction: other writers get the lock in between
 LOCK_WAIT = 10.0  # seconds in which a writer tries to get SQLite's lock; SQLite gives it in no fair order
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
@@ -66,7 +66,7 @@ class SQLite(Backend):
         file = self.file(url)
         if file is not None:
             keep_to_file(engine, file)
-            sa.event.listen(engine.sync_engine, "connect", partial(_prepare, file))
+            sa.event.listen(engine.sync_engine, "connect", partial(sqlite_space.prepare, file))
         sa.event.listen(engine.sync_engine, "connect", _tune)
         return engine
 
@@ -118,13 +118,13 @@ class SQLite(Backend):
             await super().execute_many(connection, statement, rows)
             return
         text, order, _ = compiled(statement, connection.dialect, tuple(rows[0]))
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver = await _driver_of(connection)
         await (await driver.executemany(text, [[row[key] for key in order] for row in rows])).close()
 
     @contextlib.asynccontextmanager
     async def transaction(self, connection: AsyncConnection) -> AsyncIterator[None]:
         """Take the lock at once (BEGIN IMMEDIATE): a lock that is taken later fails if another writer was first."""
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver = await _driver_of(connection)
         is_always_in_one = driver.in_transaction  # with sqlite3's autocommit=False one begins wherever one ends
         is_shared = isinstance(connection.engine.pool, StaticPool)
         if is_always_in_one and is_shared:
@@ -149,35 +149,30 @@ class SQLite(Backend):
             raise DatabaseUnavailable("this engine's connections commit nothing; is that sqlite3's autocommit=True?")
 
     async def is_autocommit(self, connection: AsyncConnection) -> bool:
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver = await _driver_of(connection)
         return await super().is_autocommit(connection) and not driver.in_transaction  # an app's hook may begin one
 
     def table_options(self) -> Values:
         """STRICT: SQLite refuses a value of another type, which other programs might write."""
         return {"sqlite_strict": True} if sqlite3.sqlite_version_info >= (3, 37) else {}
 
+    async def version(self, connection: AsyncConnection) -> str:
+        driver = await _driver_of(connection)
+        ((journal,),) = await driver.execute_fetchall("PRAGMA journal_mode")
+        lacks = "" if wal_is_safe(sqlite3.sqlite_version_info) else ", WAL is not used: it has a fault in this version"
+        return f"SQLite {sqlite3.sqlite_version} (journal {journal}{lacks})"
+
     async def free_some(self, connection: AsyncConnection) -> int:
-        before, _ = await self.space(connection, ())
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        await driver.execute_fetchall(f"PRAGMA incremental_vacuum({FREED_AT_ONCE})")
-        return before - (await self.space(connection, ()))[0]
+        return await sqlite_space.free_some(await _driver_of(connection))
 
     async def shrink(self, connection: AsyncConnection) -> None:
-        await connection.exec_driver_sql("PRAGMA wal_checkpoint")  # a file in WAL mode is cut then
+        await sqlite_space.shrink(await _driver_of(connection))
 
     async def vacuum(self, connection: AsyncConnection) -> int:
-        before, _ = await self.space(connection, ())
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        await driver.execute_fetchall("PRAGMA auto_vacuum=INCREMENTAL")
-        await driver.execute_fetchall("VACUUM")
-        await self.shrink(connection)
-        return before - (await self.space(connection, ()))[0]
+        return await sqlite_space.vacuum(await _driver_of(connection))
 
     async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        counts = "FROM pragma_page_size, pragma_page_count, pragma_freelist_count"
-        ((size, pages, free),) = await driver.execute_fetchall(f"SELECT page_size, page_count, freelist_count {counts}")
-        return size * pages, size * free
+        return await sqlite_space.space(await _driver_of(connection))
 
     def name_list(self, names: Iterable[str]) -> str:
         return json.dumps(list(names))
@@ -252,13 +247,8 @@ class SQLiteReader(Reader):
                 self._idle.pop().close()
 
 
-def _prepare(file: Path, connection: Any, _record: PoolProxiedConnection) -> None:
-    """Set what only a new file can have; on an old one these are writes."""
-    if not file.exists() or file.stat().st_size == 0:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA page_size=16384")  # a quarter of the writes that 4 KiB pages take
-        cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")  # a purge can give space back
-        cursor.close()
+async def _driver_of(connection: AsyncConnection) -> Any:
+    return (await connection.get_raw_connection()).driver_connection
 
 
 def _tune(connection: Any, _record: PoolProxiedConnection) -> None:

@@ -100,9 +100,9 @@ def test_stats_of_a_server(site: Site, postgres_url: str) -> None:
     assert "only SQLite" in done.error_line
 
 
-@pytest.mark.parametrize("command", ["stats"])
+@pytest.mark.parametrize("command", ["stats", "doctor"])
 def test_nothing_is_changed(full_site: Site, command: str) -> None:
-    """stats changes neither side."""
+    """stats and doctor change neither side."""
     before = snapshot_of(full_site.home)
     assert full_site.run(command).code == 0
     assert snapshot_of(full_site.home) == before
