@@ -191,13 +191,13 @@ class DatabaseBlobs(BlobStore):
     async def drop_unreferenced(
         self, connection: AsyncConnection, referenced: Any, before: datetime
     ) -> tuple[int, int]:
-        blobs, chunks, then = self._blobs.c, self._chunks.c, self._backend.moment(before)
-        dropped = sa.and_(blobs.stored_at < then, blobs.sha256.not_in(referenced))
+        blobs, chunks = self._blobs.c, self._chunks.c
+        dropped = sa.and_(blobs.stored_at < before, blobs.sha256.not_in(referenced))
         sums = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(blobs.size), 0)).where(dropped)
         count, size = (await connection.execute(sums)).one()
         await connection.execute(sa.delete(self._blobs).where(dropped))
         has_blob = sa.exists().where(blobs.sha256 == chunks.sha256)
-        orphaned = sa.and_(chunks.stored_at < then, ~has_blob, chunks.sha256.not_in(referenced))
+        orphaned = sa.and_(chunks.stored_at < before, ~has_blob, chunks.sha256.not_in(referenced))
         await connection.execute(sa.delete(self._chunks).where(orphaned))
         return int(count), int(size)
 

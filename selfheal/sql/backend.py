@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -186,10 +185,6 @@ class Backend:
     def bound_value(self, name: str) -> Any:
         """Return the value of such a parameter."""
         return name
-
-    def moment(self, moment: datetime) -> Any:
-        """Return the value of a time, to compare it with a column."""
-        return moment
 
     def joined(self, name: sa.ColumnElement[str]) -> Any:
         """Return the aggregate of all names, joined by newlines."""

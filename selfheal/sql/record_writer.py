@@ -110,7 +110,7 @@ class RecordWriter:
 
     async def drop_history(self, connection: AsyncConnection, before: datetime) -> int:
         """Drop the versions that were replaced before a moment; return their number."""
-        dropped = delete(self._history).where(self._history.c.replaced_at < self._backend.moment(before))
+        dropped = delete(self._history).where(self._history.c.replaced_at < before)
         return int((await connection.execute(dropped)).rowcount)
 
     def referenced(self) -> CompoundSelect[Any]:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
-from ..errors import ForeignTables, SchemaError
+from ..errors import ForeignTables, NewerTables, SchemaError
 from .backend import Backend
 from .backends import BACKENDS
 from .table_names import TABLE_NAMES, check_schema, check_table_prefix
@@ -119,7 +119,7 @@ def _refuse_foreign(connection: sa.Connection, tables: Tables) -> None:
 def check_version(version: int | None) -> None:
     """Raise `SchemaError` unless the tables have our version, or none (a migration of the app's made them)."""
     if version is not None and version > SCHEMA_VERSION:
-        raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
+        raise NewerTables(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
     if version is not None and version < SCHEMA_VERSION:
         raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
 

@@ -7,7 +7,6 @@ import json
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import PoolProxiedConnection, StaticPool
 
 from ..errors import DatabaseUnavailable, SettingsError
 from . import sqlite_space
-from .backend import Backend, Reader, Rows, Values
+from .backend import Backend, Values
 from .own_transactions import changed_rows, own_transactions
 from .pool_limit import PoolLimit
-from .sqlite_file import Identity, existing, identity_of, keep_to_file
+from .sqlite_file import keep_to_file
+from .sqlite_reader import SQLiteReader
 from .statements import compiled
 
-KEPT_AT_MOST = 5  # idle connections of a reader
 LOCK_WAIT = 10.0  # seconds in which a writer tries to get SQLite's lock; SQLite gives it in no fair order
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
@@ -36,6 +36,21 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
     return version >= (3, 51, 3) or version[2] >= _SAFE_WAL_PATCHES.get((version[0], version[1]), 1 << 30)
 
 
+class _TextMoment(sa.DateTime):
+    """A time as SQLite keeps it; STRICT tables know no DATETIME."""
+
+    # Alembic writes types into scripts, by module and `repr`: this one as what it is in the database
+    __module__ = "sqlalchemy.types"
+
+    def __repr__(self) -> str:
+        return "Text()"
+
+
+@compiles(_TextMoment)
+def _compile_moment(*_: Any, **__: Any) -> str:
+    return "TEXT"
+
+
 class SQLite(Backend):
     """The backend of SQLite."""
 
@@ -43,8 +58,7 @@ class SQLite(Backend):
     driver = "aiosqlite"
     drivernames = ("sqlite", "sqlite+pysqlite", "sqlite+aiosqlite")
     has_one_writer = True
-    # STRICT tables know no DATETIME; and Alembic writes types into scripts, which know only SQLAlchemy's own
-    types = {"name": sa.Text(), "text": sa.Text(), "integer": sa.Integer(), "moment": sa.Text()}  # noqa: RUF012
+    types = {"name": sa.Text(), "text": sa.Text(), "integer": sa.Integer(), "moment": _TextMoment()}  # noqa: RUF012
 
     def file(self, url: URL) -> Path | None:
         if self.is_in_memory(url):
@@ -187,64 +201,12 @@ class SQLite(Backend):
     def bound_value(self, name: str) -> bytes:
         return name.encode(errors="surrogateescape")  # text that is not UTF-8 can only be bound as bytes
 
-    def moment(self, moment: datetime) -> str:
-        return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}"
-
     def joined(self, name: sa.ColumnElement[str]) -> Any:
         # a literal: the value of char(10) would be copied for each name, a fifth of the time
         return sa.func.group_concat(name, sa.literal_column("'\n'"))
 
     def total(self, size: sa.ColumnElement[int]) -> Any:
         return sa.func.total(size)
-
-
-class _Connection(sqlite3.Connection):
-    """A connection, and the file that it was opened to."""
-
-    identity: Identity = None
-
-
-class SQLiteReader(Reader):
-    """Reads a file in the calling thread, which is faster than a hop to another; it waits for no lock."""
-
-    can_read_in_thread = True
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._idle: list[_Connection] = []
-
-    def rows_in_thread(self, text: str, values: Sequence[Any]) -> Rows:
-        connection = self._take()
-        try:
-            rows = connection.execute(text, values).fetchall()
-        except sqlite3.Error:
-            connection.close()
-            raise
-        self._give_back(connection)
-        return rows
-
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-
-    def _take(self) -> _Connection:
-        identity = identity_of(self._path)
-        with contextlib.suppress(IndexError):
-            while True:
-                connection = self._idle.pop()
-                if connection.identity == identity:
-                    return connection
-                connection.close()
-        uri = existing(self._path)
-        connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False, factory=_Connection)
-        connection.identity = identity
-        return connection
-
-    def _give_back(self, connection: _Connection) -> None:
-        self._idle.append(connection)
-        if len(self._idle) > KEPT_AT_MOST:
-            with contextlib.suppress(IndexError):  # other threads have taken all of them meanwhile
-                self._idle.pop().close()
 
 
 async def _driver_of(connection: AsyncConnection) -> Any:

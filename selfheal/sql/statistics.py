@@ -37,7 +37,7 @@ async def read_statistics(
     """Count everything; `keep` and `grace` are those of a purge."""
     record, version, blob = tables.records, tables.history, tables.blobs
     now = to_utc((await connection.execute(sa.select(sa.func.now()))).scalar_one())
-    is_alive, is_kept = record.c.deleted_at.is_(None), version.c.replaced_at >= backend.moment(now - keep)
+    is_alive, is_kept = record.c.deleted_at.is_(None), version.c.replaced_at >= now - keep
     living = sa.select(record.c.sha256).where(is_alive)
 
     async def count(table: sa.Table, *which: sa.ColumnElement[bool]) -> tuple[int, int]:
@@ -52,7 +52,7 @@ async def read_statistics(
     versions, version_size = await count(version)
     blobs, stored = await count(blob)
     _, unreferenced = await count_unreferenced(sa.select(version.c.sha256))
-    is_old = blob.c.stored_at < backend.moment(now - grace)
+    is_old = blob.c.stored_at < now - grace
     file_bytes, free_bytes = await backend.space(connection, tables.all())
     return Statistics(
         names,

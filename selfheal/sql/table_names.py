@@ -1,7 +1,7 @@
 """Where the tables are: the prefix of their names and their schema, and which directory they belong to."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
@@ -36,9 +36,7 @@ class TableClaim:
     _taken: ClassVar[WeakSet["TableClaim"]] = WeakSet()
 
     def __init__(self, url: URL, options: Mapping[str, object], directory: Path) -> None:
-        names = options.get("table_prefix") or "", options.get("schema") or ""
-        # the user and the DSN may choose a search path
-        self._tables = (backend_of(url).place(url), url.username, url.query.get("dsn"), *names)
+        self._tables = (*database_of(url), options.get("table_prefix") or "", options.get("schema") or "")
         self._directory = directory
 
     def take(self) -> None:
@@ -55,3 +53,8 @@ class TableClaim:
     def release(self) -> None:
         """Use the tables no more."""
         self._taken.discard(self)
+
+
+def database_of(url: URL) -> tuple[Hashable, ...]:
+    """Return what tells a database from others; the user and the DSN may choose a search path."""
+    return backend_of(url).place(url), url.username, url.query.get("dsn")
