@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypedDict
 
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import MetaData
 
@@ -19,7 +19,7 @@ from .aio.threads import Threads
 from .blobs.blob_store import READ_AT_ONCE, BlobStore
 from .blobs.database import DatabaseBlobs
 from .blobs.image_writer import ImageWriter
-from .blobs.versions import GRACE, Versions
+from .blobs.versions import GRACE, KEEP, Versions
 from .content.digests import Digests
 from .content.sources import Source, portable
 from .errors import DatabaseUnavailable
@@ -31,16 +31,20 @@ from .sql.models import Contents, Purged, Record, SmallFile, Version
 from .sql.pool_limit import POOL_SIZE
 from .sql.record_writer import RecordWriter
 from .sql.schema import create_tables, define_tables
+from .sql.statistics import Statistics, read_statistics
 from .sql.transactions import AnyConnection, Write, within
 
 
 class DatabaseOptions(TypedDict, total=False):
-    """Which tables: the app's own `metadata`, `table_prefix`, `schema`; and the most connections, `pool_size`."""
+    """Which tables: the app's own `metadata`, `table_prefix`, `schema`; and the most connections, `pool_size`.
+    `database_from` is what set the database (a flag, a variable), for messages.
+    """
 
     metadata: MetaData | None
     table_prefix: str
     schema: str | None
     pool_size: int
+    database_from: str
 
 
 class ImageStorage:
@@ -57,6 +61,7 @@ class ImageStorage:
         table_prefix: str = "",
         schema: str | None = None,
         pool_size: int = POOL_SIZE,
+        database_from: str = "",
         timeout: float = 4.0,
         before_opening: Callable[[], None] = lambda: None,
         threads: Threads | None = None,
@@ -73,7 +78,13 @@ class ImageStorage:
         self.home = self._own_tasks.home
         tasks = tasks or self._own_tasks
         self._engine = Engine(
-            database, self.tables, pool_size=pool_size, timeout=timeout, tasks=tasks, before_opening=before_opening
+            database,
+            self.tables,
+            pool_size=pool_size,
+            database_from=database_from,
+            timeout=timeout,
+            tasks=tasks,
+            before_opening=before_opening,
         )
         self.backend, self.share_connections = self._engine.backend, self._engine.share_connections
         self._records = RecordWriter(self.tables, self.backend)
@@ -89,6 +100,11 @@ class ImageStorage:
         return self._engine.url
 
     @property
+    def where(self) -> str:
+        """Which database this is, for messages, without its password; and what set it, if that is known."""
+        return self._engine.where
+
+    @property
     def can_read_in_thread(self) -> bool:
         """Whether a thread may call `blobs.fetch_in_thread` and `catalogue.generation_in_thread` now."""
         return self._engine.can_read_in_thread
@@ -100,9 +116,8 @@ class ImageStorage:
                 await self.home.run(
                     self._engine.write_schema, partial(create_tables, tables=self.tables, backend=self.backend)
                 )
-            except (DatabaseUnavailable, IntegrityError) as error:
-                cause = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
-                if not tries_left or not isinstance(cause, DBAPIError):
+            except DatabaseUnavailable as error:
+                if not tries_left or not isinstance(error.__cause__, DBAPIError):
                     raise
             else:
                 return
@@ -144,6 +159,10 @@ class ImageStorage:
     def pages(self, *, deleted: bool | None = False, size: int = 1000) -> AsyncGenerator[list[Record], None]:
         """Yield records in the order of names, `size` at a time: the living, the deleted, or (None) all."""
         return self.home.iterate(self.catalogue.pages(deleted=deleted, size=size))
+
+    async def version(self) -> str:
+        """Return the name and the version of the database, for people."""
+        return await self.home.run(self._engine.read, self.backend.version)
 
     async def count(self) -> int:
         """Return the number of living records."""
@@ -201,6 +220,18 @@ class ImageStorage:
     async def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
         """Drop history older than `keep`, then the blobs that nothing refers to and that are older than `grace`."""
         return await self.home.run(self.versions.purge, keep, grace, dry_run=dry_run)
+
+    async def vacuum(self) -> int:
+        """Write a SQLite file anew, without free space, and return the bytes by which it is smaller.
+
+        Others cannot use the file meanwhile. Raises `SettingsError` for another database.
+        """
+        return await self.home.run(self._engine.read, self.backend.vacuum)
+
+    async def statistics(self, keep: timedelta = KEEP, *, grace: timedelta = GRACE) -> Statistics:
+        """Count names, versions and bytes, and what a purge would drop."""
+        read = partial(read_statistics, tables=self.tables, backend=self.backend, keep=keep, grace=grace)
+        return await self.home.run(self._engine.read, read)
 
     def _within(self, connection: AnyConnection) -> Write:
         return within(connection, self.backend, self._engine.unavailable)

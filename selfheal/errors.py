@@ -39,6 +39,10 @@ class SchemaError(DatabaseUnavailable):
     """The tables are missing, or of another version; run `selfheal migrate`."""
 
 
+class NewerTables(SchemaError):
+    """The tables are of a newer selfheal; upgrade this one."""
+
+
 class ForeignTables(SchemaError, SettingsError):
     """A table has one of our names and belongs to another app; nothing was changed."""
 

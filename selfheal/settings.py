@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy.engine import URL
@@ -19,6 +19,7 @@ from .sql.table_names import check_schema, check_table_prefix
 DEFAULT_DIRECTORY = "app/static/uploads"
 DEFAULT_DATABASE = "sqlite+aiosqlite:///selfheal.db"
 DEFAULT_PREFIX = "/static/uploads"
+DATABASE_FROM = "SELFHEAL_DATABASE_FROM"  # what set the database; commands set it for this process and its workers
 SETTLED_AFTER = 3.0  # seconds without a change after which a file counts as complete
 
 
@@ -33,6 +34,7 @@ class Settings:
     schema: str | None = None
     pool_size: int = POOL_SIZE
     settled_after: float = SETTLED_AFTER
+    database_from: str = field(default="", compare=False)  # the flag or variable that set the database, for messages
 
     def __post_init__(self) -> None:
         directory = Path(self.directory).absolute()
@@ -63,13 +65,17 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the variables that begin with `SELFHEAL_`, and `DATABASE_URL`; docs/commands.md lists them."""
+        database = environ.get("SELFHEAL_DATABASE_URL")
+        other = environ.get("DATABASE_URL")
+        source = "SELFHEAL_DATABASE_URL" if database else "DATABASE_URL" if other else "the default"
         return cls(
             directory=Path(environ.get("SELFHEAL_DIRECTORY") or DEFAULT_DIRECTORY),
-            database=environ.get("SELFHEAL_DATABASE_URL") or environ.get("DATABASE_URL") or DEFAULT_DATABASE,
+            database=database or other or DEFAULT_DATABASE,
             prefix=environ.get("SELFHEAL_PREFIX") or DEFAULT_PREFIX,
             settled_after=check_seconds(environ.get("SELFHEAL_SETTLED_AFTER") or SETTLED_AFTER),
             table_prefix=environ.get("SELFHEAL_TABLE_PREFIX") or "",
             schema=environ.get("SELFHEAL_SCHEMA") or None,
+            database_from=environ.get(DATABASE_FROM) or source,
             pool_size=check_pool_size(environ.get("SELFHEAL_POOL_SIZE") or POOL_SIZE),
         )
 

@@ -131,6 +131,7 @@ class UploadStore:
             settings.database,
             table_prefix=settings.table_prefix,
             schema=settings.schema,
+            database_from=settings.database_from,
             pool_size=settings.pool_size,
             settled_after=settings.settled_after,
             deadline=deadline,

@@ -6,10 +6,11 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from typing import Any, ParamSpec, TypeVar
 
+from .callers import context_of_work, waiting_callers
 from .streams import next_item
 
 P = ParamSpec("P")
@@ -67,7 +68,7 @@ class HomeLoop:
         loop = self._find()
         if loop is _running_loop():
             raise RuntimeError("this thread runs the store's own event loop: await the method, or call it in a thread")
-        answer = asyncio.run_coroutine_threadsafe(work(*args, **kwargs), loop)
+        answer = _submit(loop, work(*args, **kwargs))
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -164,7 +165,7 @@ async def relayed(items: AsyncGenerator[T, None], loop: asyncio.AbstractEventLoo
 async def _ask(
     loop: asyncio.AbstractEventLoop, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    answer = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(*args, **kwargs), loop))
+    answer = asyncio.wrap_future(_submit(loop, work(*args, **kwargs)))
     try:
         while not (await asyncio.wait((answer,), timeout=LOOK_EVERY))[0]:
             if not loop.is_running():
@@ -175,6 +176,10 @@ async def _ask(
     if answer.cancelled():
         raise RuntimeError(ENDED)
     return answer.result()
+
+
+def _submit(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> Future[T]:
+    return context_of_work(*waiting_callers()).run(asyncio.run_coroutine_threadsafe, work, loop)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

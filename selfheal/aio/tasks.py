@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 
+from .callers import context_of_work, waiting_callers
 from .home import HomeLoop
 
 T = TypeVar("T")
@@ -21,14 +23,17 @@ class Tasks:
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `work` in a task that is kept alive until it ends."""
-        task = asyncio.get_running_loop().create_task(work)
+        return self._start(work, context_of_work())
+
+    def _start(self, work: Coroutine[Any, Any, T], context: Context) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self._running.add(task)
         task.add_done_callback(self._ended)
         return task
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Return what `work` returns. If the caller is cancelled, `work` goes on in the background: no torn commit."""
-        return await asyncio.shield(self.start(work))
+        return await asyncio.shield(self._start(work, context_of_work(*waiting_callers())))
 
     async def drain(self, seconds: float) -> None:
         """Wait up to `seconds` for all running tasks, and for those that they start; then cancel the rest."""

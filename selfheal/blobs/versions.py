@@ -1,6 +1,7 @@
 """Versions of names: what a name was, and copies that were set aside. Each can be restored."""
 
 import hashlib
+from dataclasses import replace
 from datetime import timedelta
 
 from sqlalchemy import func, select
@@ -13,6 +14,7 @@ from ..sql.models import Contents, Purged, Record, record_values, to_utc
 from ..sql.record_writer import RecordWriter
 from .blob_store import BlobStore
 
+KEEP = timedelta(days=30)  # how long versions are kept, if nothing else is said
 GRACE = timedelta(hours=24)  # how long blobs without a record are kept: longer than any upload
 
 
@@ -92,4 +94,13 @@ class Versions:
                 await connection.rollback()
             return Purged(versions, blobs, size)
 
-        return await self._engine.write(work)
+        purged = await self._engine.write(work)
+        return purged if dry_run else replace(purged, freed=await self._free_space())
+
+    async def _free_space(self) -> int:
+        backend, freed = self._engine.backend, 0
+        while some := await self._engine.write(backend.free_some):
+            freed += some
+        if freed:
+            await self._engine.read(backend.shrink)
+        return freed

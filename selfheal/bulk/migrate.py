@@ -6,7 +6,7 @@ from functools import partial
 
 from ..aio.streams import run_unordered
 from ..disk.listing import Entry
-from ..errors import NotStored, SchemaError
+from ..errors import NewerTables, NotStored, SchemaError
 from ..exclusions import Exclusions
 from ..sql.models import Found
 from ..store import UploadStore
@@ -56,8 +56,8 @@ async def _migrate(
     """Store the new ones of some files on disk, and compare the others with their records."""
     try:
         known = await find_records(store, entries)
-    except SchemaError:
-        if not dry_run:
+    except SchemaError as error:
+        if not dry_run or isinstance(error, NewerTables):
             raise
         known = Known({}, {})  # a real run makes the tables
     uploads, results = sort_entries(entries, known, store.exclusions, left_out)

@@ -165,6 +165,11 @@ class UploadsDirectory(ReadableDirectory):
         root = self._root.open()
         return 0 if root is None else mount_points.sweep_all(root, self.path)
 
+    def temporary_files(self) -> int:
+        """Return the number of temporary files, of running processes and of dead ones."""
+        root = self._root.open()
+        return 0 if root is None else mount_points.count_temporary(root, self.path)
+
     def close(self) -> None:
         """Close the root and the threads; a later call opens them again."""
         self._root.close()

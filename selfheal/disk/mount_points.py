@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections.abc import Callable
 
 from . import syscalls, temporary
 from .syscalls import Directory
@@ -23,11 +24,31 @@ def top_of(root: Directory, folder: str, directory: int) -> Directory:
 
 def sweep_all(root: Directory, path: str | os.PathLike[str]) -> int:
     """Remove what dead processes left at the top of each file system of the root at `path`; return how many files."""
-    swept = temporary.sweep(root.fd)
+    return _total(temporary.sweep, root, path)
+
+
+def count_temporary(root: Directory, path: str | os.PathLike[str]) -> int:
+    """Return the number of temporary files on all file systems of the root at `path`."""
+    return _total(temporary.count, root, path)
+
+
+def file_system_of(path: str | os.PathLike[str]) -> str:
+    """Return the type of the file system that a path is on (Linux; elsewhere it is empty)."""
+    found, best = os.path.realpath(path), (-1, "")
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as lines:
+        for line in lines:
+            point, _, rest = _unescaped(line.split(b" ")[4]), *line.partition(b" - ")[1:]
+            if found == point or found.startswith(point.rstrip("/") + "/"):  # a later mount covers an earlier one
+                best = max(best, (len(point), rest.split(b" ")[0].decode()), key=lambda one: one[0])
+    return best[1]
+
+
+def _total(function: Callable[[int], int], root: Directory, path: str | os.PathLike[str]) -> int:
+    total = function(root.fd)
     for folder in _mounts_below(path):
         with contextlib.suppress(OSError), Directory(syscalls.open_directory(root.fd, folder)) as top:
-            swept += temporary.sweep(top.fd)
-    return swept
+            total += function(top.fd)
+    return total
 
 
 def _mounts_below(path: str | os.PathLike[str]) -> list[str]:

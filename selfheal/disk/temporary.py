@@ -100,6 +100,18 @@ def sweep(top: int) -> int:
         os.close(directory)
 
 
+def count(top: int) -> int:
+    """Return the number of files in the temporary directory."""
+    try:
+        directory = syscalls.open_directory(top, TEMPORARY)
+    except OSError:
+        return 0
+    try:
+        return len(os.listdir(directory))
+    finally:
+        os.close(directory)
+
+
 def _sweep_locked(top: int, directory: int) -> int:
     swept = 0
     for name in os.listdir(directory):

@@ -102,14 +102,19 @@ async def undo(store: UploadStore, output: Output, name: str, *, generation: int
 @click.command(epilog=example("selfheal purge --keep-days 90 --dry-run"))
 @click.option("--keep-days", type=DAYS, default=30, show_default=True, metavar="N", help="Days of history to keep.")
 @click.option("--dry-run", is_flag=True, help="Report what would be dropped; drop nothing.")
+@click.option("--vacuum", is_flag=True, help="Also write a SQLite file anew, so that it gets as small as it can.")
 @on_store
-async def purge(store: UploadStore, output: Output, *, keep_days: int, dry_run: bool) -> int:
-    """Drop versions older than --keep-days, and bytes that nothing refers to."""
-    gone = await store.database.purge(timedelta(days=keep_days), dry_run=dry_run)
+async def purge(store: UploadStore, output: Output, *, keep_days: int, dry_run: bool, vacuum: bool) -> int:
+    """Drop versions older than --keep-days, and bytes that nothing refers to. Gives the space back to the disk."""
+    gone, freed = await store.database.purge(timedelta(days=keep_days), dry_run=dry_run), 0
+    if vacuum and not dry_run:
+        freed = await store.database.vacuum()
+    freed += gone.freed
     mode = "would drop" if dry_run else "dropped"
     text = f"{mode} {gone.versions} old versions and {gone.blobs} blobs, {human_size(gone.size)}"
+    text += f"; the database is {human_size(freed)} smaller" if freed else ""
     mark = {"dry_run": True} if dry_run else {}
-    output.answer(text, versions=gone.versions, blobs=gone.blobs, bytes=gone.size, **mark)
+    output.answer(text, versions=gone.versions, blobs=gone.blobs, bytes=gone.size, freed=freed, **mark)
     return 0
 
 

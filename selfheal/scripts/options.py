@@ -17,8 +17,8 @@ from ..aio.tasks import run_to_end
 from ..aio.threads import THREAD_NAME
 from ..bulk.process_pool import ProcessPool, available_cpus
 from ..errors import DatabaseUnavailable, SelfHealError, SettingsError
-from ..settings import Settings
-from ..sql.backends import url_of
+from ..settings import DATABASE_FROM, Settings
+from ..sql.backends import shown, url_of
 from ..store import UploadStore
 from .imports import import_store
 from .reporting import Output, show_failure, show_stop
@@ -98,6 +98,7 @@ def settings_of(**flags: str | None) -> Settings:
         if value is not None and not value.strip():
             raise SettingsError(f"--{flag.replace('_', '-')} is empty; was it a variable that is not set?")
     given = {VARIABLES[flag]: value for flag, value in flags.items() if value is not None}
+    given |= {DATABASE_FROM: "--database"} if flags.get("database") else {}
     settings = Settings.from_env(ChainMap(given, os.environ))
     if settings.is_in_memory:
         raise SettingsError("a database in memory ends with the command and keeps nothing; name a file or a server")
@@ -170,7 +171,7 @@ def store_of_app(
             f"--directory is {directory!r}, but the store of --app has {store.disk.path}; leave one out"
         )
     if database is not None and url_of(database) != url:
-        raise SettingsError(f"--database is another one than {url}, which the store of --app has; leave one out")
+        raise SettingsError(f"--database is another one than {shown(url)}, which the store of --app has; leave one out")
     if table_prefix is not None or schema is not None:
         raise SettingsError("the store of --app has its own tables; leave out --table-prefix and --schema")
     return store
@@ -188,10 +189,9 @@ def process_pool_for(store: UploadStore, jobs: int) -> AbstractContextManager[Pr
 
 def refuse_missing_database(store: UploadStore) -> None:
     """Raise `DatabaseUnavailable` if the SQLite file is missing: only `migrate` makes one."""
-    file = missing_file(store)
-    if file is not None:
+    if missing_file(store) is not None:
         raise DatabaseUnavailable(
-            f"there is no database {file}; name yours with --database, or `selfheal migrate` makes it"
+            f"there is no database {store.database.where}; name yours with --database, or `selfheal migrate` makes it"
         )
 
 

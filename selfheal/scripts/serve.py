@@ -39,6 +39,7 @@ def export(settings: Settings, app: str | None) -> None:
         SELFHEAL_PREFIX=settings.prefix,
         SELFHEAL_TABLE_PREFIX=settings.table_prefix,
         SELFHEAL_SCHEMA=settings.schema or "",
+        SELFHEAL_DATABASE_FROM=settings.database_from,
         SELFHEAL_POOL_SIZE=str(settings.pool_size),
         **{_APP: app or ""},
     )

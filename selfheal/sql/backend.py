@@ -1,6 +1,6 @@
 """What differs between databases: a backend is one database and its driver, with all that is particular to it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from ..errors import SettingsError
 from .pool_limit import PoolLimit
 
 Rows = Sequence[Sequence[Any]]
@@ -69,6 +70,10 @@ class Backend:
         """Return the absolute path of the database's file; None for a server or a database in memory."""
         return None
 
+    def place(self, url: URL) -> Hashable:
+        """Return what tells a database from others."""
+        return url.query.get("host", url.host), url.query.get("port", url.port), url.database
+
     def is_in_memory(self, url: URL) -> bool:
         """Whether the database is in the memory of one process."""
         return False
@@ -97,6 +102,10 @@ class Backend:
     def is_missing_table(self, error: BaseException) -> bool:
         """Whether a driver's error means that a table or a column is missing."""
         raise NotImplementedError
+
+    def is_lock_timeout(self, error: BaseException) -> bool:
+        """Whether an error means that a lock, or a connection, was not free in time."""
+        return isinstance(error, (TimeoutError, sa.exc.TimeoutError))
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
         """Ask a connection of the driver: one hop or round trip instead of five. Raises `DeadConnection`."""
@@ -135,6 +144,31 @@ class Backend:
 
     def prepare_chunks(self, chunks: sa.Table) -> None:
         """Add to the table of chunks what only this database knows."""
+
+    async def mend_chunks(self, connection: AsyncConnection, chunks: sa.Table) -> None:
+        """Add the same to a table that is there: Alembic does not write it."""
+
+    async def version(self, connection: AsyncConnection) -> str:
+        """Return the name and the version of the database, for people."""
+        return f"{connection.dialect.name} {'.'.join(map(str, connection.dialect.server_version_info or ()))}"
+
+    async def free_some(self, connection: AsyncConnection) -> int:
+        """Give space that a purge left back to the disk, in a transaction; return the bytes, 0 if there is no more."""
+        return 0
+
+    async def shrink(self, connection: AsyncConnection) -> None:
+        """Let the file have no more bytes than it needs after `free_some`."""
+
+    async def vacuum(self, connection: AsyncConnection) -> int:
+        """Write the whole file anew, without free space; return the bytes by which it is smaller.
+
+        Raises `SettingsError` if the database does that itself.
+        """
+        raise SettingsError(f"{self.name} frees its space itself; only SQLite needs that")
+
+    async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
+        """Return the bytes of the file, or of the tables, and how many of them are free."""
+        raise NotImplementedError
 
     def name_list(self, names: Iterable[str]) -> Any:
         """Return the value of the parameter `wanted` of `is_wanted`."""

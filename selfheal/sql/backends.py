@@ -32,6 +32,14 @@ def url_of(database: str | URL | AsyncEngine) -> URL:
     return database_url(database if isinstance(database, str) else database.render_as_string(hide_password=False))
 
 
+def shown(url: URL) -> str:
+    """Return the database of a URL, for messages: a file's path, or a server's address without the password."""
+    backend = backend_of(url)
+    address = {key: url.query[key] for key in ("host", "port") if key in url.query}
+    file = backend.file(url)
+    return url.set(drivername=backend.name, query=address).render_as_string() if file is None else str(file)
+
+
 def backend_of(url: URL) -> Backend:
     """Return the backend for the URL of an engine. Raises `SettingsError`."""
     for backend in BACKENDS:

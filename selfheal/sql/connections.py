@@ -12,6 +12,7 @@ from sqlalchemy.pool import Pool, QueuePool, StaticPool
 from ..aio.tasks import Tasks
 from .backend import Reader, state_of
 from .backends import backend_of, url_of
+from .own_transactions import watch
 from .pool_limit import PoolLimit
 
 POLL = 0.005  # seconds between two looks whether a connection has come back
@@ -46,6 +47,7 @@ class Connections:
         self.dialect: Dialect
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self.backend.import_driver()
+        watch()
 
     @property
     def is_given(self) -> bool:

@@ -13,8 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..aio.tasks import LoopSemaphore, Tasks, run_to_end
 from ..errors import DatabaseUnavailable, SchemaError, SelfHealError, UnstorableName
-from .backend import LOCK_TIMEOUT, Rows, state_of
+from .backend import LOCK_TIMEOUT, Backend, Rows, state_of
+from .backends import shown
 from .connections import Connections
+from .own_transactions import own_transactions
 from .pool_limit import POOL_SIZE
 from .queries import ByName
 from .schema import Tables, check_version
@@ -22,6 +24,9 @@ from .statements import DeadConnection, bind
 from .transactions import transaction
 
 T = TypeVar("T")
+MISSING = "the tables are missing, old or another app's; run `selfheal migrate` to make them"
+NOT_MADE = "the tables cannot be made: {}"
+OWN_TRANSACTION = "pass connection= to be part of it, or commit it first"
 Work = Callable[[AsyncConnection], Awaitable[T]]
 
 
@@ -36,6 +41,7 @@ class Engine:
         tables: Tables,
         *,
         pool_size: int = POOL_SIZE,
+        database_from: str = "",
         timeout: float,
         tasks: Tasks,
         before_opening: Callable[[], None] = lambda: None,
@@ -50,6 +56,7 @@ class Engine:
         )
         self.url = self._connections.url
         self.backend = self._connections.backend
+        self.where = f"{shown(self.url)}, set by {database_from}" if database_from else shown(self.url)
         self.timeout = timeout
         self._tables = tables
         self._tasks = tasks
@@ -81,7 +88,10 @@ class Engine:
                 self.backend.create_database(self.url)
             except OSError as error:
                 raise self.unavailable(error) from error
-        return await self._tasks.finish(self._write(work, needs_tables=False))
+        try:
+            return await self._tasks.finish(self._write(work, needs_tables=False))
+        except IntegrityError as error:  # others make them at the same time, or a table is another app's
+            raise self._named(SchemaError(NOT_MADE.format(_first_line(error)))) from error
 
     async def rows(self, query: Select[Any], **values: Any) -> Rows:
         """Return all rows of a query; `values` are those of its parameters. Times come as the driver returns them."""
@@ -126,17 +136,15 @@ class Engine:
         except self._errors() as error:
             raise self.unavailable(error) from error
 
-    def unavailable(self, error: BaseException) -> SelfHealError:
+    def unavailable(self, error: BaseException, missing: str = MISSING) -> SelfHealError:
         """Return what a failure of the database means to us; the message holds no password."""
         cause = getattr(error, "orig", None) or error
-        message = str(cause).partition("\n")[0] or type(cause).__name__
-        if state_of(cause) in self.backend.unstorable_states:
-            return UnstorableName(f"the database cannot hold this name: {message}; use a database in UTF8")
-        if self.backend.is_missing_table(cause):
-            return SchemaError("the tables are missing, old or another app's; run `selfheal migrate` to make them")
-        if state_of(cause) in self.backend.full_states:
-            message += "; a lower SELFHEAL_POOL_SIZE leaves room for all processes"
-        return DatabaseUnavailable(f"the database gave no answer: {message}")
+        if self.backend.is_lock_timeout(cause) and any(own_transactions(self.backend, self.url)):
+            return DatabaseUnavailable(f"the caller's own transaction is open on {self.where}: {OWN_TRANSACTION}")
+        return _meaning(cause, self.backend) or self._named(SchemaError(missing.format(_first_line(cause))))
+
+    def _named(self, error: SchemaError) -> SchemaError:
+        return type(error)(f"{error} (the database is {self.where})")
 
     def share_connections(self, processes: int) -> int:
         """Share the pool among processes to be forked; return for how many of them it is large enough."""
@@ -176,12 +184,7 @@ class Engine:
     @contextlib.asynccontextmanager
     async def _connection(self, *, needs_tables: bool = True) -> AsyncIterator[AsyncConnection]:
         try:
-            connection = await self._connections.connect()
-        except SelfHealError:
-            raise
-        except Exception as error:
-            raise self.unavailable(error) from error
-        try:
+            connection = await self._connect()
             try:
                 if needs_tables and not self._is_ready:
                     await self._check_schema(connection)
@@ -191,11 +194,21 @@ class Engine:
                 raise
             finally:
                 await asyncio.shield(self._tasks.start(connection.close()))
+        except SchemaError as error:
+            raise self._named(error) from error.__cause__
         except (IntegrityError, DataError) as error:
             if state_of(error) in self.backend.unstorable_states:
                 raise self.unavailable(error) from error
             raise
         except self._errors() as error:
+            raise self.unavailable(error, MISSING if needs_tables else NOT_MADE) from error
+
+    async def _connect(self) -> AsyncConnection:
+        try:
+            return await self._connections.connect()
+        except SelfHealError:
+            raise
+        except Exception as error:
             raise self.unavailable(error) from error
 
     async def _check_schema(self, connection: AsyncConnection) -> None:
@@ -217,6 +230,22 @@ class Engine:
 
     def _errors(self) -> tuple[type[Exception], ...]:
         return (SQLAlchemyError, OSError, *self.backend.driver_errors())
+
+
+def _meaning(cause: BaseException, backend: Backend) -> SelfHealError | None:
+    """Return what a driver's error means; None if tables are missing."""
+    message = _first_line(cause)
+    if state_of(cause) in backend.unstorable_states:
+        return UnstorableName(f"the database cannot hold this name: {message}; use a database in UTF8")
+    if backend.is_missing_table(cause):
+        return None
+    if state_of(cause) in backend.full_states:
+        message += "; a lower SELFHEAL_POOL_SIZE leaves room for all processes"
+    return DatabaseUnavailable(f"the database gave no answer: {message}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _was_dead(cause: BaseException | None) -> bool:

@@ -1,7 +1,7 @@
 """Rows as values: records, versions, and files to be stored."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -111,11 +111,15 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """What a purge dropped, or would drop: versions of the history, blobs, and the bytes of those blobs."""
+    """What a purge dropped, or would drop: versions of the history, blobs, and the bytes of those blobs.
+
+    `freed` are the bytes by which the database's file is smaller.
+    """
 
     versions: int
     blobs: int
     size: int
+    freed: int = field(default=0, compare=False)
 
 
 def contents(of: Contents) -> dict[str, Any]:

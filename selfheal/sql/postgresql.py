@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar, cast
 
@@ -29,6 +29,10 @@ KEPT_FOR = 60.0  # seconds after which a kept connection goes back to the pool, 
 _TOO_MANY_CONNECTIONS = "53300"  # of a role, of a database, of the server, or but for the reserved ones
 _UNTRANSLATABLE_CHARACTER, _CHARACTER_NOT_IN_REPERTOIRE = "22P05", "22021"
 _UNDEFINED_TABLE, _UNDEFINED_COLUMN = "42P01", "42703"
+_IS_STORED_OTHERWISE = (  # and this role may change that
+    "SELECT 1 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid WHERE a.attrelid = to_regclass(:name)"
+    " AND a.attname = 'data' AND a.attstorage <> 'e' AND pg_has_role(c.relowner, 'USAGE')"
+)
 _DEADLOCK, _SERIALIZATION_FAILURE, _LOCK_NOT_AVAILABLE, _UNIQUE_VIOLATION = "40P01", "40001", "55P03", "23505"
 
 
@@ -100,8 +104,17 @@ class PostgreSQL(Backend):
 
     def prepare_chunks(self, chunks: sa.Table) -> None:
         """Images do not compress: PostgreSQL would try it on every chunk, and then could not read a part of one."""
-        external = sa.DDL("ALTER TABLE %(fullname)s ALTER COLUMN data SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
-        sa.event.listen(chunks, "after_create", external.execute_if(dialect=self.name))
+        sa.event.listen(chunks, "after_create", _store_externally().execute_if(dialect=self.name))
+
+    async def mend_chunks(self, connection: AsyncConnection, chunks: sa.Table) -> None:
+        table = connection.dialect.identifier_preparer.format_table(chunks)
+        if (await connection.execute(sa.text(_IS_STORED_OTHERWISE), {"name": table})).first():  # ALTER locks all out
+            await connection.execute(_store_externally().against(chunks))
+
+    async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
+        names = [connection.dialect.identifier_preparer.format_table(table) for table in tables]
+        total = "SELECT sum(pg_total_relation_size(to_regclass(name))) FROM unnest(CAST(:names AS text[])) AS name"
+        return int((await connection.execute(sa.text(total), {"names": names})).scalar_one()), 0
 
     def is_wanted(self, name: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
         return name == sa.any_(sa.bindparam("wanted", type_=sa.ARRAY(sa.String)))
@@ -190,6 +203,10 @@ class PostgreSQLReader(Reader):
     def _give_all_back(self) -> None:
         while self._kept:
             self._return(self._kept.pop()[0])
+
+
+def _store_externally() -> sa.DDL:
+    return sa.DDL("ALTER TABLE %(fullname)s ALTER COLUMN data SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
 
 
 def _arguments(url: URL, timeout: float) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
-from ..errors import ForeignTables, SchemaError
+from ..errors import ForeignTables, NewerTables, SchemaError
 from .backend import Backend
 from .backends import BACKENDS
-from .table_names import check_schema, check_table_prefix
+from .table_names import TABLE_NAMES, check_schema, check_table_prefix
 
 SCHEMA_VERSION = 2
 NOT_NUMBERED = -1  # the sequence of a change that was committed, and that no process has numbered yet
@@ -42,17 +42,16 @@ class Tables:
 
 def define_tables(metadata: sa.MetaData, *dialects: str, table_prefix: str = "", schema: str | None = None) -> Tables:
     """Define the tables in `metadata`, or return its own; each of `dialects` costs some 30 ms to load."""
-    names = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
     prefix = check_table_prefix(table_prefix)
     schema = check_schema(schema) or metadata.schema
-    keys = [f"{prefix}{name}" if schema is None else f"{schema}.{prefix}{name}" for name in names]
+    keys = [f"{prefix}{name}" if schema is None else f"{schema}.{prefix}{name}" for name in TABLE_NAMES]
     if keys[0] in metadata.tables:
         return Tables(*(metadata.tables[key] for key in keys))
     backends = [backend for backend in BACKENDS if not dialects or backend.name in dialects]
     options = {key: value for backend in backends for key, value in backend.table_options().items()}
     columns = _columns(backends)
     options["schema"] = schema
-    tables = Tables(*(sa.Table(f"{prefix}{name}", metadata, *columns[name], **options) for name in names))
+    tables = Tables(*(sa.Table(f"{prefix}{name}", metadata, *columns[name], **options) for name in TABLE_NAMES))
     records = tables.records
     where = {f"{backend.name}_where": is_changed(records) for backend in backends if backend.has_partial_indexes}
     index: dict[str, Any] = dict(where)
@@ -84,6 +83,7 @@ async def create_tables(connection: AsyncConnection, tables: Tables, backend: Ba
         await connection.run_sync(table.create, checkfirst=True)
     for table in tables.all():
         await connection.run_sync(_add_columns, table)
+    await backend.mend_chunks(connection, tables.chunks)
     for index in tables.records.indexes:
         await connection.run_sync(index.create, checkfirst=True)
     version = (await connection.execute(sa.select(sa.func.max(tables.schema.c.version)))).scalar_one()
@@ -119,7 +119,7 @@ def _refuse_foreign(connection: sa.Connection, tables: Tables) -> None:
 def check_version(version: int | None) -> None:
     """Raise `SchemaError` unless the tables have our version, or none (a migration of the app's made them)."""
     if version is not None and version > SCHEMA_VERSION:
-        raise SchemaError(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
+        raise NewerTables(f"the tables are of version {version}, made by a newer selfheal; upgrade selfheal")
     if version is not None and version < SCHEMA_VERSION:
         raise SchemaError(f"the tables are of version {version}; run `selfheal migrate` to bring them up to date")
 
@@ -131,7 +131,7 @@ def _columns(backends: Iterable[Backend]) -> dict[str, list[sa.Column[Any]]]:
     kind = _with_variants("text", sa.String(255), backends)
     integer = _with_variants("integer", sa.BigInteger(), backends)
     moment = _with_variants("moment", sa.DateTime(timezone=True), backends)
-    now = sa.func.now()
+    now = sa.text("CURRENT_TIMESTAMP")  # not now(): Alembic writes it as it is, and SQLite knows no now()
     return {
         "image_storage": [
             sa.Column("name", name, primary_key=True),
@@ -161,7 +161,7 @@ def _columns(backends: Iterable[Backend]) -> dict[str, list[sa.Column[Any]]]:
 def _blob_columns(
     digest: TypeEngine[Any], integer: TypeEngine[Any], moment: TypeEngine[Any]
 ) -> dict[str, list[sa.Column[Any]]]:
-    now = sa.func.now()
+    now = sa.text("CURRENT_TIMESTAMP")  # not now(): Alembic writes it as it is, and SQLite knows no now()
     return {
         "image_blob": [
             sa.Column("sha256", digest, primary_key=True),

@@ -6,7 +6,8 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import AsyncAdaptedQueuePool, PoolProxiedConnection, StaticPool
 
 from ..errors import DatabaseUnavailable, SettingsError
-from .backend import Backend, Reader, Rows, Values
+from . import sqlite_space
+from .backend import Backend, Values
+from .own_transactions import changed_rows, own_transactions
 from .pool_limit import PoolLimit
-from .sqlite_file import Identity, existing, identity_of, keep_to_file
+from .sqlite_file import keep_to_file
+from .sqlite_reader import SQLiteReader
 from .statements import compiled
 
-KEPT_AT_MOST = 5  # idle connections of a reader
 LOCK_WAIT = 10.0  # seconds in which a writer tries to get SQLite's lock; SQLite gives it in no fair order
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
@@ -36,6 +39,12 @@ def wal_is_safe(version: tuple[int, ...]) -> bool:
 
 class _TextMoment(sa.DateTime):
     """A time as SQLite keeps it; STRICT tables know no DATETIME."""
+
+    # Alembic writes types into scripts, by module and `repr`: this one as what it is in the database
+    __module__ = "sqlalchemy.types"
+
+    def __repr__(self) -> str:
+        return "Text()"
 
 
 @compiles(_TextMoment)
@@ -57,6 +66,10 @@ class SQLite(Backend):
             return None
         return Path((url.database or "").removeprefix("file:").partition("?")[0]).absolute()
 
+    def place(self, url: URL) -> Hashable:
+        file = self.file(url)
+        return object() if file is None else file.resolve()  # two databases in memory are never the same
+
     def is_in_memory(self, url: URL) -> bool:
         return ":memory:" in (url.database or ":memory:") or url.query.get("mode") == "memory"
 
@@ -66,10 +79,11 @@ class SQLite(Backend):
         limits = {} if self.is_in_memory(url) else limits
         # nothing to reset: reads open no transaction, and every write ends its own
         engine = create_async_engine(url, connect_args={"timeout": timeout}, pool_reset_on_return=None, **limits)
-        sa.event.listen(engine.sync_engine, "connect", _tune)
         file = self.file(url)
         if file is not None:
             keep_to_file(engine, file)
+            sa.event.listen(engine.sync_engine, "connect", partial(sqlite_space.prepare, file))
+        sa.event.listen(engine.sync_engine, "connect", _tune)
         return engine
 
     def create_database(self, url: URL) -> None:
@@ -98,6 +112,9 @@ class SQLite(Backend):
         # the code of every error in a statement; ours are right, so the tables are not
         return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
 
+    def is_lock_timeout(self, error: BaseException) -> bool:
+        return super().is_lock_timeout(error) or _is_locked(error)
+
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Any:
         try:
             return await driver.execute_fetchall(text, values)
@@ -117,13 +134,13 @@ class SQLite(Backend):
             await super().execute_many(connection, statement, rows)
             return
         text, order, _ = compiled(statement, connection.dialect, tuple(rows[0]))
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver = await _driver_of(connection)
         await (await driver.executemany(text, [[row[key] for key in order] for row in rows])).close()
 
     @contextlib.asynccontextmanager
     async def transaction(self, connection: AsyncConnection) -> AsyncIterator[None]:
         """Take the lock at once (BEGIN IMMEDIATE): a lock that is taken later fails if another writer was first."""
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver = await _driver_of(connection)
         is_always_in_one = driver.in_transaction  # with sqlite3's autocommit=False one begins wherever one ends
         is_shared = isinstance(connection.engine.pool, StaticPool)
         if is_always_in_one and is_shared:
@@ -132,7 +149,10 @@ class SQLite(Backend):
         if driver.in_transaction:  # begun by the app's own engine, without the lock
             await driver.execute_fetchall("ROLLBACK")
         try:
-            await _begin_immediate(driver)
+            if any(map(changed_rows, own_transactions(self, connection.engine.url))):
+                await _begin_at_once(driver)
+            else:
+                await _begin_immediate(driver)
             yield
             await connection.commit()
         except BaseException:
@@ -145,13 +165,31 @@ class SQLite(Backend):
             raise DatabaseUnavailable("this engine's connections commit nothing; is that sqlite3's autocommit=True?")
 
     async def is_autocommit(self, connection: AsyncConnection) -> bool:
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver = await _driver_of(connection)
         return driver.isolation_level is None and not driver.in_transaction  # an app's hook may begin one
 
     def table_options(self) -> Values:
         """STRICT: SQLite refuses a value of another type, which other programs might write."""
         is_known = "strict" in dict(SQLiteDialect.construct_arguments or ())[sa.Table]  # since SQLAlchemy 2.0.37
         return {"sqlite_strict": True} if is_known and sqlite3.sqlite_version_info >= (3, 37) else {}
+
+    async def version(self, connection: AsyncConnection) -> str:
+        driver = await _driver_of(connection)
+        ((journal,),) = await driver.execute_fetchall("PRAGMA journal_mode")
+        lacks = "" if wal_is_safe(sqlite3.sqlite_version_info) else ", WAL is not used: it has a fault in this version"
+        return f"SQLite {sqlite3.sqlite_version} (journal {journal}{lacks})"
+
+    async def free_some(self, connection: AsyncConnection) -> int:
+        return await sqlite_space.free_some(await _driver_of(connection))
+
+    async def shrink(self, connection: AsyncConnection) -> None:
+        await sqlite_space.shrink(await _driver_of(connection))
+
+    async def vacuum(self, connection: AsyncConnection) -> int:
+        return await sqlite_space.vacuum(await _driver_of(connection))
+
+    async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
+        return await sqlite_space.space(await _driver_of(connection))
 
     def name_list(self, names: Iterable[str]) -> str:
         return json.dumps(list(names))
@@ -174,58 +212,12 @@ class SQLite(Backend):
         return sa.func.total(size)
 
 
-class _Connection(sqlite3.Connection):
-    """A connection, and the file that it was opened to."""
-
-    identity: Identity = None
-
-
-class SQLiteReader(Reader):
-    """Reads a file in the calling thread, which is faster than a hop to another; it waits for no lock."""
-
-    can_read_in_thread = True
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._idle: list[_Connection] = []
-
-    def rows_in_thread(self, text: str, values: Sequence[Any]) -> Rows:
-        connection = self._take()
-        try:
-            rows = connection.execute(text, values).fetchall()
-        except sqlite3.Error:
-            connection.close()
-            raise
-        self._give_back(connection)
-        return rows
-
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-
-    def _take(self) -> _Connection:
-        identity = identity_of(self._path)
-        with contextlib.suppress(IndexError):
-            while True:
-                connection = self._idle.pop()
-                if connection.identity == identity:
-                    return connection
-                connection.close()
-        uri = existing(self._path)
-        connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False, factory=_Connection)
-        connection.identity = identity
-        return connection
-
-    def _give_back(self, connection: _Connection) -> None:
-        self._idle.append(connection)
-        if len(self._idle) > KEPT_AT_MOST:
-            with contextlib.suppress(IndexError):  # other threads have taken all of them meanwhile
-                self._idle.pop().close()
+async def _driver_of(connection: AsyncConnection) -> Any:
+    return (await connection.get_raw_connection()).driver_connection
 
 
 def _tune(connection: Any, _record: PoolProxiedConnection) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA page_size=16384")  # of a new file: a quarter of the writes that 4 KiB pages take
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute("PRAGMA synchronous=FULL")
     if wal_is_safe(sqlite3.sqlite_version_info):
@@ -240,6 +232,19 @@ async def _begin_immediate(driver: Any) -> None:
             await driver.execute_fetchall("BEGIN IMMEDIATE")  # one hop to its thread; through SQLAlchemy it takes three
             return
         except sqlite3.OperationalError as error:
-            is_locked = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-            if time.monotonic() > give_up or not is_locked:
+            if time.monotonic() > give_up or not _is_locked(error):
                 raise
+
+
+async def _begin_at_once(driver: Any) -> None:
+    """Take the lock, or raise without a wait: it belongs to one who waits for this transaction."""
+    ((timeout,),) = await driver.execute_fetchall("PRAGMA busy_timeout")
+    await driver.execute_fetchall("PRAGMA busy_timeout=0")
+    try:
+        await driver.execute_fetchall("BEGIN IMMEDIATE")
+    finally:
+        await driver.execute_fetchall(f"PRAGMA busy_timeout={timeout}")
+
+
+def _is_locked(error: BaseException) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -11,6 +11,7 @@ from sqlalchemy.engine import URL
 from ..errors import SettingsError
 from .backends import backend_of
 
+TABLE_NAMES = ("image_storage", "image_blob", "image_chunk", "image_history", "image_schema")
 _PREFIX = re.compile(r"[a-z_][a-z0-9_]{0,30}")
 _SCHEMA = re.compile(r"[^\W\d][\w$-]{0,62}")
 
@@ -35,7 +36,7 @@ class TableClaim:
     _taken: ClassVar[WeakSet["TableClaim"]] = WeakSet()
 
     def __init__(self, url: URL, options: Mapping[str, object], directory: Path) -> None:
-        self._tables = (*_database(url), options.get("table_prefix") or "", options.get("schema") or "")
+        self._tables = (*database_of(url), options.get("table_prefix") or "", options.get("schema") or "")
         self._directory = directory
 
     def take(self) -> None:
@@ -54,13 +55,6 @@ class TableClaim:
         self._taken.discard(self)
 
 
-def _database(url: URL) -> tuple[Hashable, ...]:
-    """Return what tells a database from others; two databases in memory are never the same."""
-    backend = backend_of(url)
-    if backend.is_in_memory(url):
-        return (object(),)
-    file = backend.file(url)
-    if file is not None:
-        return (file.resolve(),)
-    place = url.query.get("host", url.host), url.query.get("port", url.port), url.database
-    return (*place, url.username, url.query.get("dsn"))  # the user and the DSN may choose a search path
+def database_of(url: URL) -> tuple[Hashable, ...]:
+    """Return what tells a database from others; the user and the DSN may choose a search path."""
+    return backend_of(url).place(url), url.username, url.query.get("dsn")

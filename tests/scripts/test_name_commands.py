@@ -66,7 +66,7 @@ def test_purge(full_site: Site) -> None:
     full_site.run("save", "a.png", "-", stdin=b"newer")
     time.sleep(1.05 - time.time() % 1)  # until the next second: SQLite's clock has whole seconds
     kept = full_site.run("purge", "--json")
-    assert kept.json == {"command": "purge", "ok": True, "versions": 0, "blobs": 0, "bytes": 0}
+    assert kept.json == {"command": "purge", "ok": True, "versions": 0, "blobs": 0, "bytes": 0, "freed": 0}
     dry = full_site.run("purge", "--keep-days", "0", "--dry-run", "--json")
     assert (dry.json["versions"], dry.json["dry_run"]) == (1, True)
     assert full_site.run("purge", "--keep-days", "0", "--json").json["versions"] == 1

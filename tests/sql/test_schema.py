@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, inspect
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -20,6 +20,7 @@ from selfheal.sql.schema import SCHEMA_VERSION
 from tests.support.postgres import PostgresServer
 from tests.support.raw_sql import sql
 from tests.support.requirements import needs
+from tests.support.tables import described
 
 COLUMNS = {
     "image_storage": {
@@ -45,26 +46,6 @@ async def make_all(url: str, metadata: MetaData) -> None:
     async with engine.begin() as connection:
         await connection.run_sync(metadata.create_all)
     await engine.dispose()
-
-
-async def described(url: str, schema: str | None = None) -> dict[str, tuple[set[str], list[str]]]:
-    """Return the column names and the primary key of each table in a database."""
-    engine = create_async_engine(url, poolclass=NullPool)
-
-    def look(connection: Any) -> dict[str, tuple[set[str], list[str]]]:
-        looking = inspect(connection)
-        return {
-            table: (
-                {column["name"] for column in looking.get_columns(table, schema=schema)},
-                list(looking.get_pk_constraint(table, schema=schema)["constrained_columns"]),
-            )
-            for table in looking.get_table_names(schema=schema)
-        }
-
-    async with engine.connect() as connection:
-        tables = await connection.run_sync(look)
-    await engine.dispose()
-    return tables
 
 
 @asynccontextmanager
@@ -210,6 +191,27 @@ async def storage_of_data(url: str, schema: str) -> str:
 
 async def test_bytes_are_not_compressed(postgres_url: str) -> None:
     """PostgreSQL does not try to compress images."""
+    async with opened(postgres_url) as images:
+        await images.create_tables()
+    assert await storage_of_data(postgres_url, "public") == "e"
+
+
+async def test_bytes_of_a_table_of_another_owner(postgres_url: str) -> None:
+    """Tables of another role, which stores bytes compressed, are used as they are."""
+    async with opened(postgres_url) as images:
+        await images.create_tables()
+    await sql(postgres_url, "ALTER TABLE image_chunk ALTER COLUMN data SET STORAGE EXTENDED")
+    await sql(postgres_url, "CREATE ROLE guest LOGIN")
+    try:
+        await sql(postgres_url, "GRANT USAGE ON SCHEMA public TO guest")
+        await sql(postgres_url, "GRANT ALL ON ALL TABLES IN SCHEMA public TO guest")
+        async with opened(postgres_url.replace("postgres@", "guest@")) as images:
+            await images.create_tables()
+            await check_working(images)
+    finally:
+        await sql(postgres_url, "DROP OWNED BY guest CASCADE")
+        await sql(postgres_url, "DROP ROLE guest")
+    assert await storage_of_data(postgres_url, "public") == "x"
     async with opened(postgres_url) as images:
         await images.create_tables()
     assert await storage_of_data(postgres_url, "public") == "e"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfheal import UploadStore
-from selfheal.sql.sqlite import KEPT_AT_MOST, SQLiteReader
+from selfheal.sql.sqlite_reader import KEPT_AT_MOST, SQLiteReader
 from tests.support.recorded_statements import recorded_statements
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.pool import Pool
 
 from selfheal.sql.postgresql import PostgreSQLReader
-from selfheal.sql.sqlite import SQLiteReader
+from selfheal.sql.sqlite_reader import SQLiteReader
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""The rows of all tables, their number and their age."""
+"""The tables: their columns, their rows, the number and the age of those."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from sqlalchemy import inspect
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
 from tests.support.raw_sql import sql
 
@@ -35,3 +39,23 @@ async def stored_sizes(url: str) -> tuple[int, int, int]:
     (blobs,) = await sql(url, "SELECT count(*) FROM image_blob")
     (chunks,) = await sql(url, "SELECT count(*), coalesce(sum(length(data)), 0) FROM image_chunk")
     return int(blobs[0]), int(chunks[0]), int(chunks[1])
+
+
+async def described(url: str, schema: str | None = None) -> dict[str, tuple[set[str], list[str]]]:
+    """Return the column names and the primary key of each table in a database."""
+    engine = create_async_engine(url, poolclass=NullPool)
+
+    def look(connection: Any) -> dict[str, tuple[set[str], list[str]]]:
+        looking = inspect(connection)
+        return {
+            table: (
+                {column["name"] for column in looking.get_columns(table, schema=schema)},
+                list(looking.get_pk_constraint(table, schema=schema)["constrained_columns"]),
+            )
+            for table in looking.get_table_names(schema=schema)
+        }
+
+    async with engine.connect() as connection:
+        tables = await connection.run_sync(look)
+    await engine.dispose()
+    return tables
