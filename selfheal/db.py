@@ -74,8 +74,10 @@ class ImageStorage:
         )
         self._threads = threads or Threads()
         self._own_tasks = Tasks(tasks.home if tasks else HomeLoop(prefers_caller=self.app_engine is not None))
-        self._leaves_home = tasks is None
         self.home = self._own_tasks.home
+        self._leaves_home = tasks is None
+        if tasks is None:
+            self.home.at_exit(self.close_at_home)
         tasks = tasks or self._own_tasks
         self._engine = Engine(
             database,

@@ -84,6 +84,7 @@ class UploadStore:
     ) -> None:
         self.policy, self.exclusions, self.events = policy or UploadPolicy(), Exclusions(exclude), Events(listeners)
         self.home, self.threads = HomeLoop(prefers_caller=isinstance(database, AsyncEngine)), Threads()
+        self.home.at_exit(self.close_at_home)
         self.tasks = Tasks(self.home)
         self.disk = UploadsDirectory(
             directory,

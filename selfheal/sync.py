@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from .aio.home import HomeLoop
 from .aio.streams import next_item
 from .blobs.blob_store import READ_AT_ONCE
-from .blobs.versions import GRACE
+from .blobs.versions import GRACE, KEEP
 from .content.sources import Source
 from .db import ImageStorage
 from .sql.models import Contents, Purged, Record, SmallFile, Version
+from .sql.statistics import Statistics
 from .sql.transactions import AnyConnection
 
 if TYPE_CHECKING:
@@ -123,6 +124,18 @@ class SyncImageStorage:
     def purge(self, keep: timedelta, *, grace: timedelta = GRACE, dry_run: bool = False) -> Purged:
         """Drop history older than `keep`; see `ImageStorage.purge`."""
         return self._home.call(self._database.purge, keep, grace=grace, dry_run=dry_run)
+
+    def vacuum(self) -> int:
+        """Write a SQLite file anew, without free space; see `ImageStorage.vacuum`."""
+        return self._home.call(self._database.vacuum)
+
+    def statistics(self, keep: timedelta = KEEP, *, grace: timedelta = GRACE) -> Statistics:
+        """Count names, versions and bytes; see `ImageStorage.statistics`."""
+        return self._home.call(self._database.statistics, keep, grace=grace)
+
+    def version(self) -> str:
+        """Return the name and the version of the database, for people."""
+        return self._home.call(self._database.version)
 
 
 def _call(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from selfheal.aio.threads import WORKERS
 from selfheal.content.sources import CHUNK
 from selfheal.sql.pool_limit import POOL_SIZE
 from tests.support.asgi import Wrapped, ask
+from tests.support.command_line import SECONDS, Done, environment
 from tests.support.descriptors import open_descriptors
 from tests.support.files import contents_of, noise
 
@@ -216,6 +219,28 @@ def test_the_thread_ends_with_the_store(directory: Path, sqlite_url: str) -> Non
     left = [thread.name for thread in set(threading.enumerate()) - before[0]]
     assert [name for name in left if not name.startswith("selfheal")] == []
     assert open_descriptors() <= before[1]
+
+
+SCRIPT = """if True:
+    import os, sys
+    from selfheal import UploadStore
+    uploads = UploadStore(sys.argv[1], sys.argv[2])
+    uploads.sync.database.create_tables()
+    uploads.sync.save("a.png", b"one")
+    if len(sys.argv) > 3:
+        child = os.fork()
+        uploads.sync.save("b.png", b"two")
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["fork"]])
+def test_a_script_that_closes_nothing(directory: Path, database_url: str, more: list[str]) -> None:
+    """A process that used a store ends, with its forks, without an error, a warning, or a wait."""
+    command = [sys.executable, "-c", SCRIPT, str(directory), database_url, *more]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert Done(done.returncode, done.stdout, done.stderr) == Done(0, "", "")
 
 
 def test_a_fork_of_a_store_in_use(thread_store: UploadStore) -> None:

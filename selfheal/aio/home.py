@@ -1,13 +1,13 @@
 """The home of a store: the one event loop on which it lives. Calls from other loops and threads are handed to it."""
 
 import asyncio
+import atexit
 import contextlib
 import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack
 from typing import Any, ParamSpec, TypeVar
 
 from .callers import context_of_work, waiting_callers
@@ -16,6 +16,7 @@ from .streams import next_item
 P = ParamSpec("P")
 T = TypeVar("T")
 
+EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the interpreter exits
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
 _HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
@@ -31,8 +32,8 @@ class HomeLoop:
         self._resets: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: ExitStack | None = None
-        self._of_parents: list[ExitStack | None] = []  # to be collected would stop their threads
+        self._thread: _LoopThread | None = None
+        self._closing: Callable[[], Coroutine[Any, Any, object]] = _nothing
         _HOMES.add(self)
 
     @property
@@ -48,6 +49,10 @@ class HomeLoop:
     def on_new_loop(self, reset: Callable[[], None]) -> None:
         """Call `reset` when the home moves away from a loop that has ended, and in a forked process."""
         self._resets.append(reset)
+
+    def at_exit(self, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Await `closing` when the interpreter exits, if the home is a thread of its own then."""
+        self._closing = closing
 
     def settle(self) -> None:
         """Make the running loop the home, unless another one is, and runs."""
@@ -70,17 +75,11 @@ class HomeLoop:
             raise RuntimeError("this thread runs the store's own event loop: await the method, or call it in a thread")
         answer = _submit(loop, work(*args, **kwargs))
         try:
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    return answer.result(LOOK_EVERY)
-                if answer.done():
-                    return answer.result()
-                if not loop.is_running():
-                    raise RuntimeError(ENDED)
+            return _wait(answer, loop)
         except CancelledError:
             raise RuntimeError(ENDED) from None
-        except KeyboardInterrupt:
-            answer.cancel()
+        except BaseException:
+            answer.cancel()  # without effect if it is done
             raise
 
     def soon(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -100,15 +99,23 @@ class HomeLoop:
         """The home has no more work: end its thread, if it is one of its own."""
         thread = self._leave()
         if thread is not None:
-            await asyncio.to_thread(thread.close)
+            await asyncio.to_thread(thread.stop)
 
     def leave_waiting(self) -> None:
         """As `leave`, for synchronous code."""
         thread = self._leave()
         if thread is not None:
-            thread.close()
+            thread.stop()
 
-    def _leave(self) -> ExitStack | None:
+    def exit(self) -> None:
+        """The interpreter exits: close what lives in a thread of its own, and end that thread."""
+        loop = self._loop
+        if self._thread is not None and loop is not None and loop.is_running():
+            with contextlib.suppress(Exception):
+                _submit(loop, self._closing()).result(EXITING_GRACE)
+            self.leave_waiting()
+
+    def _leave(self) -> "_LoopThread | None":
         with self._lock:
             thread, self._thread, self._loop = self._thread, None, None
         return thread
@@ -133,12 +140,8 @@ class HomeLoop:
         self._loop = loop
 
     def _start_thread(self) -> asyncio.AbstractEventLoop:
-        from anyio.from_thread import start_blocking_portal  # noqa: PLC0415 - only some need it, and it takes 20 ms
-
-        with ExitStack() as stack:
-            loop = stack.enter_context(start_blocking_portal("asyncio")).call(asyncio.get_running_loop)
-            self._thread = stack.pop_all()
-        return loop
+        self._thread = _LoopThread()
+        return self._thread.loop
 
     def _reset(self) -> None:
         for reset in self._resets:
@@ -147,9 +150,39 @@ class HomeLoop:
     def forked(self) -> None:
         """This is a forked process: the loop, its thread and all tasks are the parent's."""
         self._lock = threading.Lock()
-        self._of_parents.append(self._thread)
         self._loop = self._thread = None
         self._reset()
+
+
+class _LoopThread:
+    """An event loop in a daemon thread.
+
+    anyio's portal is one too, but where nobody closes it, its generator waits for the loop when it is collected: at the
+    exit of the interpreter, or of a forked child, for ever.
+    """
+
+    def __init__(self) -> None:
+        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=_run_loop, args=(started,), name="selfheal-loop", daemon=True)
+        self._thread.start()
+        self.loop, self._stopped = started.result()
+
+    def stop(self) -> None:
+        """Cancel what still runs, close the loop, and wait for the end of the thread."""
+        self.loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join()
+
+
+def _run_loop(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
+    async def stay() -> None:
+        started.set_result((asyncio.get_running_loop(), stopped := asyncio.Event()))
+        await stopped.wait()
+
+    asyncio.run(stay())
+
+
+async def _nothing() -> None:
+    """Do nothing."""
 
 
 async def relayed(items: AsyncGenerator[T, None], loop: asyncio.AbstractEventLoop) -> AsyncGenerator[T, None]:
@@ -178,6 +211,15 @@ async def _ask(
     return answer.result()
 
 
+def _wait(answer: Future[T], loop: asyncio.AbstractEventLoop) -> T:
+    while not answer.done() and loop.is_running():
+        with contextlib.suppress(TimeoutError):
+            return answer.result(LOOK_EVERY)
+    if not answer.done():
+        raise RuntimeError(ENDED)
+    return answer.result()
+
+
 def _submit(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> Future[T]:
     return context_of_work(*waiting_callers()).run(asyncio.run_coroutine_threadsafe, work, loop)
 
@@ -194,5 +236,11 @@ def _forget_parents() -> None:
         home.forked()
 
 
+def _close_all() -> None:
+    for home in list(_HOMES):
+        home.exit()
+
+
+atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parents)
