@@ -9,11 +9,15 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from sqlalchemy import MetaData, create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from starlette.datastructures import UploadFile
 
 import selfheal
@@ -145,24 +149,30 @@ async def guide_reader(
 ) -> AsyncIterator[Reader]:
     """A reader with what the guide says that the reader's app has."""
     monkeypatch.chdir(tmp_path)
-    engine = create_async_engine(postgres_url)
-    async with UploadStore("app/static/uploads", postgres_url) as uploads, AsyncSession(engine) as session:
+    engines = create_async_engine(postgres_url), create_engine(postgres_url.replace("asyncpg", "psycopg2"))
+    async with UploadStore("app/static/uploads", postgres_url) as uploads, AsyncSession(engines[0]) as session:
         await uploads.database.create_tables()
         given = {
             "__name__": "__main__",
-            "uploads": uploads,
-            "session": session,
+            "connection": engines[1].connect(),
+            "data": PICTURE,
             "database": postgres_url,
-            "source": PICTURE,
             "handlers": [],
+            "metadata": MetaData(),
+            "session": session,
+            "source": PICTURE,
+            "sync_session": Session(engines[1]),
+            "upload": UploadFile(io.BytesIO(PICTURE), filename="tom.png"),
+            "uploads": uploads,
+            **apps_of_the_reader(),
         }
-        given |= {"upload": UploadFile(io.BytesIO(PICTURE), filename="tom.png"), **apps_of_the_reader()}
         names = {name: getattr(selfheal, name) for name in selfheal.__all__} | given
         url = postgres_url.replace("+asyncpg", "")
         paths = os.pathsep.join([str(postgres.programs), os.environ["PATH"]])
         monkeypatch.setenv("PATH", paths)
         yield Reader(tmp_path, {"DATABASE_URL": url}, names)
-    await engine.dispose()
+    await engines[0].dispose()
+    engines[1].dispose()
 
 
 def apps_of_the_reader() -> dict[str, Any]:
@@ -176,7 +186,8 @@ def apps_of_the_reader() -> dict[str, Any]:
 
 async def test_the_guide(guide_reader: Reader) -> None:
     """Each block of the guide runs over PostgreSQL, and each app that it makes heals."""
-    await read("docs/guide.md", guide_reader, lambda _url: None)
+    with EnvironmentContext(Config(), cast(Any, None)):  # as in an `env.py`
+        await read("docs/guide.md", guide_reader, lambda _url: None)
     app = guide_reader.names["app"]
 
     @app.post("/refused")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import httpx
@@ -70,13 +72,22 @@ class Reader:
         path.write_text(block.text)
 
     async def python(self, block: Block) -> None:
-        """Run a block as the body of an async function would run, and commit the `session` if there is one."""
-        code = compile(block.text, block.page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        """Run a block as the body of an async function would run, or in a thread; commit the `session`, if any."""
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        code = compile(block.text, block.page, "exec", flags=flags, dont_inherit=True)
+        if "uploads.sync" in block.text:
+            await asyncio.to_thread(self._run_in_thread, code)
+            return
         result = eval(code, self.names)
         if inspect.isawaitable(result):
             await result
         if "session" in self.names:
             await self.names["session"].commit()
+
+    def _run_in_thread(self, code: CodeType) -> None:
+        with self.names["sync_session"] as session:
+            exec(code, self.names | {"session": session})
+            session.commit()
 
     def shell(self, text: str) -> str:
         """Run the lines of a block in a shell that stops at the first error; return what they print on both outputs."""
