@@ -74,6 +74,16 @@ def test_purge_with_vacuum(site: Site) -> None:
     assert site.run("verify").code == 0
 
 
+def test_a_password_with_special_characters(site: Site, postgres_url: str) -> None:
+    """The commands, and the processes that they start, take a password as it is, and never show it."""
+    write_file(site.directory / "a.png", b"a")
+    url = postgres_url.replace("@", f":{PASSWORD}:/# %?@@", 1)
+    env = {"DATABASE_URL": url, "SELFHEAL_DIRECTORY": str(site.directory)}
+    for command in ("migrate", "verify", "restore", "stats", "doctor"):
+        done = site.run_without_flags(command, env=env)
+        assert (done.code, done.err) == (0, "")
+
+
 def test_vacuum_of_a_locked_file(full_site: Site) -> None:
     """While another program writes, `--vacuum` does not harm it: it waits, and then works."""
     with closing(sqlite3.connect(database_file(full_site), isolation_level=None)) as connection:
