@@ -11,12 +11,12 @@ from ..disk.listing import walk
 from ..store import UploadStore
 from .doctor import UNREACHABLE, WRONG, Finding, examine
 from .name_commands import DAYS
-from .options import common, on_store, run_on
+from .options import common, example, on_store, run_on
 from .reporting import Output, printable
 from .summary import human_size
 
 
-@click.command()
+@click.command(epilog=example("selfheal stats --json"))
 @click.option("--keep-days", type=DAYS, default=30, show_default=True, metavar="N", help="As in purge.")
 @on_store
 async def stats(store: UploadStore, output: Output, *, keep_days: int) -> int:
@@ -40,7 +40,7 @@ async def stats(store: UploadStore, output: Output, *, keep_days: int) -> int:
     return 0
 
 
-@click.command()
+@click.command(epilog=example("selfheal doctor"))
 @common
 def doctor(store: UploadStore, *, as_json: bool, quiet: bool) -> int:
     """Look at database, disk and installation, and say for each what is fine, what is not, and what to do."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfheal.content.sources import CHUNK
+from selfheal.scripts.summary import human_size
 from tests.support.command_line import IMAGES, PASSWORD, Site
 from tests.support.files import noise, snapshot_of, write_file
 
@@ -47,7 +48,7 @@ def test_stats(full_site: Site) -> None:
     assert (database["purgeable"], database["purgeable_size"]) == (1, BIG)
     assert full_site.run("stats", "--keep-days", "36500", "--json").json["database"]["purgeable"] == 0
     lines = dict(line.split(maxsplit=1) for line in full_site.run("stats").out.splitlines())
-    assert lines["disk"] == f"6 files, {(bytes_of_all + 7) / 1e6:.1f} MB ({full_site.directory})"
+    assert lines["disk"] == f"6 files, {human_size(bytes_of_all + 7)} ({full_site.directory})"
     assert str(database_file(full_site)) in lines["database"]
     assert lines["purge"] == "would drop 1 versions and free 5.2 MB"
 
