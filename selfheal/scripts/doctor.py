@@ -67,7 +67,7 @@ async def _versions(_store: UploadStore) -> Answer:
 async def _installation(_store: UploadStore) -> Answer:
     if _version("selfheal") is None:
         return OK, "no other distribution has files in the package `selfheal`"
-    ways_out = f"`pip uninstall -y selfheal`, then `pip install --force-reinstall {DISTRIBUTION}`"
+    ways_out = f"`pip uninstall -y selfheal`, then `pip install --force-reinstall --no-deps {DISTRIBUTION}`"
     return WRONG, f"another project called `selfheal` is installed over this one: {ways_out}"
 
 

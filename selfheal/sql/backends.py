@@ -1,5 +1,7 @@
 """The databases that selfheal works with; the URL of each, as hosts and apps write it."""
 
+import re
+
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -14,8 +16,9 @@ BACKENDS: tuple[Backend, ...] = (SQLite(), PostgreSQL())
 
 def database_url(url: str) -> URL:
     """Return the URL that SQLAlchemy takes for one as hosts write it (`postgres://…`). Raises `SettingsError`."""
+    quoted = _quote_at_signs(url)
     try:
-        parsed = make_url(url)
+        parsed = make_url(quoted)
     except (ArgumentError, ValueError) as error:
         raise SettingsError("the database URL cannot be read; write it as sqlite+aiosqlite:///app.db") from error
     for backend in BACKENDS:
@@ -23,6 +26,23 @@ def database_url(url: str) -> URL:
             return backend.url(parsed)
     supported = ", ".join(backend.drivernames[-1] for backend in BACKENDS)
     raise SettingsError(f"the database {parsed.drivername!r} is not supported; use one of {supported}")
+
+
+def _quote_at_signs(url: str) -> str:
+    """Quote each `@` of a password that is written as it is: the last one before a path or parameters ends it.
+
+    Raises `SettingsError` if one comes after those: it can be of the password, or of them.
+    """
+    scheme, separator, rest = url.partition("://")
+    if rest.startswith("/"):  # a file's path
+        return url
+    start, _, end = rest.partition("@")
+    host = re.split("[/?]", end, maxsplit=1)[0]
+    if "@" in end[len(host) :].partition("=")[0]:
+        raise SettingsError("the database URL can be read in two ways; write each @ of the password as %40")
+    password, at, _ = host.rpartition("@")
+    quoted = f"{start}@{password}".replace("@", "%40")
+    return f"{scheme}{separator}{quoted}@{end[len(password) + 1 :]}" if at else url
 
 
 def url_of(database: str | URL | AsyncEngine) -> URL:

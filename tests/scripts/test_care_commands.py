@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfheal.content.sources import CHUNK
+from selfheal.scripts.summary import human_size
 from tests.support.command_line import IMAGES, PASSWORD, Site
 from tests.support.files import noise, snapshot_of, write_file
 
@@ -47,7 +48,7 @@ def test_stats(full_site: Site) -> None:
     assert (database["purgeable"], database["purgeable_size"]) == (1, BIG)
     assert full_site.run("stats", "--keep-days", "36500", "--json").json["database"]["purgeable"] == 0
     lines = dict(line.split(maxsplit=1) for line in full_site.run("stats").out.splitlines())
-    assert lines["disk"] == f"6 files, {(bytes_of_all + 7) / 1e6:.1f} MB ({full_site.directory})"
+    assert lines["disk"] == f"6 files, {human_size(bytes_of_all + 7)} ({full_site.directory})"
     assert str(database_file(full_site)) in lines["database"]
     assert lines["purge"] == "would drop 1 versions and free 5.2 MB"
 
@@ -72,6 +73,16 @@ def test_purge_with_vacuum(site: Site) -> None:
     assert "; the database is 5." in site.run("purge", "--vacuum").out
     assert os.stat(database_file(site)).st_size <= before - BIG
     assert site.run("verify").code == 0
+
+
+def test_a_password_with_special_characters(site: Site, postgres_url: str) -> None:
+    """The commands, and the processes that they start, take a password as it is, and never show it."""
+    write_file(site.directory / "a.png", b"a")
+    url = postgres_url.replace("@", f":{PASSWORD}:/# %?@@", 1)
+    env = {"DATABASE_URL": url, "SELFHEAL_DIRECTORY": str(site.directory)}
+    for command in ("migrate", "verify", "restore", "stats", "doctor"):
+        done = site.run_without_flags(command, env=env)
+        assert (done.code, done.err) == (0, "")
 
 
 def test_vacuum_of_a_locked_file(full_site: Site) -> None:

@@ -32,6 +32,12 @@ class PostgresServer:
         done = subprocess.run([*command, "-d", database, "-c", statement], capture_output=True, text=True, check=True)
         return done.stdout
 
+    def ask_password(self, role: str) -> None:
+        """Ask this role for its password from now on."""
+        rules = self.data / "pg_hba.conf"
+        rules.write_text(f"host all {role} 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+        self.sql("SELECT pg_reload_conf()")
+
     def empty(self, database: str) -> None:
         """Close the connections to a database, and drop its schemas and settings."""
         self.sql(
@@ -60,7 +66,7 @@ class PostgresServer:
             assert done.returncode == 0, f"pg_ctl {' '.join(arguments)}: {said.read()}"
 
 
-def start_postgres(base: Path) -> PostgresServer:
+def start_postgres(base: Path, settings: str = "-c max_connections=200") -> PostgresServer:
     """Make and start a PostgreSQL server with its data below `base`; it runs as an unprivileged user if we are root."""
     programs = _programs()
     if programs is None:
@@ -81,9 +87,7 @@ def start_postgres(base: Path) -> PostgresServer:
     port = free_port()
     initdb = [str(programs / "initdb"), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync", "-D", str(data)]
     subprocess.run(initdb, user=user, check=True, capture_output=True, cwd="/")
-    options = (
-        f"-h 127.0.0.1 -p {port} -k {run} -c fsync=off -c full_page_writes=off -c autovacuum=off -c max_connections=200"
-    )
+    options = f"-h 127.0.0.1 -p {port} -k {run} -c fsync=off -c full_page_writes=off -c autovacuum=off {settings}"
     server = PostgresServer(port, data, programs, user)
     server.control("-l", str(run / "log"), "-o", options, "start")
     return server
