@@ -55,6 +55,7 @@ class Backend:
     driver: str  # the driver that is asked past SQLAlchemy; an app's own engine may have another one
     drivernames: tuple[str, ...]  # the names of the database in URLs; the last one is ours
     has_one_writer = False  # whether a write transaction locks all others out
+    must_finish = False  # whether a query that is cancelled may break the next one of its connection
     full_states: tuple[str, ...] = ()  # SQLSTATEs of a server that has no room for another connection
     unstorable_states: tuple[str, ...] = ()  # SQLSTATEs of a text that the database's encoding cannot hold
     retried_states: tuple[str, ...] = ()  # SQLSTATEs of a transaction that lost against another one: it is run again

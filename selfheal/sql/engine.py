@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, select
@@ -71,11 +71,11 @@ class Engine:
                 return await run_to_end(self._read(work))
         for _ in range(self._connections.limit.size):
             try:
-                return await self._tasks.finish(self._read(work))
+                return await self._answer(self._read(work))
             except DatabaseUnavailable as error:
                 if not _was_dead(error.__cause__):
                     raise
-        return await self._tasks.finish(self._read(work))
+        return await self._answer(self._read(work))
 
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction to its end, even if cancelled; again if the server breaks it off."""
@@ -98,7 +98,7 @@ class Engine:
         reader = self._connections.reader
         if reader is not None and self._is_ready:
             try:
-                rows = await self._tasks.finish(reader.rows(*bind(query, self._connections.dialect, values)))
+                rows = await self._answer(reader.rows(*bind(query, self._connections.dialect, values)))
             except self._errors() as error:
                 if not _was_dead(error):
                     raise self.unavailable(error) from error
@@ -159,6 +159,9 @@ class Engine:
     def _is_ready(self) -> bool:
         """Whether the schema was checked through the engine that is in use now."""
         return self._checked is not None and self._checked is self._connections.engine
+
+    def _answer(self, question: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        return self._tasks.finish(question) if self.backend.must_finish else question
 
     async def _read(self, work: Work[T]) -> T:
         async with self._connection() as connection:

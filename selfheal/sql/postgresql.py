@@ -53,7 +53,8 @@ class PostgreSQL(Backend):
 
     def import_driver(self) -> None:
         with contextlib.suppress(ImportError):  # reported when an engine is made
-            import_module("asyncpg")  # a tenth of a second
+            asyncpg = import_module("asyncpg")  # a tenth of a second
+            self.must_finish = [int(part) for part in asyncpg.__version__.split(".")[:2]] < [0, 32]
 
     def create_engine(self, url: URL, timeout: float, limit: PoolLimit) -> AsyncEngine:
         try:

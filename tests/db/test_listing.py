@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from selfheal import ImageStorage, UploadStore
@@ -38,9 +40,9 @@ async def test_pages(images: ImageStorage, size: int) -> None:
     assert {record.name: record for record in got} == await images.catalogue.find(SIMILAR_NAMES)
 
 
-async def test_pages_of_text_that_is_no_utf8(sqlite_url: str) -> None:
+async def test_pages_of_text_that_is_no_utf8(directory: Path, sqlite_url: str) -> None:
     """Pages have names that are not UTF-8, which SQLite may store, once, and the names after them."""
-    async with UploadStore("uploads", sqlite_url) as store:
+    async with UploadStore(directory, sqlite_url) as store:
         images = store.database
         await images.create_tables()
         for name in ("a", "b", "c", "d", "e", "é"):
