@@ -26,11 +26,11 @@ from .errors import DatabaseUnavailable
 from .sql.backends import url_of
 from .sql.catalogue import Catalogue
 from .sql.changes import Changes
-from .sql.engine import Engine
+from .sql.engine import Engine, Work
 from .sql.models import Contents, Purged, Record, SmallFile, Version
 from .sql.pool_limit import POOL_SIZE
 from .sql.record_writer import RecordWriter
-from .sql.schema import create_tables, define_tables
+from .sql.schema import create_tables, define_tables, refuse_foreign
 from .sql.statistics import Statistics, read_statistics
 from .sql.transactions import AnyConnection, Write, within
 
@@ -123,6 +123,12 @@ class ImageStorage:
                     raise
             else:
                 return
+
+    async def refuse_foreign_tables(self) -> None:
+        """Raise `ForeignTables` if another app has a table of our name; a missing table or file is no error."""
+        file = self.backend.file(self.url)
+        if file is None or file.exists():
+            await self.home.run(self._engine.read_schema, lambda one: one.run_sync(refuse_foreign, self.tables))
 
     async def close(self) -> None:
         """Close the connections that were opened here; the app's own engine stays open."""
