@@ -95,7 +95,7 @@ class Importer:
         if found is not None and not continues(record, incoming.versions, found, known):
             return await self._set_aside(incoming, found)
         if self._dry_run:
-            return Result(record.name, Outcome.MIGRATED, record.size, "would be imported")
+            return Result(record.name, Outcome.MIGRATED, record.size, "it would be imported")
         damaged = await self._put_versions(incoming)
         if not await self._put(incoming, found):
             return None
