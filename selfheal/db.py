@@ -17,6 +17,7 @@ from .aio.home import HomeLoop
 from .aio.tasks import Tasks
 from .aio.threads import Threads
 from .blobs.blob_store import READ_AT_ONCE, BlobStore
+from .blobs.copies import Copies
 from .blobs.database import DatabaseBlobs
 from .blobs.image_writer import ImageWriter
 from .blobs.versions import GRACE, KEEP, Versions
@@ -29,8 +30,9 @@ from .sql.changes import Changes
 from .sql.engine import Engine
 from .sql.models import Contents, Purged, Record, SmallFile, Version
 from .sql.pool_limit import POOL_SIZE
+from .sql.record_copies import RecordCopies
 from .sql.record_writer import RecordWriter
-from .sql.schema import create_tables, define_tables
+from .sql.schema import create_tables, define_tables, refuse_foreign
 from .sql.statistics import Statistics, read_statistics
 from .sql.transactions import AnyConnection, Write, within
 
@@ -50,7 +52,7 @@ class DatabaseOptions(TypedDict, total=False):
 class ImageStorage:
     """The catalogue and its blobs, in the database of a URL or of the app's own engine. `timeout` (seconds) bounds
     every statement; every method raises `DatabaseUnavailable` if there is no answer. `catalogue`, `changes`, `blobs`,
-    `versions` and `backend` are the inside: reads of many names, their changes, bytes, and what databases differ in.
+    `versions`, `copies` and `backend` are the inside: many names, their changes, bytes, and what databases differ in.
     """
 
     def __init__(
@@ -89,12 +91,15 @@ class ImageStorage:
             before_opening=before_opening,
         )
         self.backend, self.share_connections = self._engine.backend, self._engine.share_connections
+        self._set_up_parts()
+
+    def _set_up_parts(self) -> None:
         self._records = RecordWriter(self.tables, self.backend)
-        self.catalogue = Catalogue(self._engine, self.tables)
-        self.changes = Changes(self._engine, self.tables)
+        self.catalogue, self.changes = Catalogue(self._engine, self.tables), Changes(self._engine, self.tables)
         self.blobs: BlobStore = DatabaseBlobs(self._engine, self.tables, self._threads)
         self._writer = ImageWriter(self._engine, self._records, self.blobs, self.catalogue)
         self.versions = Versions(self._engine, self._records, self.blobs)
+        self.copies = Copies(self._engine, RecordCopies(self.tables, self.backend, self._records), self.blobs)
 
     @property
     def url(self) -> URL:
@@ -123,6 +128,12 @@ class ImageStorage:
                     raise
             else:
                 return
+
+    async def refuse_foreign_tables(self) -> None:
+        """Raise `ForeignTables` if another app has a table of our name; a missing table or file is no error."""
+        file = self.backend.file(self.url)
+        if file is None or file.exists():
+            await self.home.run(self._engine.read_schema, lambda one: one.run_sync(refuse_foreign, self.tables))
 
     async def close(self) -> None:
         """Close the connections that were opened here; the app's own engine stays open."""

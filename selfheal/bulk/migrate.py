@@ -39,8 +39,7 @@ async def migrate(
 ) -> AsyncGenerator[Result, None]:
     """Store every file the database does not have, and mend damaged bytes; `prefer_disk` settles differences."""
     left_out = Exclusions(exclude)
-    if not dry_run:
-        await store.database.create_tables()
+    await (store.database.refuse_foreign_tables() if dry_run else store.database.create_tables())
     executor = executor or InlineExecutor(store)
     jobs = jobs // executor.worker_count or 1
     work = partial(executor.run, _migrate, left_out=left_out, prefer_disk=prefer_disk, dry_run=dry_run, jobs=jobs)

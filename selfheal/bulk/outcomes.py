@@ -32,7 +32,8 @@ class Outcome(StrEnum):
 class Result:
     """The outcome for one name; with an empty `name`, for `count` of them. `detail` is for people.
 
-    A skipped name is no upload. One with a `detail` looks like an upload: people are warned of it.
+    A skipped name is no upload. One with a `detail` looks like an upload: people are warned of it. `origin` is the name
+    that an imported upload had elsewhere, if that is another one.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Result:
     detail: str = ""
     is_problem: bool = False
     count: int = 1
+    origin: str = ""
 
 
 Step = Coroutine[Any, Any, list[Result]]  # A part of a run; returns the results for some names

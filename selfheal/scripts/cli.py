@@ -10,7 +10,7 @@ import click
 
 from ..distribution import DISTRIBUTION
 from ..errors import DatabaseUnavailable, InvalidName, MissingExtra, SelfHealError, SettingsError
-from . import bulk_commands, care_commands, name_commands
+from . import bulk_commands, care_commands, name_commands, transfer_commands
 from .options import example, settings_of, where
 
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -93,5 +93,11 @@ def serve(app: str | None, host: str, port: int, workers: int, **flags: str | No
     return 0
 
 
-for _command in (*bulk_commands.COMMANDS, *name_commands.COMMANDS, *care_commands.COMMANDS, serve):
+for _command in (
+    *bulk_commands.COMMANDS,
+    *name_commands.COMMANDS,
+    *care_commands.COMMANDS,
+    *transfer_commands.COMMANDS,
+    serve,
+):
     selfheal.add_command(_command)

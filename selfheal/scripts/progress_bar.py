@@ -10,7 +10,7 @@ from ..content.byte_counter import BYTES_READ
 from ..sql.models import Total
 from .summary import human_size
 
-_READS = {"migrate": 2, "verify": 2, "restore": 1}
+_READS = {"migrate": 2, "verify": 2, "restore": 1, "import": 2, "export": 1}
 """How often a run reads the bytes of a large file at most: on disk and in the database."""
 
 

@@ -36,6 +36,7 @@ class Report:
     warnings: list[Result] = field(default_factory=list)
     plans: list[Result] = field(default_factory=list)  # what a dry run would do
     question: str = ""  # for people: is the directory right?
+    mapped: list[Result] = field(default_factory=list)
     error: str = ""
     started: float = field(default_factory=time.monotonic)
 
@@ -63,6 +64,8 @@ class Report:
             self.problems.append(result)
         elif self.dry_run and result.detail:
             self.plans.append(result)
+        if result.origin:
+            self.mapped.append(result)
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -77,6 +80,7 @@ class Report:
             "problems": [
                 {"name": one.name, "outcome": one.outcome.value, "detail": one.detail} for one in self.problems
             ],
+            **({"mapped": [_mapped(one) for one in self.mapped]} if self.mapped else {}),
             **({"dry_run": True} if self.dry_run else {}),
             **({"error": self.error} if self.error else {}),
         }
@@ -93,6 +97,10 @@ class Report:
         return "\n".join([*plans, total, *(f"next: {step}" for step in steps)])
 
 
+def _mapped(result: Result) -> dict[str, str]:
+    return {"name": result.name, "outcome": result.outcome.value, "detail": f"it was {result.origin!r}"}
+
+
 def show(report: Report, *, as_json: bool, quiet: bool) -> None:
     """Print a report: JSON to standard output; or the summary there and the problems to standard error."""
     if report.warnings and not quiet:
@@ -102,6 +110,8 @@ def show(report: Report, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_json()))
         return
+    for one in () if quiet else report.mapped:
+        click.echo(f"mapped: {printable(one.name)}: it was {one.origin!a}", err=True)
     for one in report.problems:
         if not (report.question and one.outcome is Outcome.MISSING_ON_DISK):  # one line for all of them
             click.echo(f"{one.outcome.value}: {printable(one.name)}: {one.detail}", err=True)

@@ -20,15 +20,27 @@ _WORDS = {
 _WORDS_OF = {
     "migrate": {Outcome.OK: "already backed up"},
     "restore": {Outcome.OK: "already on disk", Outcome.DELETED: "deleted (files removed)"},
+    "import": {
+        Outcome.MIGRATED: "imported",
+        Outcome.OK: "already imported",
+        Outcome.DIFFERS: "different in the database",
+        Outcome.CORRUPT_IN_DATABASE: "damaged",
+        Outcome.DELETED: "deleted in the database",
+    },
+    "export": {Outcome.RESTORED: "exported", Outcome.OK: "already exported, or deleted"},
 }
 _DRY_WORDS_OF = {
     "migrate": {Outcome.MIGRATED: "would be backed up"},
     "restore": {Outcome.RESTORED: "would be restored", Outcome.DELETED: "deleted (files would be removed)"},
+    "import": {Outcome.MIGRATED: "would be imported"},
+    "export": {Outcome.RESTORED: "would be exported"},
 }
 _NOTHING = {
     "migrate": "the tables are ready; there is no file to back up",
     "verify": "there is no file and no record to check",
     "restore": "the database has no name to restore",
+    "import": "the source has no upload",
+    "export": "the database has no name to export",
 }
 _DRY_NOTHING = {"migrate": "there is no file to back up"}
 _AFTER = {
@@ -43,6 +55,12 @@ _AFTER = {
         Outcome.DELETED: "`selfheal restore`{flags} removes the files of deleted names",
     },
     "restore": {
+        Outcome.CORRUPT_IN_DATABASE: "`selfheal migrate`{flags} on a node that has good files repairs the database",
+    },
+    "import": {
+        Outcome.MIGRATED: "`selfheal restore`{flags} puts the files on this disk, or their first requests do",
+    },
+    "export": {
         Outcome.CORRUPT_IN_DATABASE: "`selfheal migrate`{flags} on a node that has good files repairs the database",
     },
 }

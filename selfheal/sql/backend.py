@@ -89,6 +89,10 @@ class Backend:
         """Make an engine of our own; `timeout` (seconds) bounds connecting and statements. Raises `MissingExtra`."""
         raise NotImplementedError
 
+    def create_plain_engine(self, url: URL, timeout: float) -> AsyncEngine:
+        """Make an engine that only reads another app's tables, and changes no setting of the database."""
+        return self.create_engine(url, timeout, PoolLimit(2))
+
     def create_database(self, url: URL) -> None:
         """Make the database's file if it is missing. Raises `OSError`."""
 
@@ -107,6 +111,14 @@ class Backend:
     def is_lock_timeout(self, error: BaseException) -> bool:
         """Whether an error means that a lock, or a connection, was not free in time."""
         return isinstance(error, (TimeoutError, sa.exc.TimeoutError))
+
+    def is_wrong_statement(self, error: BaseException) -> bool:
+        """Whether a driver's error means that a statement which a user wrote a part of is wrong."""
+        raise NotImplementedError
+
+    def place_of_row(self) -> Sequence[sa.ColumnElement[Any]]:
+        """Return what tells the rows of a table without a primary key from each other, in an order."""
+        raise NotImplementedError
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
         """Ask a connection of the driver: one hop or round trip instead of five. Raises `DeadConnection`."""

@@ -91,7 +91,12 @@ class Engine:
         try:
             return await self._tasks.finish(self._write(work, needs_tables=False))
         except IntegrityError as error:  # others make them at the same time, or a table is another app's
-            raise self._named(SchemaError(NOT_MADE.format(_first_line(error)))) from error
+            raise _named(SchemaError(NOT_MADE.format(_first_line(error))), self.where) from error
+
+    async def read_schema(self, work: Work[T]) -> T:
+        """As `read`, in a database that may have no tables yet."""
+        async with self._shared or contextlib.nullcontext(), self._connection(needs_tables=False) as connection:
+            return await work(connection)
 
     async def rows(self, query: Select[Any], **values: Any) -> Rows:
         """Return all rows of a query; `values` are those of its parameters. Times come as the driver returns them."""
@@ -99,7 +104,7 @@ class Engine:
         if reader is not None and self._is_ready:
             try:
                 rows = await self._answer(reader.rows(*bind(query, self._connections.dialect, values)))
-            except self._errors() as error:
+            except _errors(self.backend) as error:
                 if not _was_dead(error):
                     raise self.unavailable(error) from error
             else:
@@ -133,7 +138,7 @@ class Engine:
             raise DatabaseUnavailable("the database was closed meanwhile")
         try:
             return reader.rows_in_thread(*bind(query, self._connections.dialect, values))
-        except self._errors() as error:
+        except _errors(self.backend) as error:
             raise self.unavailable(error) from error
 
     def unavailable(self, error: BaseException, missing: str = MISSING) -> SelfHealError:
@@ -141,10 +146,7 @@ class Engine:
         cause = getattr(error, "orig", None) or error
         if self.backend.is_lock_timeout(cause) and any(own_transactions(self.backend, self.url)):
             return DatabaseUnavailable(f"the caller's own transaction is open on {self.where}: {OWN_TRANSACTION}")
-        return _meaning(cause, self.backend) or self._named(SchemaError(missing.format(_first_line(cause))))
-
-    def _named(self, error: SchemaError) -> SchemaError:
-        return type(error)(f"{error} (the database is {self.where})")
+        return _meaning(cause, self.backend) or _named(SchemaError(missing.format(_first_line(cause))), self.where)
 
     def share_connections(self, processes: int) -> int:
         """Share the pool among processes to be forked; return for how many of them it is large enough."""
@@ -198,12 +200,12 @@ class Engine:
             finally:
                 await asyncio.shield(self._tasks.start(connection.close()))
         except SchemaError as error:
-            raise self._named(error) from error.__cause__
+            raise _named(error, self.where) from error.__cause__
         except (IntegrityError, DataError) as error:
             if state_of(error) in self.backend.unstorable_states:
                 raise self.unavailable(error) from error
             raise
-        except self._errors() as error:
+        except _errors(self.backend) as error:
             raise self.unavailable(error, MISSING if needs_tables else NOT_MADE) from error
 
     async def _connect(self) -> AsyncConnection:
@@ -231,8 +233,13 @@ class Engine:
             await connection.invalidate()
             raise
 
-    def _errors(self) -> tuple[type[Exception], ...]:
-        return (SQLAlchemyError, OSError, *self.backend.driver_errors())
+
+def _errors(backend: Backend) -> tuple[type[Exception], ...]:
+    return (SQLAlchemyError, OSError, *backend.driver_errors())
+
+
+def _named(error: SchemaError, where: str) -> SchemaError:
+    return type(error)(f"{error} (the database is {where})")
 
 
 def _meaning(cause: BaseException, backend: Backend) -> SelfHealError | None:

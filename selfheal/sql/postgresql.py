@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
 from ..errors import MissingExtra
-from .backend import LOCK_TIMEOUT, Backend, Reader, Rows
+from .backend import LOCK_TIMEOUT, Backend, Reader, Rows, state_of
 from .libpq import in_asyncpgs_words
 from .pool_limit import PoolLimit
 from .statements import DeadConnection
@@ -33,6 +33,7 @@ _IS_STORED_OTHERWISE = (  # and this role may change that
     "SELECT 1 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid WHERE a.attrelid = to_regclass(:name)"
     " AND a.attname = 'data' AND a.attstorage <> 'e' AND pg_has_role(c.relowner, 'USAGE')"
 )
+_WRONG_SYNTAX_OR_RIGHTS, _WRONG_VALUE = "42", "22"  # classes of errors
 _DEADLOCK, _SERIALIZATION_FAILURE, _LOCK_NOT_AVAILABLE, _UNIQUE_VIOLATION = "40P01", "40001", "55P03", "23505"
 
 
@@ -79,6 +80,12 @@ class PostgreSQL(Backend):
 
     def is_missing_table(self, error: BaseException) -> bool:
         return getattr(error, "sqlstate", None) in (_UNDEFINED_TABLE, _UNDEFINED_COLUMN)
+
+    def is_wrong_statement(self, error: BaseException) -> bool:
+        return str(state_of(error))[:2] in (_WRONG_SYNTAX_OR_RIGHTS, _WRONG_VALUE)
+
+    def place_of_row(self) -> Sequence[sa.ColumnElement[Any]]:
+        return [sa.literal_column("tableoid"), sa.literal_column("ctid")]  # each partition counts for itself
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
         return await _fetch(driver, text, values)

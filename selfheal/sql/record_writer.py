@@ -37,7 +37,7 @@ class RecordWriter:
         name = values["name"]
         insert = self._backend.insert(self._records).values(values)
         if (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
-            await self._refuse_conflict(connection, name)
+            await self.refuse_conflict(connection, name)
             return await self._get(connection, name)
         record = await self.lock(connection, name)
         if record is None:
@@ -47,7 +47,7 @@ class RecordWriter:
             return record
         return await self.change(connection, record, Version(generation=0, replaced_at=record.changed_at, **values))
 
-    async def _refuse_conflict(self, connection: AsyncConnection, name: str) -> None:
+    async def refuse_conflict(self, connection: AsyncConnection, name: str) -> None:
         """Raise `NotAFile` if a new name is the directory of another one, or has another one for a directory."""
         records, parts = self._records, name.split("/")
         above = ["/".join(parts[:count]) for count in range(1, len(parts))]

@@ -78,7 +78,7 @@ async def create_tables(connection: AsyncConnection, tables: Tables, backend: Ba
     """
     if tables.records.schema is not None:
         await backend.prepare_schema(connection, tables.records.schema)
-    await connection.run_sync(_refuse_foreign, tables)
+    await connection.run_sync(refuse_foreign, tables)
     for table in tables.all():
         await connection.run_sync(table.create, checkfirst=True)
     for table in tables.all():
@@ -104,16 +104,20 @@ def _add_columns(connection: sa.Connection, table: sa.Table) -> None:
             connection.execute(sa.text(f"ALTER TABLE {name} ADD COLUMN {made}"))
 
 
-def _refuse_foreign(connection: sa.Connection, tables: Tables) -> None:
+def refuse_foreign(connection: sa.Connection, tables: Tables) -> None:
+    """Raise `ForeignTables` if a table of our name is another app's; the message names the solutions."""
     inspector = sa.inspect(connection)
     for key, ours in _OURS.items():
         table: sa.Table = getattr(tables, key)
         if not inspector.has_table(table.name, table.schema):
             continue
-        found = {column["name"] for column in inspector.get_columns(table.name, table.schema)}
-        if not ours <= found:
-            ways_out = "choose a table prefix, a schema or another database"
-            raise ForeignTables(f"the table {table.fullname} belongs to another app; {ways_out}")
+        found = [column["name"] for column in inspector.get_columns(table.name, table.schema)]
+        if not ours.issubset(found):
+            raise ForeignTables(
+                f"the table {table.fullname} belongs to another app; choose a table prefix (--table-prefix), a schema "
+                f"(--schema) or another database. It has the columns {', '.join(found)}: if it holds uploads, "
+                f"`selfheal import --table {table.name} --name COLUMN --data COLUMN` copies them"
+            )
 
 
 def check_version(version: int | None) -> None:

@@ -86,6 +86,11 @@ class SQLite(Backend):
         sa.event.listen(engine.sync_engine, "connect", _tune)
         return engine
 
+    def create_plain_engine(self, url: URL, timeout: float) -> AsyncEngine:
+        engine = create_async_engine(url, connect_args={"timeout": timeout})
+        sa.event.listen(engine.sync_engine, "connect", _read_any_text)
+        return engine
+
     def create_database(self, url: URL) -> None:
         file = self.file(url)
         if file is not None and "uri" not in url.query and not file.exists():
@@ -114,6 +119,12 @@ class SQLite(Backend):
 
     def is_lock_timeout(self, error: BaseException) -> bool:
         return super().is_lock_timeout(error) or _is_locked(error)
+
+    def is_wrong_statement(self, error: BaseException) -> bool:
+        return self.is_missing_table(error)
+
+    def place_of_row(self) -> Sequence[sa.ColumnElement[Any]]:
+        return [sa.literal_column("rowid")]
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Any:
         try:
@@ -223,6 +234,10 @@ def _tune(connection: Any, _record: PoolProxiedConnection) -> None:
     if wal_is_safe(sqlite3.sqlite_version_info):
         cursor.execute("PRAGMA journal_mode=WAL")
     cursor.close()
+
+
+def _read_any_text(connection: Any, _record: PoolProxiedConnection) -> None:
+    connection.driver_connection.text_factory = lambda text: text.decode(errors="surrogateescape")
 
 
 async def _begin_immediate(driver: Any) -> None:

@@ -69,7 +69,10 @@ BAD: list[tuple[int, str, str]] = [
     *((3, f"{command} --database sqlite:///{{home}}/blank.db", "run `selfheal migrate`") for command in WITH_DATABASE),
     *((3, f"{command} --database sqlite:///{{home}}/a-file", "no answer") for command in ("migrate", *WITH_DATABASE)),
     (3, "migrate --database sqlite:///{home}/nowhere/x.db", "no answer"),
-    (2, "migrate --database sqlite:///{home}/others.db", "image_blob belongs to another app; choose a table prefix"),
+    *(
+        (2, f"{command} --database sqlite:///{{home}}/others.db", "image_blob belongs to another app; choose a table")
+        for command in ("migrate", "migrate --dry-run")
+    ),
 ]
 
 

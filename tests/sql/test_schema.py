@@ -348,6 +348,12 @@ async def test_tables_of_an_older_file_go_on_working(sqlite_url: str, tmp_path: 
 # -- tables of other apps ---------------------------------------------------------------------------------------------
 
 
+def _ways_out(table: str) -> str:
+    """Return a pattern of a message that says what was found, and the three solutions."""
+    names = r"\(--table-prefix\).*\(--schema\).*columns id, name"
+    return f"{table} belongs to another app; .*{names}: .*`selfheal import --table {table} --name COLUMN"
+
+
 @pytest.mark.parametrize("table", list(KEYS))
 async def test_a_table_of_another_app(table: str, database_url: str, directory: Path) -> None:
     """A table of our name without our columns is another app's: nothing is made or changed, and the error says so."""
@@ -355,8 +361,10 @@ async def test_a_table_of_another_app(table: str, database_url: str, directory: 
     await sql(database_url, f"INSERT INTO {table} VALUES (1, 'theirs')")
     before = await described(database_url)
     async with UploadStore(directory, database_url) as store:
-        with pytest.raises(SchemaError, match=f"{table} belongs to another app; choose a table prefix, a schema or"):
+        with pytest.raises(SchemaError, match=_ways_out(table)):
             await store.database.create_tables()
+        with pytest.raises(SchemaError, match=_ways_out(table)):
+            await store.database.refuse_foreign_tables()
         with pytest.raises(SchemaError, match="another app's"):
             await store.database.find("a.png")
     assert await described(database_url) == before

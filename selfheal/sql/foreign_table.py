@@ -1,0 +1,142 @@
+"""A table of another app: its rows are read in pages by their key, and the bytes of each row in pieces."""
+
+import warnings
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, NoSuchTableError, SAWarning, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..errors import DatabaseUnavailable, NotStored, SettingsError
+from .backends import backend_of, database_url
+
+ROWS_AT_ONCE = 200
+PIECE = 4 * 1024 * 1024  # bytes of one value in memory
+_KEY = "selfheal_key_{}".format
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignColumns:
+    """Where uploads are: a table, its columns of names, bytes and types, and an SQL condition that is used as it is."""
+
+    table: str
+    name: str
+    data: str
+    type: str | None = None
+    where: str | None = None
+    schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignRow:
+    """A row without its bytes. `size` is None if the row has no bytes."""
+
+    key: Sequence[Any]
+    name: Any
+    type: Any
+    size: Any
+
+
+class ForeignTable:
+    """Reads a table of another app, and changes nothing."""
+
+    def __init__(self, url: str, columns: ForeignColumns, *, timeout: float) -> None:
+        parsed = database_url(url)
+        self._backend = backend_of(parsed)
+        file = self._backend.file(parsed)
+        if file is not None and not file.exists():
+            raise DatabaseUnavailable(f"there is no database {file} to import from")
+        self._engine = self._backend.create_plain_engine(parsed, timeout)
+        self._columns = columns
+        names = [one for one in (columns.name, columns.data, columns.type) if one is not None]
+        self._table = sa.table(columns.table, *map(sa.column, names), schema=columns.schema)
+        self._data = self._table.c[columns.data]
+        self._errors: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *self._backend.driver_errors())
+        self._keys: list[sa.ColumnElement[Any]] = []
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._engine.dispose()
+
+    async def rows(self) -> AsyncGenerator[ForeignRow, None]:
+        """Yield all rows, in the order of their key. Raises `SettingsError` if the table or a column is not there."""
+        keys = self._keys = await self._find_keys()
+        page, after = self._page(keys), None
+        while True:
+            found = await self._ask(page if after is None else page.where(_compared(keys, ">", after)))
+            for *key, name, kind, size in found:
+                yield ForeignRow(key, name, kind, size)
+            if len(found) < ROWS_AT_ONCE:
+                return
+            after = found[-1][: len(keys)]
+
+    async def read(self, row: ForeignRow) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a row. Raises `NotStored` if the column has none (text), or the row is gone."""
+        is_row = _compared(self._keys, "=", row.key)
+        for start in range(0, row.size, PIECE):
+            piece = sa.func.substr(self._data, start + 1, min(PIECE, row.size - start))
+            found = await self._ask(sa.select(piece).select_from(self._table).where(is_row))
+            if not found or not isinstance(found[0][0], bytes):
+                raise NotStored("the column holds no bytes, or the row is gone")
+            yield found[0][0]
+
+    def _page(self, keys: Sequence[sa.ColumnElement[Any]]) -> sa.Select[Any]:
+        table, columns = self._table.c, self._columns
+        kind = sa.null() if columns.type is None else table[columns.type]
+        named = [key.label(_KEY(number)) for number, key in enumerate(keys)]
+        page = sa.select(*named, table[columns.name], kind, sa.func.length(self._data)).select_from(self._table)
+        if columns.where is not None:
+            page = page.where(sa.literal_column(f"({columns.where}\n)"))
+        return page.order_by(*keys).limit(ROWS_AT_ONCE)
+
+    async def _find_keys(self) -> list[sa.ColumnElement[Any]]:
+        """Return the columns of the primary key; without one, where the database keeps the row."""
+        async with self._connection() as connection:
+            try:
+                key = await connection.run_sync(_primary_key, self._columns)
+            except NoSuchTableError as error:
+                why = f"there is no table {self._table.fullname} to import from; check --table and --from-schema"
+                raise SettingsError(why) from error
+        return [sa.column(name) for name in key] or [*self._backend.place_of_row()]
+
+    async def _ask(self, query: sa.Select[Any]) -> Sequence[Any]:
+        async with self._connection() as connection:
+            rows: Sequence[Any] = (await connection.execute(query)).all()
+            return rows
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[AsyncConnection, None]:
+        try:
+            async with self._engine.connect() as connection:
+                yield connection
+        except self._errors as error:
+            cause = getattr(error, "orig", None) or error
+            message = str(cause).partition("\n")[0]
+            if isinstance(error, DBAPIError) and self._backend.is_wrong_statement(cause):
+                hint = "check --table, --name, --data, --type and --where"
+                raise SettingsError(f"the table {self._table.fullname} cannot be read: {message}; {hint}") from error
+            raise DatabaseUnavailable(f"the database to import from gave no answer: {message}") from error
+
+
+def _primary_key(connection: sa.Connection, columns: ForeignColumns) -> list[str]:
+    """Return the columns of the primary key; none if they can be NULL, which SQLite allows and nothing compares to."""
+    inspector = sa.inspect(connection)
+    if columns.table in inspector.get_view_names(columns.schema):
+        raise SettingsError(
+            f"{columns.table} is a view, which has no key to read it by; name the table, and use --where"
+        )
+    key = inspector.get_pk_constraint(columns.table, columns.schema)["constrained_columns"]
+    with warnings.catch_warnings(category=SAWarning, action="ignore"):  # of types that are of no interest here
+        nullable = {one["name"] for one in inspector.get_columns(columns.table, columns.schema) if one["nullable"]}
+    return [] if nullable & set(key) else key
+
+
+def _compared(keys: Sequence[sa.ColumnElement[Any]], operator: str, to: Sequence[Any]) -> sa.ColumnElement[bool]:
+    """Compare a key with values. They have no type here: the database takes that of the column."""
+    values = [sa.bindparam(_KEY(number), value, type_=sa.types.NullType()) for number, value in enumerate(to)]
+    if len(keys) == 1:
+        return keys[0].op(operator, is_comparison=True)(values[0])
+    return sa.tuple_(*keys).op(operator, is_comparison=True)(sa.tuple_(*values))
