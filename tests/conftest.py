@@ -63,7 +63,11 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files count as complete at once; tests about that choose a time of their own."""
+    """Files count as complete at once, and SQLite waits for no disk, as the PostgreSQL of the tests does not.
+
+    Tests about that choose a value of their own.
+    """
+    monkeypatch.setattr("selfheal.sql.sqlite.SYNCHRONOUS", "OFF")
     monkeypatch.setattr("selfheal.store.SETTLED_AFTER", 0.0)
     monkeypatch.setenv("SELFHEAL_SETTLED_AFTER", "0")
 

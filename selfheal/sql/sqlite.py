@@ -27,6 +27,7 @@ from .sqlite_file import keep_to_file
 from .sqlite_reader import SQLiteReader
 from .statements import compiled
 
+SYNCHRONOUS = "FULL"  # each commit waits for the disk
 LOCK_WAIT = 10.0  # seconds in which a writer tries to get SQLite's lock; SQLite gives it in no fair order
 
 _SAFE_WAL_PATCHES = {(3, 50): 7, (3, 44): 6}
@@ -230,7 +231,7 @@ async def _driver_of(connection: AsyncConnection) -> Any:
 def _tune(connection: Any, _record: PoolProxiedConnection) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
     if wal_is_safe(sqlite3.sqlite_version_info):
         cursor.execute("PRAGMA journal_mode=WAL")
     cursor.close()

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aiosqlite.core
+import pytest
+
 LATE_DRIVER = """
 import sys, time
 import aiosqlite.core as core
@@ -37,6 +40,8 @@ time.sleep(0.2)
 
 def test_a_driver_that_reports_a_failed_connection_late(tmp_path: Path) -> None:
     """The event loop of a command stays open until the driver's thread has ended: otherwise that prints a traceback."""
+    if not hasattr(aiosqlite.core, "_connection_worker_thread"):
+        pytest.skip("before 0.22 aiosqlite's thread has no function that can be slowed down")
     command = [sys.executable, "-c", LATE_DRIVER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("no answer\n", "")

@@ -20,7 +20,7 @@ from sqlalchemy.schema import MetaData
 from selfheal import DatabaseUnavailable, ImageStorage, MissingExtra, define_tables
 from selfheal.aio.tasks import Tasks
 from selfheal.sql.engine import Engine
-from selfheal.sql.sqlite import wal_is_safe
+from selfheal.sql.sqlite import SYNCHRONOUS, wal_is_safe
 from tests.support import environment
 from tests.support.postgres import PostgresServer
 from tests.support.records import bytes_of
@@ -56,6 +56,7 @@ async def test_pragmas(
     supports.
     """
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    monkeypatch.setattr("selfheal.sql.sqlite.SYNCHRONOUS", SYNCHRONOUS)
     async with opened_storage(sqlite_url) as images:
         await images.create_tables()
     tasks = Tasks()
