@@ -71,9 +71,7 @@ class ImageStorage:
     ) -> None:
         dialects = () if metadata is not None else (url_of(database).get_backend_name(),)
         self.app_engine = database if isinstance(database, AsyncEngine) else None  # never closed here
-        self.tables = define_tables(
-            MetaData() if metadata is None else metadata, *dialects, table_prefix=table_prefix, schema=schema
-        )
+        self.tables = define_tables(metadata or MetaData(), *dialects, table_prefix=table_prefix, schema=schema)
         self._threads = threads or Threads()
         self._own_tasks = Tasks(tasks.home if tasks else HomeLoop(prefers_caller=self.app_engine is not None))
         self.home = self._own_tasks.home

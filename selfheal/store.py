@@ -84,7 +84,6 @@ class UploadStore:
     ) -> None:
         self.policy, self.exclusions, self.events = policy or UploadPolicy(), Exclusions(exclude), Events(listeners)
         self.home, self.threads = HomeLoop(prefers_caller=isinstance(database, AsyncEngine)), Threads()
-        self.home.at_exit(self.close_at_home)
         self.tasks = Tasks(self.home)
         self.disk = UploadsDirectory(
             directory,
@@ -108,6 +107,7 @@ class UploadStore:
             self.disk.prepare()
 
     def _set_up_healing(self, deadline: float, settled_after: float) -> None:
+        self.home.at_exit(self.close_at_home)
         self.settled_after = check_seconds(settled_after)
         both, publisher = (self.disk, self.database), Publisher(self.disk)
         copies = DiskCopies(*both, publisher, self.events)

@@ -54,12 +54,9 @@ class Engine:
             tasks=tasks,
             before_opening=before_opening,
         )
-        self.url = self._connections.url
-        self.backend = self._connections.backend
+        self.url, self.backend = self._connections.url, self._connections.backend
         self.where = f"{shown(self.url)}, set by {database_from}" if database_from else shown(self.url)
-        self.timeout = timeout
-        self._tables = tables
-        self._tasks = tasks
+        self.timeout, self._tables, self._tasks = timeout, tables, tasks
         self._checked: AsyncEngine | None = None
         # one connection for everything has one transaction
         self._shared = LoopSemaphore(1) if self._connections.is_shared else None
