@@ -24,7 +24,7 @@ RETRY_AFTER = 10.0  # seconds after the database gave no answer
 NAMES_AT_ONCE = 128
 REST = 3.0  # times as long as its last step took
 SHORTEST_REST, LONGEST_REST = 0.02, 5.0  # seconds
-BUSY = 0.02  # seconds that the event loop is late by when requests keep it busy
+BUSY, BUSY_REST = 0.02, 0.5  # seconds that the event loop is late by if requests keep it busy; seconds for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,12 @@ class Sweep:
 
 
 async def _rest(worked: float) -> None:
-    """Sleep longer than the work took, and longer again while requests keep the event loop busy."""
-    pause, late = min(max(REST * worked, SHORTEST_REST), LONGEST_REST), BUSY
-    while late >= BUSY and pause <= LONGEST_REST:
-        until = time.monotonic() + pause
-        await asyncio.sleep(pause)
-        late, pause = time.monotonic() - until, 2 * pause
+    """Sleep longer than the work took, and longer again if requests keep the event loop busy."""
+    pause = min(max(REST * worked, SHORTEST_REST), LONGEST_REST)
+    until = time.monotonic() + pause
+    await asyncio.sleep(pause)
+    if time.monotonic() - until >= BUSY:
+        await asyncio.sleep(BUSY_REST)
 
 
 def parse(text: str) -> Progress:
