@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 	@echo "making $(VENV) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,postgres,validate,cli]' --group dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,postgres,validate,cli,watch]' --group dev
 	@touch $(READY)
 
 demo: $(READY)

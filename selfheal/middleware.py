@@ -18,7 +18,7 @@ from .http.hit_cache import HitCache
 from .http.lifespan import run_lifespan
 from .http.prefix import Prefix
 from .http.sending import Responder, send_all, send_pieces
-from .settings import DEFAULT_PREFIX, Settings, check_prefix
+from .settings import DEFAULT_PREFIX
 from .store import UploadStore
 
 CALL_EVERY = 0.1
@@ -33,8 +33,9 @@ class SelfHealMiddleware:
     """Serves an app's uploads and heals them.
 
     With `serve` it answers GET and HEAD below `prefix` itself; without, it only makes sure that the file is on disk and
-    hands every request on. `adopt`: after its first hit, a file that is only on disk is stored in the database.
-    `store=None` reads the environment (`SettingsError`).
+    hands every request on. `adopt`: files that are only on disk are stored in the database, after their first hit, or
+    by the store's sweep.
+    `prefix`: by default the store's. `store=None` reads the environment (`SettingsError`).
     """
 
     def __init__(
@@ -47,11 +48,9 @@ class SelfHealMiddleware:
         adopt: bool = True,
         cache_control: str | None = None,
     ) -> None:
-        if store is None and prefix == DEFAULT_PREFIX:
-            prefix = Settings.from_env().prefix
         self.app = app
         self.store = store or UploadStore.from_env()
-        self._prefix = Prefix(check_prefix(prefix))
+        self._prefix = Prefix(self.store.share_prefix(prefix))
         self._below = self._prefix.below
         self._adopt = adopt
         self._responder = Responder(cache_control)
@@ -62,12 +61,13 @@ class SelfHealMiddleware:
         self._background = self.store.background
         self._events = self.store.events
         self._follow_from = 0.0
+        self._keep_up = self.store.upkeep.start if adopt else lambda: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                await run_lifespan(self.app, self.store.open, self.store.close, scope, receive, send)
+                await run_lifespan(self.app, self._open_store, self.store.close, scope, receive, send)
             else:
                 await self.app(scope, receive, send)
             return
@@ -75,6 +75,7 @@ class SelfHealMiddleware:
         if now >= self._follow_from:
             self._follow_from = now + CALL_EVERY
             self._background.follow(adopt=self._adopt)
+            self._keep_up()
         path = scope["path"]
         if self._below not in path and _OURS not in path and not scope.get("root_path"):
             if not self._prefix.is_settled:  # all this is faster than to find out where the path begins
@@ -93,6 +94,10 @@ class SelfHealMiddleware:
             return  # the client is gone (ASGI 2.4)
         self._events.emit(_HIT, entry.name, entry.size)
         self._background.hit(entry.name, entry.identity, adopt=self._adopt)
+
+    async def _open_store(self) -> None:
+        await self.store.open()
+        self._keep_up()
 
     async def _find_name(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = self._prefix.path_in(scope)
@@ -152,7 +157,8 @@ class SelfHealMiddleware:
 
     async def _serve_file(self, scope: Scope, receive: Receive, send: Send, name: str, file: OpenFile) -> bool:
         try:
-            plan, first = await self._responder.read_first(scope, self._hit_cache.add(scope, name, file), file)
+            head, judged = self._hit_cache.add(scope, name, file), self._background.judged(name, file.identity)
+            plan, first = await self._responder.read_first(scope, head, file, judged)
         except OSError as error:
             if not is_broken(error):
                 raise

@@ -21,6 +21,7 @@ DEFAULT_DATABASE = "sqlite+aiosqlite:///selfheal.db"
 DEFAULT_PREFIX = "/static/uploads"
 DATABASE_FROM = "SELFHEAL_DATABASE_FROM"  # what set the database; commands set it for this process and its workers
 SETTLED_AFTER = 3.0  # seconds without a change after which a file counts as complete
+SWEEP_EVERY = 3600.0  # seconds from one sweep of the disk to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Settings:
     pool_size: int = POOL_SIZE
     settled_after: float = SETTLED_AFTER
     database_from: str = field(default="", compare=False)  # the flag or variable that set the database, for messages
+    sweep_every: float = SWEEP_EVERY
 
     def __post_init__(self) -> None:
         directory = Path(self.directory).absolute()
@@ -49,6 +51,7 @@ class Settings:
         object.__setattr__(self, "directory", directory)
         object.__setattr__(self, "prefix", check_prefix(self.prefix))
         object.__setattr__(self, "settled_after", check_seconds(self.settled_after))
+        object.__setattr__(self, "sweep_every", check_sweep_every(self.sweep_every))
 
     @property
     def database_file(self) -> Path | None:
@@ -73,6 +76,7 @@ class Settings:
             database=database or other or DEFAULT_DATABASE,
             prefix=environ.get("SELFHEAL_PREFIX") or DEFAULT_PREFIX,
             settled_after=check_seconds(environ.get("SELFHEAL_SETTLED_AFTER") or SETTLED_AFTER),
+            sweep_every=check_sweep_every(environ.get("SELFHEAL_SWEEP_EVERY") or SWEEP_EVERY),
             table_prefix=environ.get("SELFHEAL_TABLE_PREFIX") or "",
             schema=environ.get("SELFHEAL_SCHEMA") or None,
             database_from=environ.get(DATABASE_FROM) or source,
@@ -103,3 +107,12 @@ def check_seconds(seconds: float | str) -> float:
         if 0 <= float(seconds) <= 3600:
             return float(seconds)
     raise SettingsError(f"a file cannot count as complete after {seconds!r} seconds; give a number from 0 to 3600")
+
+
+def check_sweep_every(seconds: float | str | None) -> float:
+    """Return the seconds between two sweeps, 0 for none; raise `SettingsError` if they cannot be that."""
+    with contextlib.suppress(ValueError):
+        every = float(seconds or 0)
+        if every == 0 or 1 <= every < float("inf"):
+            return every
+    raise SettingsError(f"the disk cannot be swept every {seconds!r} seconds; give a number from 1 on, or 0 for never")

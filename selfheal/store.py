@@ -1,18 +1,19 @@
 """UploadStore: what an app calls to save, delete and restore its uploads."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, Self, Unpack
+from typing import Any, Protocol, Self, Unpack, overload
 from uuid import uuid4
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import names
+from .addresses import Addresses
 from .aio.home import HomeLoop
 from .aio.tasks import Tasks
 from .aio.threads import Threads
@@ -22,14 +23,17 @@ from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
 from .events import Events, Kind, Listener
 from .exclusions import Exclusions
-from .healing.background import BackgroundChecks
-from .healing.changes import Follower
-from .healing.disk_copies import DiskCopies
-from .healing.publish import Publisher
-from .healing.reconcile import Reconciler
-from .healing.restore import Restorer
-from .healing.saving import Saver
-from .settings import SETTLED_AFTER, Settings, check_seconds, refuse_served_database
+from .healing.healing import Healing
+from .healing.reading import Opening
+from .settings import (
+    DEFAULT_PREFIX,
+    SETTLED_AFTER,
+    SWEEP_EVERY,
+    Settings,
+    check_seconds,
+    check_sweep_every,
+    refuse_served_database,
+)
 from .sql.models import Record
 from .sql.table_names import TableClaim
 from .sql.transactions import AnyConnection
@@ -45,12 +49,13 @@ class Upload(Readable, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Record):
-    """A record, and the absolute `path` of its file on this node."""
+    """A record, the absolute `path` of its file on this node, and the path of its `url`."""
 
     path: Path = Path()
+    url: str = ""
 
 
-class UploadStore:
+class UploadStore(Addresses):
     """An app's uploads, on disk and in the database.
 
     `database` is a URL or the app's own `AsyncEngine`. The store opens with the app's lifespan, or at first use.
@@ -59,10 +64,13 @@ class UploadStore:
     `settled_after`: seconds without a change after which a file on disk counts as complete; by default 3.
     `table_prefix` and `schema` keep the tables of several stores in one database apart; `metadata` may have them.
     `pool_size` is the most connections that a process opens; half of them stay open while idle.
+    `prefix`: the URL path of the uploads, as visitors see it; by default the middleware's.
+    `sweep_every`: seconds between two sweeps that store what is only on disk; None or 0 for none.
+    `watch`: what the app deletes, writes or overwrites on disk is so in the database too (needs the extra `watch`).
     The directory is made at once, for apps that mount it as they start (`StaticFiles`), unless it needs a marker.
     It may be used from any thread and event loop: calls are handed to the loop on which it lives (see `open`). `sync`
-    has the same methods for synchronous code. `disk`, `restorer`, `reconciler` and `background` are the inside: the
-    middleware and the bulk runs call them.
+    has the same methods for synchronous code. `disk`, `restorer`, `reconciler`, `background` and `upkeep` are the
+    inside: the middleware and the bulk runs call them.
     """
 
     def __init__(
@@ -78,6 +86,9 @@ class UploadStore:
         directory_mode: int | None = None,
         exclude: Iterable[str] = (),
         settled_after: float | None = None,
+        prefix: str = DEFAULT_PREFIX,
+        sweep_every: float | None = SWEEP_EVERY,
+        watch: bool = False,
         make_directory: bool = True,
         listeners: Iterable[Listener] = (),
         **options: Unpack[DatabaseOptions],
@@ -93,6 +104,14 @@ class UploadStore:
             require_marker=require_marker,
             threads=self.threads,
         )
+        self._set_up_database(database, deadline, options)
+        self.settled_after = check_seconds(SETTLED_AFTER if settled_after is None else settled_after)
+        self._set_up_healing(deadline, check_sweep_every(sweep_every), watch=watch)
+        super().__init__(self.database, self._reader, prefix)
+        if make_directory:
+            self.disk.prepare()
+
+    def _set_up_database(self, database: str | URL | AsyncEngine, deadline: float, options: DatabaseOptions) -> None:
         self._claim = TableClaim(refuse_served_database(database, self.disk.path), options, self.disk.path)
         self.database = ImageStorage(
             database,
@@ -102,22 +121,13 @@ class UploadStore:
             threads=self.threads,
             tasks=self.tasks,
         )
-        self._set_up_healing(deadline, SETTLED_AFTER if settled_after is None else settled_after)
-        if make_directory:
-            self.disk.prepare()
 
-    def _set_up_healing(self, deadline: float, settled_after: float) -> None:
+    def _set_up_healing(self, deadline: float, sweep_every: float, *, watch: bool) -> None:
         self.home.at_exit(self.close_at_home)
-        self.settled_after = check_seconds(settled_after)
-        both, publisher = (self.disk, self.database), Publisher(self.disk)
-        copies = DiskCopies(*both, publisher, self.events)
-        self.restorer = Restorer(*both, publisher, copies, self.events, self.tasks, deadline=deadline)
-        parts = (*both, copies, self.events, self.tasks)
-        self.reconciler = Reconciler(*parts, exclusions=self.exclusions, settled_after=self.settled_after)
-        follower = Follower(self.database, self.disk)
-        self.background = BackgroundChecks(self.disk, self.reconciler, copies, follower, self.events, self.tasks)
-        healing = (*both, publisher, copies, self.restorer, self.reconciler, self.background)
-        self._saver = Saver(*healing, self.events, self.tasks)
+        parts, after = (self.disk, self.database, self.exclusions, self.events, self.tasks), self.settled_after
+        healing = Healing(*parts, deadline=deadline, settled_after=after, sweep_every=sweep_every, watch=watch)
+        self.restorer, self.reconciler, self.background = healing.restorer, healing.reconciler, healing.background
+        self.upkeep, self._saver, self._reader = healing.upkeep, healing.saver, healing.reader
 
     @classmethod
     def from_env(cls) -> Self:
@@ -127,17 +137,8 @@ class UploadStore:
     @classmethod
     def from_settings(cls, settings: Settings, *, deadline: float = DEADLINE, make_directory: bool = True) -> Self:
         """Make a store from settings that were read before."""
-        return cls(
-            settings.directory,
-            settings.database,
-            table_prefix=settings.table_prefix,
-            schema=settings.schema,
-            database_from=settings.database_from,
-            pool_size=settings.pool_size,
-            settled_after=settings.settled_after,
-            deadline=deadline,
-            make_directory=make_directory,
-        )
+        values: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        return cls(**values, deadline=deadline, make_directory=make_directory)
 
     @cached_property
     def sync(self) -> SyncUploadStore:
@@ -151,17 +152,29 @@ class UploadStore:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def open(self) -> None:
-        """Live on the running event loop, unless the store lives on another one already; see what the disk has.
+    @overload
+    def open(self) -> Coroutine[Any, Any, None]: ...
+    @overload
+    def open(self, name: str) -> Opening: ...
+    def open(self, name: str | None = None) -> Coroutine[Any, Any, None] | Opening:
+        """Open a name's file to be read, restored first if it was missing: `async with uploads.open(name) as file`.
 
-        Removes what dead processes left behind, and marks the disk as in use. The database may be down.
+        `with await uploads.open(name) as file` does the same. Raises what `ensure` raises; on a full or read-only disk
+        the file is a temporary one. Without a name, open the store, as the middleware does: it lives on the running
+        event loop then, unless it lives on another one already.
         """
+        if name is None:
+            return self._open_here()
+        return Opening(self.home.run(self._reader.open, names.check(name)))
+
+    async def _open_here(self) -> None:
         if self.home.is_own and not self.home.is_here:  # it was used before the server started
             await self.close()
         self.home.settle()
         await self.home.run(self._open)
 
     async def _open(self) -> None:
+        """Remove what dead processes left behind, and mark the disk as in use. The database may be down."""
         self._claim.take()
         await self.threads.run(self.disk.sweep)
         await self.threads.run(self.disk.marked_ns)
@@ -174,6 +187,7 @@ class UploadStore:
 
     async def close_at_home(self) -> None:
         """As `close`, but on the loop where the store lives, which may be used again."""
+        await self.upkeep.stop()
         await self.tasks.drain(CLOSING_GRACE)
         await self.database.close()
         self.disk.close()
@@ -236,7 +250,7 @@ class UploadStore:
 
     def _saved(self, record: Record) -> Saved:
         values = {field.name: getattr(record, field.name) for field in fields(record)}
-        return Saved(**values | {"path": self.disk.path_of(record.name)})
+        return Saved(**values | {"path": self.disk.path_of(record.name), "url": self.url(record.name)})
 
 
 def _client_name(upload: Upload) -> str:

@@ -61,6 +61,7 @@ async def test_cancelled_requests_leak_no_connection(store: UploadStore, serve: 
     """
     app = wrapping(store, serve, static_over(store.disk.path))
     paths = [await put(store, f"{index}.png", LARGE, on_disk=False) for index in range(12)]
+    store.upkeep.start()  # it goes on after all requests
     tasks = asyncio.all_tasks()
     for index in range(12):
         request = asyncio.create_task(ask(app, f"{PREFIX}/{index}.png"))

@@ -58,6 +58,7 @@ async def test_base_http_middleware_around(
 async def test_base_http_middleware_around_a_client_that_disconnects(sqlite_store: UploadStore) -> None:
     """Inside a BaseHTTPMiddleware, a client that disconnects leaves nothing open either (SQLAlchemy 12077)."""
     path = await put(sqlite_store, "film.mp4", FILM, on_disk=False)
+    sqlite_store.upkeep.start()  # it goes on after all requests
     app, tasks = Stamp(wrapping(sqlite_store, True)), asyncio.all_tasks()
     for after in (0, 1, 300_000, 1_000_000):
         path.unlink(missing_ok=True)

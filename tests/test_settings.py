@@ -17,6 +17,7 @@ from tests.support.postgres import PostgresServer
 VARIABLES = (
     *("SELFHEAL_DIRECTORY", "SELFHEAL_DATABASE_URL", "DATABASE_URL", "SELFHEAL_PREFIX"),
     *("SELFHEAL_TABLE_PREFIX", "SELFHEAL_SCHEMA", "SELFHEAL_POOL_SIZE", "SELFHEAL_SETTLED_AFTER"),
+    "SELFHEAL_SWEEP_EVERY",
 )
 LIBPQ = {
     "nothing": "",
@@ -185,7 +186,8 @@ def test_a_full_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SELFHEAL_TABLE_PREFIX", "shop_")
     monkeypatch.setenv("SELFHEAL_SCHEMA", "web")
     monkeypatch.setenv("SELFHEAL_SETTLED_AFTER", "0")
-    expected = Settings(here / "files", "postgres://h/db", "/media", "shop_", "web", settled_after=0.0)
+    monkeypatch.setenv("SELFHEAL_SWEEP_EVERY", "0")
+    expected = Settings(here / "files", "postgres://h/db", "/media", "shop_", "web", settled_after=0, sweep_every=0)
     assert Settings.from_env() == expected
     assert UploadStore.from_env().settled_after == 0.0
     monkeypatch.setenv("DATABASE_URL", "sqlite:///app.db")
@@ -218,6 +220,7 @@ def test_precedence_of_database_urls(environ: dict[str, str], database: str, her
         {"SELFHEAL_TABLE_PREFIX": "Shop-"},
         {"SELFHEAL_SCHEMA": 'a"b'},
         *({"SELFHEAL_SETTLED_AFTER": seconds} for seconds in ("soon", "-1", "nan", "inf", "3601")),
+        *({"SELFHEAL_SWEEP_EVERY": seconds} for seconds in ("soon", "-1", "nan", "inf", "0.5")),
     ],
 )
 def test_a_bad_variable(environ: dict[str, str], here: Path) -> None:

@@ -151,10 +151,21 @@ class UploadsDirectory(ReadableDirectory):
         if root is not None:
             mark.write_followed(root.fd, text)
 
-    def only_process(self) -> contextlib.AbstractContextManager[bool]:
+    def read_swept(self) -> str:
+        """Return what `write_swept` wrote on this disk."""
+        root = self._root.open()
+        return "" if root is None else mark.read_swept(root.fd)
+
+    def write_swept(self, text: str) -> None:
+        """Remember on this disk how far a sweep is."""
+        root = self._root.open()
+        if root is not None:
+            mark.write_swept(root.fd, text)
+
+    def only_process(self, lock: str = mark.MARK) -> contextlib.AbstractContextManager[bool]:
         """Return a context in which one process at a time is: it is given whether it is this one."""
         root = self._root.open()
-        return contextlib.nullcontext(True) if root is None else mark.only_process(root.fd)
+        return contextlib.nullcontext(True) if root is None else mark.only_process(root.fd, lock)
 
     def mark(self) -> None:
         """Make the marker file that `require_marker` asks for."""

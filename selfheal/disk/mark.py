@@ -1,4 +1,5 @@
-"""The mark: a file of ours below the root that says since when this disk is in use, and what this node has followed.
+"""The mark: a file of ours below the root that says since when this disk is in use, what this node has followed, and
+how far its sweep is.
 
 A copy of a disk (a container's image, a backup) brings the mark with it: it holds its own inode number, which a copy
 does not have.
@@ -16,6 +17,7 @@ from .temporary import Temporary
 
 MARK = f"{OWN_PREFIX}-disk"
 FOLLOWED = f"{OWN_PREFIX}-followed"
+SWEPT = f"{OWN_PREFIX}-swept"
 
 _STARTED_NS = time.time_ns()
 
@@ -45,13 +47,32 @@ def write_followed(root: int, text: str) -> None:
         _write(root, FOLLOWED, text)
 
 
+def read_swept(root: int) -> str:
+    """Return what `write_swept` wrote last; empty if there is nothing."""
+    try:
+        return _read(root, SWEPT)[0]
+    except OSError:
+        return ""
+
+
+def write_swept(root: int, text: str) -> None:
+    """Remember how far a sweep is, in place: the file is locked meanwhile, and another file would not be."""
+    with contextlib.suppress(OSError):
+        fd = os.open(SWEPT, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=root)
+        try:
+            os.truncate(fd, os.pwrite(fd, text.encode(), 0))
+        finally:
+            os.close(fd)
+
+
 @contextlib.contextmanager
-def only_process(root: int) -> Iterator[bool]:
-    """Yield whether no other process is in this block for the same disk; true on a disk without locks."""
+def only_process(root: int, lock: str = MARK) -> Iterator[bool]:
+    """Yield whether no other process is in this block for the same disk and lock; true on a disk without locks."""
     fd = -1
     try:
         try:
-            fd = os.open(MARK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
+            flags = os.O_RDONLY | (0 if lock == MARK else os.O_CREAT)
+            fd = os.open(lock, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=root)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False

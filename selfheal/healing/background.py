@@ -18,6 +18,7 @@ from ..events import Events, logger
 from ..sql.models import Record
 from .changes import Follower
 from .disk_copies import DiskCopies
+from .newest import NewestRecords
 from .pace import Pace
 from .reconcile import Judged, Reconciler
 
@@ -28,8 +29,6 @@ CHANGING_FOR = 60.0
 CHANGING_AT_MOST = 10_000
 SEEN_FOR = 900.0  # seconds after which a file that was compared is compared again
 SEEN_AT_MOST = 200_000
-NEWEST_AT_MOST = 16
-"""Records by which a database is recognized that went back in time: the ones that were changed last."""
 CHECKS_AT_ONCE = 256
 DRAIN_EVERY = 300.0  # seconds between two looks into the quarantine
 
@@ -49,7 +48,7 @@ class BackgroundChecks:
         self._seen: dict[str, Judged] = {}
         self._seen_before: dict[str, Judged] = {}
         self._seen_until = time.monotonic() + SEEN_FOR
-        self._newest: dict[str, Judged] = {}
+        self._newest = NewestRecords()
         self._changing: dict[str, float] = {}
         self._forget_tasks()
         self.tasks.home.on_new_loop(self._forget_tasks)
@@ -98,9 +97,22 @@ class BackgroundChecks:
         """The copy of a name could not be cleared: try it again later, whether it is hit or not."""
         self._pace.slow_down(name)
 
+    async def compare(self, name: str) -> bool:
+        """Compare a name's file with its record now, whether it is hit or not; False if that has to be done again.
+
+        Raises `DatabaseUnavailable` if the database gave no answer.
+        """
+        if name in self._checking:  # it may have begun before the file was changed
+            await asyncio.wait((self._checking[name],))
+        await self._check_all([name], adopt=True)
+        if name in self._checking:
+            await asyncio.wait((self._checking[name],))
+        self._raise_if_paused()
+        return self._pace.is_due(name)
+
     def know(self, record: Record) -> None:
         """A record was saved: a database that lacks it later went back in time."""
-        self._know(record.name, Judged((0, 0, 0, 0), record.generation, record.changed_at))
+        self._newest.know(record.name, Judged((0, 0, 0, 0), record.generation, record.changed_at))
 
     def _forget_tasks(self) -> None:
         self._checking: dict[str, asyncio.Task[None]] = {}
@@ -118,7 +130,7 @@ class BackgroundChecks:
 
     async def _follow(self, *, adopt: bool) -> None:
         try:
-            if await self.follower.went_back(self._generations()):
+            if await self.follower.went_back(self._newest.generations()):
                 logger.warning("the database went back in time: what this node's disk has is compared with it again")
                 self._forget_all()
                 self._newest.clear()
@@ -132,7 +144,7 @@ class BackgroundChecks:
                     await self._check_all(page, adopt=False)
             await self._check_all(self._pace.due(), adopt=adopt)
             if not self._must_sweep:
-                await self.follower.remember(self._generations())
+                await self.follower.remember(self._newest.generations())
             if time.monotonic() >= self._drain_from:
                 self._drain_from = time.monotonic() + DRAIN_EVERY
                 await self.copies.drain()
@@ -169,9 +181,12 @@ class BackgroundChecks:
     async def _start_soon(self, name: str, identity: Identity, *, adopt: bool) -> None:
         if len(self._checking) >= CHECKS_AT_ONCE:
             await asyncio.wait(self._checking.values(), return_when=asyncio.FIRST_COMPLETED)
+        self._raise_if_paused()
+        self._start(name, identity, adopt=adopt)
+
+    def _raise_if_paused(self) -> None:
         if time.monotonic() < self._paused_until:
             raise DatabaseUnavailable("the database stopped answering while files were compared")
-        self._start(name, identity, adopt=adopt)
 
     def _start(self, name: str, identity: Identity, *, adopt: bool) -> None:
         if name not in self._checking:
@@ -203,26 +218,12 @@ class BackgroundChecks:
             self._changed_meanwhile.discard(name)
 
     def _remember(self, name: str, judged: Judged) -> None:
-        self._know(name, judged)
+        self._newest.know(name, judged)
         if self._changing.get(name, 0.0) > time.monotonic():
             return
         if len(self._seen) >= SEEN_AT_MOST:
             self._forget_all()
         self._seen[name] = judged
-
-    def _know(self, name: str, judged: Judged) -> None:
-        if judged.changed_at is None:
-            return
-        self._newest[name] = judged
-        if len(self._newest) > NEWEST_AT_MOST:
-            del self._newest[min(self._newest, key=self._changed_at)]
-
-    def _changed_at(self, name: str) -> float:
-        moment = self._newest[name].changed_at
-        return 0.0 if moment is None else moment.timestamp()
-
-    def _generations(self) -> dict[str, int]:
-        return {name: judged.generation for name, judged in self._newest.items()}
 
     def _forget_all(self) -> None:
         self._seen, self._seen_before = {}, self._seen

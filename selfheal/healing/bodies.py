@@ -33,6 +33,7 @@ class FromDatabase(_Unshared):
         self.size = record.size
         self.modified_ns = record.modified_ns
         self.content_type = record.content_type
+        self.sha256 = record.sha256
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Check every chunk; hold the last piece of a whole answer back until the whole digest is checked."""
@@ -61,12 +62,13 @@ class FromDatabase(_Unshared):
 class InMemory(_Unshared):
     """A small record's bytes, checked as a whole. Its file is on the disk unless there is an `error`."""
 
-    def __init__(self, data: bytes, modified_ns: int, content_type: str, error: DiskUnwritable | None = None) -> None:
+    def __init__(self, data: bytes, record: Record, modified_ns: int, error: DiskUnwritable | None = None) -> None:
         self._data = data
         self._error = error
         self.size = len(data)
         self.modified_ns = modified_ns
-        self.content_type = content_type
+        self.content_type = record.content_type
+        self.sha256 = record.sha256
 
     async def pieces(self, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Yield all of it at once."""
@@ -85,6 +87,7 @@ class Restoring:
         self.size = record.size
         self.modified_ns = record.modified_ns
         self.content_type = record.content_type
+        self.sha256 = record.sha256
         self.error: SelfHealError | None = None
         self._checked = 0
         self._is_over = False

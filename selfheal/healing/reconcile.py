@@ -38,6 +38,7 @@ class Judged:
     generation: int = 0
     changed_at: datetime | None = None
     content_type: str = ""
+    sha256: str = ""
 
 
 @dataclass(eq=False)
@@ -213,4 +214,4 @@ def age(moment_ns: int) -> float:
 
 
 def _judged(identity: Identity, record: Record) -> Judged:
-    return Judged(identity, record.generation, record.changed_at, record.content_type)
+    return Judged(identity, record.generation, record.changed_at, record.content_type, record.sha256)

@@ -18,6 +18,7 @@ from .disk_copies import DiskCopies
 from .negative_cache import NegativeCache
 from .publish import Publisher
 from .restore_file import FileRestorer
+from .undecided import Undecided
 
 _BROKEN = frozenset(getattr(errno, name, errno.EIO) for name in ("EIO", "ESTALE", "EUCLEAN"))
 
@@ -41,6 +42,7 @@ class Restorer:
 
     def __post_init__(self) -> None:
         self._negative_cache = NegativeCache()
+        self.undecided = Undecided()
         parts = (self.disk, self.database, self.publisher, self._negative_cache, self.events, self.tasks)
         work = FileRestorer(*parts, patience=self.deadline).restore
         self._flights: SingleFlight[str, Body | None] = SingleFlight(self.tasks, work, share=_hold, release=_close)
@@ -68,6 +70,7 @@ class Restorer:
         return await self.tasks.home.run(self._restore_whole, name)
 
     async def _restore(self, name: str) -> Body | None:
+        await self.undecided.decided(name, self.deadline)
         if name not in self._negative_cache:
             try:
                 body = await self._flights.get(name, self.deadline)
@@ -77,6 +80,7 @@ class Restorer:
                 body.close()
                 raise body.error
             if body is not None:
+                self.undecided.note_restored(name)
                 return body
         await self._negative_cache.turn()
         return None

@@ -110,7 +110,7 @@ class FileRestorer:
             await self._keep_if_current(published)
         if published.error is not None:
             raise published.error
-        return InMemory(found.first or b"", published.modified_ns, found.record.content_type)
+        return InMemory(found.first or b"", found.record, published.modified_ns)
 
     async def _restore_large(self, found: Found, call: Call[Body | None]) -> None:
         record = found.record
@@ -177,7 +177,7 @@ class FileRestorer:
             data = b"".join([chunk async for chunk in chunks])
         if (await self._threads.run(hashlib.sha256, data)).hexdigest() != record.sha256:
             raise CorruptBlob(record.name, "the whole does not match its digest")
-        return InMemory(data, record.modified_ns, record.content_type, error)
+        return InMemory(data, record, record.modified_ns, error)
 
 
 class _Changed(Exception):

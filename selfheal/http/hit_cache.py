@@ -17,6 +17,7 @@ from ..healing.reconcile import Judged
 from .conditional import plan_of
 from .headers import Head
 from .sending import Responder, start_of
+from .urls import immutable, is_version
 
 Judgements = Callable[[str, Identity], Judged | None]
 """What the comparison of a name's file with its record found (`BackgroundChecks.judged`)."""
@@ -79,5 +80,9 @@ class HitCache:
         plan = plan_of(scope["headers"], entry.head, entry.size, is_head=scope["method"] == "HEAD")
         if plan.stop - plan.start > PIECE:
             return None
+        query = scope.get("query_string")
+        if query:
+            judged = self._judged(entry.name, entry.identity)
+            plan = immutable(plan) if judged is not None and is_version(query, judged.sha256) else plan
         body = self._disk.read_again(entry.file, entry.identity, plan.start, plan.stop)
         return None if body is None else (entry, start_of(plan), {"type": "http.response.body", "body": body})

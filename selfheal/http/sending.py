@@ -16,6 +16,7 @@ from ..healing.bodies import Body
 from ..healing.reconcile import Judged
 from .conditional import plan_of
 from .headers import Head, Plan, make_head
+from .urls import immutable, is_version
 
 WATCH_FROM = 4 * PIECE  # bytes from which on the client of a body is watched (CVE-2026-54280)
 WATCH_PAUSE = 0.05  # seconds between two looks at a request whose body has ended
@@ -37,17 +38,25 @@ class Responder:
         """Whether the head of a name's file is another one once the file was compared with its record."""
         return self._cache_control is not None or content_type(name) == UNKNOWN
 
-    async def read_first(self, scope: Scope, head: Head, file: OpenFile) -> tuple[Plan, bytes]:
+    async def read_first(
+        self, scope: Scope, head: Head, file: OpenFile, judged: Judged | None = None
+    ) -> tuple[Plan, bytes]:
         """Return the plan for an open file, and its first piece; raises `OSError` if that cannot be read."""
-        plan = plan_of(scope["headers"], head, file.size, is_head=scope["method"] == "HEAD")
+        plan = plan_for(scope, head, file.size, "" if judged is None else judged.sha256)
         size = plan.stop - plan.start
         return plan, await file.read(plan.start, size if size <= PIECE else PIECE_SIZE.now) if size else b""
 
     async def send_body(self, scope: Scope, receive: Receive, send: Send, name: str, body: Body) -> None:
         """Send the answer from any body."""
         head = make_head(name, body.modified_ns, body.size, self._cache_control, body.content_type)
-        plan = plan_of(scope["headers"], head, body.size, is_head=scope["method"] == "HEAD")
+        plan = plan_for(scope, head, body.size, body.sha256)
         await send_pieces(receive, send, plan, body)
+
+
+def plan_for(scope: Scope, head: Head, size: int, sha256: str) -> Plan:
+    """Return the answer to a request, which caches may keep for ever if it asks for the bytes of this digest."""
+    plan = plan_of(scope["headers"], head, size, is_head=scope["method"] == "HEAD")
+    return immutable(plan) if is_version(scope.get("query_string", b""), sha256) else plan
 
 
 def start_of(plan: Plan) -> Message:

@@ -30,6 +30,7 @@ class Bytes:
         self.size = len(data)
         self.modified_ns = modified_ns
         self.content_type = "image/png"
+        self.sha256 = ""
         self.read = 0
         self.was_asked = self.is_open = False
 

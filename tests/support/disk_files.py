@@ -6,9 +6,9 @@ import stat
 from pathlib import Path
 
 from selfheal.disk.directory import UploadsDirectory
-from selfheal.disk.mark import FOLLOWED, MARK
+from selfheal.disk.mark import FOLLOWED, MARK, SWEPT
 
-MARKS = (MARK, FOLLOWED)
+MARKS = (MARK, FOLLOWED, SWEPT)
 PICTURE = b"a picture " * 1000
 OTHER = b"another picture " * 900
 SECRET = b"a file outside of the uploads"

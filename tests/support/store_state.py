@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selfheal import UploadStore
 
-OF_THE_DISK = (".selfheal-disk", ".selfheal-followed")
+OF_THE_DISK = (".selfheal-disk", ".selfheal-followed", ".selfheal-swept")
 
 
 def files_below(directory: Path) -> list[str]:

@@ -1,0 +1,41 @@
+"""Upkeep: what a server does for its uploads whether it is asked for them or not."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from ..aio.home import HomeLoop
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+
+class Upkeep:
+    """Runs work that has no end, where the store lives, until it is stopped. `Tasks.drain` does not wait for it."""
+
+    def __init__(self, home: HomeLoop, works: Iterable[Work]) -> None:
+        self._home = home
+        self._works = list(works)
+        self._is_started = False
+        self._tasks: list[asyncio.Task[None]] = []
+        home.on_new_loop(self._forget)
+
+    def start(self) -> None:
+        """Start all work, unless it was started before. Any thread may call this, and every request does."""
+        if not self._is_started:
+            self._is_started = True
+            self._home.soon(self._start)
+
+    async def stop(self) -> None:
+        """Cancel the work, and wait for that; a later `start` starts it anew."""
+        tasks = self._tasks
+        self._forget()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(work()) for work in self._works]
+
+    def _forget(self) -> None:
+        self._is_started, self._tasks = False, []
