@@ -33,6 +33,10 @@ class Responder:
             return make_head(name, file.modified_ns, file.size)
         return make_head(name, file.modified_ns, file.size, self._cache_control, judged.content_type)
 
+    def head_of_body(self, name: str, body: Body) -> Head:
+        """Return the head of a body that comes from the database."""
+        return make_head(name, body.modified_ns, body.size, self._cache_control, body.content_type)
+
     def needs_record(self, name: str) -> bool:
         """Whether the head of a name's file is another one once the file was compared with its record."""
         return self._cache_control is not None or content_type(name) == UNKNOWN
@@ -45,7 +49,7 @@ class Responder:
 
     async def send_body(self, scope: Scope, receive: Receive, send: Send, name: str, body: Body) -> None:
         """Send the answer from any body."""
-        head = make_head(name, body.modified_ns, body.size, self._cache_control, body.content_type)
+        head = self.head_of_body(name, body)
         plan = plan_of(scope["headers"], head, body.size, is_head=scope["method"] == "HEAD")
         await send_pieces(receive, send, plan, body)
 
