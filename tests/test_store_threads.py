@@ -20,7 +20,6 @@ from selfheal import NotStored, SelfHealMiddleware, UploadStore
 from selfheal.aio.threads import WORKERS
 from selfheal.content.sources import CHUNK
 from selfheal.sql.pool_limit import POOL_SIZE
-from tests.support import environment
 from tests.support.asgi import Wrapped, ask
 from tests.support.command_line import SECONDS, Done, environment
 from tests.support.descriptors import open_descriptors
