@@ -1,22 +1,19 @@
 """Pure ASGI middleware: hits from disk, misses through a restore, everything else to the wrapped app."""
 
-import errno
-import logging
 import time
 from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import names
 from .disk.open_file import OpenFile, ReadFailed
-from .errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NotAFile, SchemaError
 from .events import Kind
 from .healing.bodies import Body
 from .healing.restore import is_broken
-from .http.headers import RETRY_AFTER, Headers, error_messages, never_stored
+from .http.failures import FAILURES, status_of
+from .http.headers import error_messages, never_stored
 from .http.hit_cache import HitCache
 from .http.lifespan import run_lifespan
-from .http.prefix import Prefix
+from .http.prefix import OURS, Prefix
 from .http.sending import Responder, send_all, send_pieces
 from .settings import DEFAULT_PREFIX
 from .store import UploadStore
@@ -24,9 +21,6 @@ from .store import UploadStore
 CALL_EVERY = 0.1
 """Seconds, at least, between two calls of `BackgroundChecks.follow`: a call costs more than handing a request on."""
 _HIT = Kind.HIT  # to look up a member of an enum takes as long as to count it
-_OURS = f"/{names.OWN_PREFIX}"
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_FAILURES = (DatabaseUnavailable, DiskUnwritable, CorruptBlob, NotAFile, OSError)
 
 
 class SelfHealMiddleware:
@@ -77,7 +71,7 @@ class SelfHealMiddleware:
             self._background.follow(adopt=self._adopt)
             self._keep_up()
         path = scope["path"]
-        if self._below not in path and _OURS not in path and not scope.get("root_path"):
+        if self._below not in path and OURS not in path and not scope.get("root_path"):
             if not self._prefix.is_settled:  # all this is faster than to find out where the path begins
                 self._prefix.note_miss(scope)
             await self.app(scope, receive, send)
@@ -100,25 +94,13 @@ class SelfHealMiddleware:
         self._keep_up()
 
     async def _find_name(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = self._prefix.path_in(scope)
-        is_below = path.startswith(self._below)
-        if is_below:
-            self._prefix.is_settled = True
-        elif not self._prefix.is_settled:
-            self._prefix.note_miss(scope)
-        if not is_below or scope["method"] not in ("GET", "HEAD"):
-            if _OURS in path:
-                await self._refuse(scope, send, 404)
-            else:
-                await self.app(scope, receive, send)
-            return
-        name = names.from_path(path, self._prefix.path, scope.get("raw_path"))
-        if name is not None:
-            await self._answer(scope, receive, send, name)
-        elif _OURS in path:
-            await self._refuse(scope, send, 404)  # our own files are not for visitors, whatever the wrapped app serves
+        route = self._prefix.route(scope)
+        if route.name is not None:
+            await self._answer(scope, receive, send, route.name)
+        elif route.is_ours:
+            await self._refuse(scope, send, 404)
         else:
-            await self.app(scope, receive, never_stored(send))
+            await self.app(scope, receive, never_stored(send) if route.is_below else send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, name: str) -> None:
         body = await self._open(self._restorer.open(name), scope, receive, send, name)
@@ -132,7 +114,7 @@ class SelfHealMiddleware:
         """Return what was opened; None if the request is answered: with an error, or by the app for an absent name."""
         try:
             body = await opening
-        except _FAILURES as error:
+        except FAILURES as error:
             await self._refuse_failed(scope, receive, send, name, error)
             return None
         if body is None:
@@ -180,7 +162,7 @@ class SelfHealMiddleware:
         try:
             if not isinstance(body, OpenFile):
                 await body.on_disk()
-        except _FAILURES as error:
+        except FAILURES as error:
             await self._refuse_failed(scope, receive, send, name, error)
             return False
         finally:
@@ -189,20 +171,11 @@ class SelfHealMiddleware:
         return True
 
     async def _refuse_failed(self, scope: Scope, receive: Receive, send: Send, name: str, error: Exception) -> None:
-        if isinstance(error, NotAFile):
+        status = status_of(error, name, self._events)
+        if status is None:
             await self.app(scope, receive, never_stored(send))
-        elif isinstance(error, CorruptBlob):
-            await self._refuse(scope, send, 500)
-        elif isinstance(error, OSError):
-            self._events.emit(Kind.UNREADABLE, name, detail=str(error))
-            self._events.log_once(logging.ERROR, f"errno {error.errno}", f"{name!r} cannot be read: {error}")
-            await self._refuse(scope, send, 503 if error.errno in _OUT_OF_RESOURCES else 500)
         else:
-            level = logging.CRITICAL if isinstance(error, SchemaError) else logging.WARNING
-            self._events.log_once(level, type(error).__name__, str(error))
-            self._events.emit(Kind.UNKNOWN, name, detail=str(error))
-            await self._refuse(scope, send, 503)
+            await self._refuse(scope, send, status)
 
     async def _refuse(self, scope: Scope, send: Send, status: int) -> None:
-        more: Headers = [(b"retry-after", RETRY_AFTER)] if status == 503 else []
-        await send_all(send, error_messages(status, is_head=scope["method"] == "HEAD", more=more))
+        await send_all(send, error_messages(status, is_head=scope["method"] == "HEAD"))

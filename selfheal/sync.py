@@ -87,7 +87,7 @@ class SyncImageStorage:
 
     def read(self, version: Contents, first: int = 0, *, at_once: int = READ_AT_ONCE) -> Iterator[bytes]:
         """Yield the bytes of a record; see `ImageStorage.read`."""
-        return _iterate(self._home, self._database.read(version, first, at_once=at_once))
+        return iterate(self._home, self._database.read(version, first, at_once=at_once))
 
     def digest(self, version: Contents) -> str:
         """Return the SHA-256 of the stored bytes; see `ImageStorage.digest`."""
@@ -99,7 +99,7 @@ class SyncImageStorage:
 
     def pages(self, *, deleted: bool | None = False, size: int = 1000) -> Iterator[list[Record]]:
         """Yield records in the order of names; see `ImageStorage.pages`."""
-        return _iterate(self._home, self._database.pages(deleted=deleted, size=size))
+        return iterate(self._home, self._database.pages(deleted=deleted, size=size))
 
     def count(self) -> int:
         """Return the number of living records."""
@@ -152,7 +152,8 @@ def _call(
     return asyncio.run(work(*args, connection=connection, **kwargs))
 
 
-def _iterate(home: HomeLoop, items: AsyncGenerator[T, None]) -> Iterator[T]:
+def iterate(home: HomeLoop, items: AsyncGenerator[T, None]) -> Iterator[T]:
+    """Yield what an async generator yields at home."""
     try:
         while item := home.call(next_item, items):
             yield item[0]

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from selfheal import ImageStorage, UploadStore
 from selfheal.sql.table_names import TableClaim
 from tests.support.faults import BrokenDisk
+from tests.support.middleware import TRANSPORTS, Wrapping
 from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.requirements import NOT_INSTALLED
 from tests.support.waiting import eventually
@@ -53,6 +54,12 @@ def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 def serve(request: pytest.FixtureRequest) -> bool:
     """Both values of the middleware's option `serve`."""
     return bool(request.param)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def wrapping(request: pytest.FixtureRequest) -> Wrapping:
+    """The middleware for ASGI, and the one for WSGI."""
+    return TRANSPORTS[request.param]
 
 
 @pytest.fixture

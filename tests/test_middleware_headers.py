@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from selfheal import UploadStore
 from tests.support.asgi import Wrapped, ask
 from tests.support.files import MODIFIED_NS, write_file
-from tests.support.middleware import LARGE, PICTURE, PREFIX, put, wrapping
+from tests.support.middleware import LARGE, PICTURE, PREFIX, Wrapping, put
 from tests.support.raw_sql import sql
 
 IMMUTABLE = "public, max-age=31536000, immutable"
@@ -19,7 +19,9 @@ HIDDEN = (f"{PREFIX}/absent.png", f"{PREFIX}/%2e%2e/x", f"{PREFIX}/.hidden", f"{
 
 
 @pytest.mark.parametrize("status", [404, 403, 401, 302, 410, 500, 418])
-async def test_wrapped_answers_are_not_stored(sqlite_store: UploadStore, serve: bool, status: int) -> None:
+async def test_wrapped_answers_are_not_stored(
+    sqlite_store: UploadStore, serve: bool, status: int, wrapping: Wrapping
+) -> None:
     """The wrapped app's answer for an absent name is never stored, whatever its own Cache-Control."""
     app = wrapping(sqlite_store, serve, Wrapped(status, [("cache-control", "public, max-age=31536000")]))
     for method, target in itertools.product(("GET", "HEAD"), HIDDEN):
@@ -29,7 +31,9 @@ async def test_wrapped_answers_are_not_stored(sqlite_store: UploadStore, serve: 
 
 
 @pytest.mark.parametrize("target", ["/", "/static/app.css", "/static/uploads", "/static/uploads_private/a.png", "/a/b"])
-async def test_other_paths_are_left_alone(sqlite_store: UploadStore, serve: bool, target: str) -> None:
+async def test_other_paths_are_left_alone(
+    sqlite_store: UploadStore, serve: bool, target: str, wrapping: Wrapping
+) -> None:
     """An answer outside the prefix passes unchanged, header by header (CVE-2023-29159: a sibling of the prefix)."""
     inner = Wrapped(404, [("cache-control", "max-age=60"), ("x-own", "1")])
     through, direct = await ask(wrapping(sqlite_store, serve, inner), target), await ask(inner, target)
@@ -38,7 +42,7 @@ async def test_other_paths_are_left_alone(sqlite_store: UploadStore, serve: bool
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
-async def test_scripts_are_sandboxed(sqlite_store: UploadStore, on_disk: bool) -> None:
+async def test_scripts_are_sandboxed(sqlite_store: UploadStore, on_disk: bool, wrapping: Wrapping) -> None:
     """SVG, HTML and XML have a sandbox policy, from disk and from the database (CVE-2020-15275)."""
     data = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
     names = ("a.svg", "a.SVG", "a.html", "a.htm", "a.xhtml", "a.xml", "a.xsl")
@@ -58,7 +62,9 @@ async def test_scripts_are_sandboxed(sqlite_store: UploadStore, on_disk: bool) -
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_never_sniffed(sqlite_store: UploadStore, sqlite_url: str, tmp_path: Path, dead_port: int) -> None:
+async def test_never_sniffed(
+    sqlite_store: UploadStore, sqlite_url: str, tmp_path: Path, dead_port: int, wrapping: Wrapping
+) -> None:
     """Every answer of the middleware has `nosniff`: 200, 206, 304, 404, 412, 416, 500, 503."""
     await put(sqlite_store, "a.png")
     await put(sqlite_store, "damaged.png", LARGE, on_disk=False)
@@ -89,7 +95,7 @@ async def compared(app: ASGIApp, store: UploadStore, name: str) -> None:
     await store.tasks.drain(10)
 
 
-async def test_own_cache_control(sqlite_store: UploadStore) -> None:
+async def test_own_cache_control(sqlite_store: UploadStore, wrapping: Wrapping) -> None:
     """The option is sent with 200, 206 and 304, from disk and from the database; all else is `no-store`."""
     path = await put(sqlite_store, "a.png")
     app = wrapping(sqlite_store, True, cache_control=IMMUTABLE)
@@ -112,7 +118,9 @@ async def test_own_cache_control(sqlite_store: UploadStore) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", PICTURE[:100], PICTURE[:-1], LARGE], ids=["empty", "short", "shorter", "longer"])
-async def test_no_caching_of_a_copy_that_was_not_compared(sqlite_store: UploadStore, data: bytes) -> None:
+async def test_no_caching_of_a_copy_that_was_not_compared(
+    sqlite_store: UploadStore, data: bytes, wrapping: Wrapping
+) -> None:
     """A damaged copy is served without the option, for every status, until it is healed; then with it."""
     path = await put(sqlite_store, "a.png")
     app = wrapping(sqlite_store, True, cache_control=IMMUTABLE)
@@ -129,7 +137,7 @@ async def test_no_caching_of_a_copy_that_was_not_compared(sqlite_store: UploadSt
     assert (answer.body, answer.headers["cache-control"]) == (PICTURE, IMMUTABLE)
 
 
-async def test_no_caching_without_a_database(broken_store: UploadStore) -> None:
+async def test_no_caching_without_a_database(broken_store: UploadStore, wrapping: Wrapping) -> None:
     """While no database can tell whether a copy is the recorded one, no answer has the option."""
     write_file(broken_store.disk.path / "a.png", PICTURE)
     app = wrapping(broken_store, True, cache_control=IMMUTABLE)
@@ -140,7 +148,7 @@ async def test_no_caching_without_a_database(broken_store: UploadStore) -> None:
         await broken_store.tasks.drain(10)
 
 
-async def test_recorded_type_of_a_name_without_extension(sqlite_store: UploadStore) -> None:
+async def test_recorded_type_of_a_name_without_extension(sqlite_store: UploadStore, wrapping: Wrapping) -> None:
     """The recorded type is sent with a restored file at once, and with a hit once it was compared with its record."""
     kind = "image/png"
     await sqlite_store.database.store_image("avatar", PICTURE, content_type=kind, modified_ns=MODIFIED_NS)

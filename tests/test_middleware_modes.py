@@ -7,14 +7,14 @@ import os
 
 import pytest
 
-from selfheal import Kind, UploadStore
+from selfheal import Kind, SelfHealMiddleware, UploadStore
 from selfheal.disk import syscalls
 from selfheal.healing.bodies import Restoring
 from tests.support.asgi import Wrapped, ask
-from tests.support.middleware import FILM, PICTURE, PREFIX, open_below, put, static_over, wrapping
+from tests.support.middleware import FILM, PICTURE, PREFIX, Wrapping, open_below, put, static_over
 
 
-async def test_both_modes_emit_the_same_events(store: UploadStore, serve: bool) -> None:
+async def test_both_modes_emit_the_same_events(store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """A hit, a restore, an absent name and a name that is no file have the same events in both modes."""
     path = await put(store, "tom.png")
     (store.disk.path / "folder.png").mkdir()
@@ -30,7 +30,7 @@ async def test_both_modes_emit_the_same_events(store: UploadStore, serve: bool) 
     assert store.events.counters == {Kind.HIT: 2, Kind.RESTORED: 1, Kind.ABSENT: 1}
 
 
-async def test_a_hit_is_compared_in_both_modes(store: UploadStore, serve: bool) -> None:
+async def test_a_hit_is_compared_in_both_modes(store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """After its first hit a file that is only on disk is adopted, and a deleted one is removed."""
     path = await put(store, "tom.png")
     lonely = store.disk.path / "lonely.png"
@@ -47,7 +47,7 @@ async def test_a_hit_is_compared_in_both_modes(store: UploadStore, serve: bool) 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 async def test_a_file_that_the_disk_cannot_open_is_healed(
-    store: UploadStore, serve: bool, monkeypatch: pytest.MonkeyPatch, code: int
+    store: UploadStore, serve: bool, monkeypatch: pytest.MonkeyPatch, code: int, wrapping: Wrapping
 ) -> None:
     """If opening a file fails because the disk has lost it, the file is set aside and restored in both modes."""
     path = await put(store, "tom.png")
@@ -70,7 +70,9 @@ async def test_a_file_that_the_disk_cannot_open_is_healed(
     assert [file.read_bytes() for file in store.disk.quarantine_path.rglob("*") if file.is_file()] == [PICTURE]
 
 
-async def test_a_disk_that_takes_no_file(store: UploadStore, serve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_takes_no_file(
+    store: UploadStore, serve: bool, monkeypatch: pytest.MonkeyPatch, wrapping: Wrapping
+) -> None:
     """Without room on the disk `serve=True` sends a file from the database; `serve=False` has none to hand on: 503."""
     await put(store, "tom.png", on_disk=False)
 
@@ -97,7 +99,7 @@ async def test_a_restored_file_is_answered_from_the_descriptor_in_hand(
         return real(root, name)
 
     monkeypatch.setattr(syscalls, "open_file", noted)
-    assert (await ask(wrapping(store, True), f"{PREFIX}/film.mp4")).body == data
+    assert (await ask(SelfHealMiddleware(Wrapped(), store), f"{PREFIX}/film.mp4")).body == data
     assert opened in ([], ["film.mp4"])  # the look that found it missing, if a cached look could not
     await store.tasks.drain(10)
     assert open_below(store.disk.path) == []

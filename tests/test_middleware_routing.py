@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from selfheal import SelfHealMiddleware, SettingsError, UploadStore
 from tests.support.asgi import Wrapped, ask, ask_scope, scope_of
 from tests.support.files import write_file
-from tests.support.middleware import PICTURE, PREFIX, assert_unknown, put, static_over, wrapping
+from tests.support.middleware import PICTURE, PREFIX, Wrapping, assert_unknown, put, static_over
 from tests.support.sockets import make_socket
 
 # -- requests for the wrapped app -------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ from tests.support.sockets import make_socket
 METHODS = ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "QUERY", "get", "")
 
 
-async def test_other_methods(broken_store: UploadStore, serve: bool) -> None:
+async def test_other_methods(broken_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """Every method but GET and HEAD goes to the wrapped app, also while the database is down."""
     inner = Wrapped(405, [("cache-control", "max-age=1")])
     write_file(broken_store.disk.path / "hit.png", PICTURE)
@@ -54,12 +54,12 @@ async def test_other_scopes(broken_store: UploadStore, serve: bool, kind: str) -
 
     scope = {**scope_of(f"{PREFIX}/miss.png"), "type": kind}
     before = dict(scope)
-    await wrapping(broken_store, serve, inner)(scope, receive, send)
+    await SelfHealMiddleware(inner, broken_store, serve=serve)(scope, receive, send)
     assert [id(thing) for thing in seen] == [id(scope), id(receive), id(send)]
     assert scope == before
 
 
-async def test_scope_is_handed_on_unchanged(sqlite_store: UploadStore, serve: bool) -> None:
+async def test_scope_is_handed_on_unchanged(sqlite_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """The wrapped app gets the scope as the server made it."""
     inner = Wrapped()
     scope = scope_of(f"{PREFIX}/absent%20one.png?x=1", headers=[("Range", "bytes=0-1")], root_path="", state={"a": 1})
@@ -68,7 +68,7 @@ async def test_scope_is_handed_on_unchanged(sqlite_store: UploadStore, serve: bo
     assert inner.scopes == [before]
 
 
-async def test_error_of_the_wrapped_app_passes(sqlite_store: UploadStore, serve: bool) -> None:
+async def test_error_of_the_wrapped_app_passes(sqlite_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """An exception of the wrapped app reaches the server unchanged."""
 
     async def inner(scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +86,7 @@ SECRET = b"must never be sent"
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "link", "linked directory", "loop"])
-async def test_not_a_file(broken_store: UploadStore, kind: str, tmp_path: Path) -> None:
+async def test_not_a_file(broken_store: UploadStore, kind: str, tmp_path: Path, wrapping: Wrapping) -> None:
     """A name that is no regular file goes to the wrapped app at once, without the database (CVE-2024-23334)."""
     root, name = broken_store.disk.path, "thing.png"
     root.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ async def test_not_a_file(broken_store: UploadStore, kind: str, tmp_path: Path) 
         assert (answer.status, answer.body, answer.headers["cache-control"]) == (404, b"wrapped", "no-store")
 
 
-async def test_name_below_a_file(broken_store: UploadStore, serve: bool) -> None:
+async def test_name_below_a_file(broken_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """A name below a file is missing on disk, and only the database can say whether it exists."""
     write_file(broken_store.disk.path / "good.png", PICTURE)
     assert_unknown(await ask(wrapping(broken_store, serve), f"{PREFIX}/good.png/x.png"))
@@ -131,7 +131,9 @@ TRICKS: tuple[Callable[[str], str], ...] = (
 
 
 @pytest.mark.parametrize("target", OWN_NAMES)
-async def test_own_names_are_never_served(tmp_path: Path, sqlite_url: str, serve: bool, target: str) -> None:
+async def test_own_names_are_never_served(
+    tmp_path: Path, sqlite_url: str, serve: bool, target: str, wrapping: Wrapping
+) -> None:
     """selfheal's own files are never served, not even by a wrapped StaticFiles over the parent directory.
 
     The parent directory has no public name (such as `static`), so the quarantine is in it.
@@ -150,7 +152,7 @@ async def test_own_names_are_never_served(tmp_path: Path, sqlite_url: str, serve
             assert SECRET[:5] not in answer.body, trick(target)
 
 
-async def test_quarantined_copy_is_not_served(tmp_path: Path, sqlite_url: str, serve: bool) -> None:
+async def test_quarantined_copy_is_not_served(tmp_path: Path, sqlite_url: str, serve: bool, wrapping: Wrapping) -> None:
     """A file in quarantine is not served under its path there."""
     parent = tmp_path / "files"
     async with UploadStore(parent / "uploads", sqlite_url) as store:
@@ -193,7 +195,7 @@ NOT_BELOW_ROOT_PATH = (
 )
 
 
-async def test_root_path(sqlite_store: UploadStore, serve: bool) -> None:
+async def test_root_path(sqlite_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """Names are the same below a root path, which servers put before the path and some proxies do not."""
     path = await put(sqlite_store, "a.png")
     app = wrapping(sqlite_store, serve, Wrapped(200, body=b"handed on"))
@@ -204,14 +206,14 @@ async def test_root_path(sqlite_store: UploadStore, serve: bool) -> None:
         assert path.read_bytes() == PICTURE, (root_path, target)
 
 
-async def test_root_path_that_does_not_match(broken_store: UploadStore, serve: bool) -> None:
+async def test_root_path_that_does_not_match(broken_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """A root path is removed once, in whole segments; a path not below root path and prefix goes to the wrapped app."""
     for root_path, target in NOT_BELOW_ROOT_PATH:
         answer = await ask(wrapping(broken_store, serve), target, root_path=root_path)
         assert (answer.status, answer.body) == (404, b"wrapped"), (root_path, target)
 
 
-async def test_mounted_below_a_path(sqlite_store: UploadStore, serve: bool) -> None:
+async def test_mounted_below_a_path(sqlite_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """Inside Starlette's `Mount`, whose routes never see a lifespan, it serves and heals."""
     await put(sqlite_store, "a.png", on_disk=False)
     inner = wrapping(sqlite_store, serve, static_over(sqlite_store.disk.path))
@@ -221,7 +223,7 @@ async def test_mounted_below_a_path(sqlite_store: UploadStore, serve: bool) -> N
     assert (await ask(app, "/")).body == b"home"
 
 
-async def test_other_prefix(sqlite_store: UploadStore, serve: bool) -> None:
+async def test_other_prefix(sqlite_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """With another prefix, of any letters and with spaces, the default one belongs to the wrapped app."""
     await put(sqlite_store, "a.png")
     app = wrapping(
@@ -261,7 +263,7 @@ async def test_store_from_the_environment(directory: Path, sqlite_url: str, monk
         await app.store.close()
 
 
-async def test_server_without_a_raw_path(sqlite_store: UploadStore, serve: bool) -> None:
+async def test_server_without_a_raw_path(sqlite_store: UploadStore, serve: bool, wrapping: Wrapping) -> None:
     """Requests work without `raw_path`, which ASGI makes optional."""
     await put(sqlite_store, "a b.png")
     app = wrapping(sqlite_store, serve, static_over(sqlite_store.disk.path))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from .headers import Head, Headers, Plan, error_headers
 from .ranges import parse_range
 
-_CONDITIONS = frozenset(
+CONDITIONS = frozenset(
     {b"if-match", b"if-none-match", b"if-modified-since", b"if-unmodified-since", b"range", b"if-range"}
 )
 _MEMBER = re.compile(r'(?:"[^"]*"?|[^",])+')
@@ -27,7 +27,7 @@ def plan_of(request: Iterable[tuple[bytes, bytes]], head: Head, size: int, *, is
     """Evaluate the preconditions and the range of a request's headers, in the order of RFC 9110, section 13.2.2."""
     conditions: dict[bytes, str] = {}
     for key, value in request:
-        if key in _CONDITIONS:
+        if key in CONDITIONS:
             text = value.decode("latin-1")
             conditions[key] = f"{conditions[key]}, {text}" if key in conditions else text
     if not conditions:

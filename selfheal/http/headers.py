@@ -86,16 +86,17 @@ def error_headers(head: Head) -> Headers:
     return [*kept, (b"content-length", b"0"), (b"cache-control", b"no-store")]
 
 
-def error_messages(status: int, *, is_head: bool, more: Headers | None = None) -> tuple[Message, Message]:
-    """Return the two messages of an answer without a file, which is not to be stored."""
+def error_messages(status: int, *, is_head: bool) -> tuple[Message, Message]:
+    """Return the two messages of an answer without a file, which is not to be stored; a 503 says when to ask again."""
     text = f"{HTTPStatus(status).phrase}\n".encode()
     headers: Headers = [
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"content-length", str(len(text)).encode()),
         (b"cache-control", b"no-store"),
         (b"x-content-type-options", b"nosniff"),
-        *(more or ()),
     ]
+    if status == 503:
+        headers.append((b"retry-after", RETRY_AFTER))
     start: Message = {"type": "http.response.start", "status": status, "headers": headers}
     return start, {"type": "http.response.body", "body": b"" if is_head else text}
 

@@ -1,12 +1,26 @@
-"""The prefix: where in a request's path the names begin, wherever the app is mounted."""
+"""The prefix: where in a request's path the names begin, wherever the app is mounted, and which requests are ours."""
 
+from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from starlette.types import Scope
 
+from .. import names
 from ..events import logger
 
 MISSES_UNTIL_WARNING = 100
+OURS = f"/{names.OWN_PREFIX}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who answers a request: selfheal for a `name`; nobody (404) if it `is_ours`, for our own files are not for
+    visitors, whatever the wrapped app serves; else the wrapped app, and no cache keeps its errors if it `is_below`.
+    """
+
+    name: str | None = None
+    is_ours: bool = False
+    is_below: bool = False
 
 
 class Prefix:
@@ -18,6 +32,19 @@ class Prefix:
         self.is_settled = False
         self._last_part = f"/{path.rpartition('/')[2]}/"
         self._misses = 0
+
+    def route(self, scope: Scope) -> Route:
+        """Return who answers a request."""
+        path = self.path_in(scope)
+        is_below = path.startswith(self.below)
+        if is_below:
+            self.is_settled = True
+        elif not self.is_settled:
+            self.note_miss(scope)
+        if not is_below or scope["method"] not in ("GET", "HEAD"):
+            return Route(is_ours=OURS in path)
+        name = names.from_path(path, self.path, scope.get("raw_path"))
+        return Route(name, is_ours=name is None and OURS in path, is_below=True)
 
     def path_in(self, scope: Scope) -> str:
         """Return the path to compare with the prefix: the whole one if the prefix begins with the `root_path` of mounts

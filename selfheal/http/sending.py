@@ -16,7 +16,7 @@ from ..healing.bodies import Body
 from ..healing.reconcile import Judged
 from .conditional import plan_of
 from .headers import Head, Plan, make_head
-from .urls import immutable, is_version
+from .urls import kept_for_ever
 
 WATCH_FROM = 4 * PIECE  # bytes from which on the client of a body is watched (CVE-2026-54280)
 WATCH_PAUSE = 0.05  # seconds between two looks at a request whose body has ended
@@ -34,6 +34,10 @@ class Responder:
             return make_head(name, file.modified_ns, file.size)
         return make_head(name, file.modified_ns, file.size, self._cache_control, judged.content_type)
 
+    def head_of_body(self, name: str, body: Body) -> Head:
+        """Return the head of a body that comes from the database."""
+        return make_head(name, body.modified_ns, body.size, self._cache_control, body.content_type)
+
     def needs_record(self, name: str) -> bool:
         """Whether the head of a name's file is another one once the file was compared with its record."""
         return self._cache_control is not None or content_type(name) == UNKNOWN
@@ -48,15 +52,14 @@ class Responder:
 
     async def send_body(self, scope: Scope, receive: Receive, send: Send, name: str, body: Body) -> None:
         """Send the answer from any body."""
-        head = make_head(name, body.modified_ns, body.size, self._cache_control, body.content_type)
-        plan = plan_for(scope, head, body.size, body.sha256)
+        plan = plan_for(scope, self.head_of_body(name, body), body.size, body.sha256)
         await send_pieces(receive, send, plan, body)
 
 
 def plan_for(scope: Scope, head: Head, size: int, sha256: str) -> Plan:
-    """Return the answer to a request, which caches may keep for ever if it asks for the bytes of this digest."""
+    """Return the answer to a request for these bytes."""
     plan = plan_of(scope["headers"], head, size, is_head=scope["method"] == "HEAD")
-    return immutable(plan) if is_version(scope.get("query_string", b""), sha256) else plan
+    return kept_for_ever(plan, scope.get("query_string", b""), sha256)
 
 
 def start_of(plan: Plan) -> Message:

@@ -20,6 +20,11 @@ def is_version(query: bytes, sha256: str) -> bool:
     return bool(sha256) and wanted == [sha256.encode()]
 
 
+def kept_for_ever(plan: Plan, query: bytes, sha256: str) -> Plan:
+    """Return an answer that caches may keep for ever if its query asks for the bytes of this digest."""
+    return immutable(plan) if is_version(query, sha256) else plan
+
+
 def immutable(plan: Plan) -> Plan:
     """Return an answer that caches may keep for ever; errors stay as they are."""
     if plan.status not in (200, 206, 304):

@@ -19,6 +19,7 @@ from selfheal import UploadStore
 from selfheal.sql.table_names import TableClaim
 from tests.support.asgi import Answer, ask, ask_scope, scope_of
 from tests.support.http_cases import CASES, DATES, MODIFIED_NS, SECONDS, SIZE, WITH_STATIC_FILES, Case
+from tests.support.middleware import TRANSPORTS
 from tests.support.served_files import (
     IN_DATABASE,
     ON_DISK,
@@ -53,9 +54,11 @@ def two_nodes() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-async def files(tmp_path_factory: pytest.TempPathFactory, two_nodes: None) -> AsyncIterator[ServedFiles]:
-    """Files of every size, over SQLite."""
+@pytest.fixture(scope="module", params=TRANSPORTS)
+async def files(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, two_nodes: None
+) -> AsyncIterator[ServedFiles]:
+    """Files of every size, over SQLite, served with ASGI and with WSGI."""
     base = tmp_path_factory.mktemp("files")
     database = f"sqlite+aiosqlite:///{base}/catalogue.db"
     async with (
@@ -63,7 +66,7 @@ async def files(tmp_path_factory: pytest.TempPathFactory, two_nodes: None) -> As
         UploadStore(base / "mount" / "uploads", database, require_marker=True) as without_disk,
     ):
         await store.database.create_tables()
-        files = ServedFiles(store, without_disk)
+        files = ServedFiles(store, without_disk, TRANSPORTS[request.param])
         for size in SIZES:
             await files.put(name_of(size), content(size))
         yield files

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 from selfheal import SelfHealMiddleware, UploadStore
 from tests.support.asgi import Answer, Wrapped
 from tests.support.files import MODIFIED_NS
+from tests.support.wsgi import WsgiMiddleware
 
 PREFIX = "/static/uploads"
 PICTURE = random.Random(3).randbytes(5000)
@@ -36,6 +38,15 @@ async def put(store: UploadStore, name: str, data: bytes = PICTURE, *, on_disk: 
 def wrapping(store: UploadStore, serve: bool, app: ASGIApp | None = None, **more: Any) -> SelfHealMiddleware:
     """Return the middleware over a store, around `app` or an app that answers 404."""
     return SelfHealMiddleware(app or Wrapped(), store, serve=serve, **more)
+
+
+def wrapping_as_wsgi(store: UploadStore, serve: bool, app: ASGIApp | None = None, **more: Any) -> WsgiMiddleware:
+    """As `wrapping`, with the middleware for WSGI."""
+    return WsgiMiddleware(app or Wrapped(), store, serve=serve, **more)
+
+
+Wrapping = Callable[..., SelfHealMiddleware | WsgiMiddleware]
+TRANSPORTS: dict[str, Wrapping] = {"asgi": wrapping, "wsgi": wrapping_as_wsgi}
 
 
 def static_over(directory: Path, path: str = PREFIX) -> Starlette:

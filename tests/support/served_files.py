@@ -12,9 +12,10 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from selfheal import SelfHealMiddleware, UploadStore
-from tests.support.asgi import Answer, Wrapped, ask
+from selfheal import UploadStore
+from tests.support.asgi import Answer, ask
 from tests.support.http_cases import MODIFIED_NS
+from tests.support.middleware import Wrapping, wrapping
 
 PREFIX = "/static/uploads"
 ON_DISK, IN_DATABASE, WITHOUT_DISK = "on disk", "only in the database", "past a disk that accepts no file"
@@ -35,18 +36,18 @@ def starlette_headers(path: Path) -> dict[str, str]:
 class ServedFiles:
     """Files that can be in every place, and the headers that Starlette gives them."""
 
-    def __init__(self, store: UploadStore, without_disk: UploadStore) -> None:
+    def __init__(self, store: UploadStore, without_disk: UploadStore, wrapping: Wrapping = wrapping) -> None:
         self.root = store.disk.path
         self.no_root = without_disk.disk.path
-        served = SelfHealMiddleware(Wrapped(), store)
+        served = wrapping(store, True)
         self.apps: dict[str, ASGIApp] = {
             ON_DISK: served,
             IN_DATABASE: served,
-            WITHOUT_DISK: SelfHealMiddleware(Wrapped(), without_disk),
+            WITHOUT_DISK: wrapping(without_disk, True),
         }
         self.root.mkdir(parents=True, exist_ok=True)
         static = Starlette(routes=[Mount(PREFIX, StaticFiles(directory=self.root))])
-        self.handed_on = SelfHealMiddleware(static, store, serve=False)
+        self.handed_on = wrapping(store, False, static)
         self.store = store
 
     async def put(self, name: str, data: bytes, modified_ns: int = MODIFIED_NS) -> dict[str, str]:
