@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any
+from typing import IO, Any, Self
 from urllib.parse import urljoin
 
 from django.conf import settings
@@ -86,13 +86,12 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
         return store.sync.create(name, _Contents(content)).name
 
     def _open(self, name: str, mode: str = "rb") -> Any:
+        return _StoredFile(self, _checked(name), mode)
+
+    def restored(self, name: str, mode: str) -> IO[Any]:
+        """Open a file that is there, restored if it is missing; a temporary one if the disk does not take it."""
         if mode not in ("r", "rt", "rb"):
             raise io.UnsupportedOperation(f"{name!r} cannot be opened in mode {mode!r}; call save() with the new bytes")
-        file = self._restored(_checked(name))
-        return File(file if "b" in mode else io.TextIOWrapper(file, "utf-8"), name)
-
-    def _restored(self, name: str) -> IO[bytes]:
-        """Open a file, restored if it is missing; a temporary one if the disk does not take it."""
         store = self.uploads
         try:
             file = _open_on_disk(store, name)
@@ -103,7 +102,8 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
             file = None
         except NotStored:
             raise _no_such_file(name) from None
-        return file or self._copy_of(self._record(name))
+        file = file or self._copy_of(self._record(name))
+        return file if "b" in mode else io.TextIOWrapper(file, "utf-8")
 
     def _copy_of(self, record: Record) -> IO[bytes]:
         copy, whole = SpooledTemporaryFile(IN_MEMORY_AT_MOST), sha256()  # noqa: SIM115 - the caller closes it
@@ -186,6 +186,22 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
         room = names.MAX_PART_BYTES - SUFFIX_AT_MOST - len(extension.encode())
         valid = root.encode()[: max(room, 1)].decode(errors="ignore") + extension
         return valid if names.is_valid(valid) else f"_{valid}"  # the name of a device, such as aux.png
+
+
+class _StoredFile(File):  # type: ignore[misc]  # Django has no types
+    """An open file that can be opened again after it was closed, as `FieldFile.open()` does; then it is restored."""
+
+    def __init__(self, storage: SelfHealStorage, name: str, mode: str) -> None:
+        super().__init__(storage.restored(name, mode), name)
+        self._storage, self.mode = storage, mode
+
+    def open(self, mode: str | None = None) -> Self:
+        mode = mode or self.mode
+        if self.closed or mode != self.mode:
+            self.close()
+            self.file, self.mode = self._storage.restored(self.name, mode), mode
+        self.seek(0)
+        return self
 
 
 class _Contents:
