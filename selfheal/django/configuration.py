@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings
+from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from sqlalchemy.engine import URL
@@ -22,23 +23,27 @@ _POSTGRESQL = ("django.db.backends.postgresql", "django.contrib.gis.db.backends.
 _DJANGOS_OWN = ("cursor_factory", "isolation_level", "pool", "prepare_threshold", "server_side_binding")
 _IN_MEMORY = "sqlite+aiosqlite://"
 
-_stores: list[tuple[dict[str, Any], UploadStore]] = []
+_stores: list[tuple[tuple[dict[str, Any], int], UploadStore]] = []
 _lock = threading.RLock()
 
 
 def store_for(options: Mapping[str, Any]) -> UploadStore:
-    """Return the store of a storage's options; the settings have what they lack. Raises `ImproperlyConfigured`."""
+    """Return the store of a storage's options; the settings have what they lack. Raises `ImproperlyConfigured`.
+
+    While Django runs tests (only then is there a `mail.outbox`) the database is by default in memory: a connection to
+    Django's test database would not let it be dropped.
+    """
     wanted = dict(options)
     wanted["directory"] = os.path.abspath(wanted.get("directory") or settings.MEDIA_ROOT or _no_directory())
-    wanted["database"] = str(
-        wanted.get("database") or os.environ.get("SELFHEAL_DATABASE_URL") or derived_url(settings.DATABASES)
-    )
+    url = wanted.get("database") or os.environ.get("SELFHEAL_DATABASE_URL")
+    wanted["database"] = str(url or (_IN_MEMORY if hasattr(mail, "outbox") else derived_url(settings.DATABASES)))
+    process = os.getpid() if wanted["database"] == _IN_MEMORY else 0  # a fork has no part in memory of its parent's
     with _lock:
         for known, store in _stores:
-            if known == wanted:
+            if known == (wanted, process):
                 return store
         store = _make_store(**wanted)
-        _stores.append((wanted, store))
+        _stores.append(((wanted, process), store))
         return store
 
 
@@ -54,7 +59,7 @@ def derived_url(databases: Mapping[str, Mapping[str, Any]]) -> str:
         return _postgresql_url(database, name)
     if engine not in _SQLITE or not name:
         raise ImproperlyConfigured(f"DATABASES['default'] ({engine or 'empty'}) is no database for selfheal: {_CHOOSE}")
-    if ":memory:" in name or "mode=memory" in name:  # Django's own while it runs tests
+    if ":memory:" in name or "mode=memory" in name:
         return _IN_MEMORY
     path = Path(name).absolute()
     return _rendered(URL.create("sqlite+aiosqlite", database=f"{path.with_suffix('')}-selfheal{path.suffix}"))

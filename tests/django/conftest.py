@@ -11,7 +11,6 @@ import pytest
 from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
-from django.test.utils import setup_test_environment, teardown_test_environment
 
 from selfheal import UploadStore
 from selfheal.django import SelfHealStorage, uploads
@@ -27,11 +26,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         environ.setenv("GALLERY_HOME", str(home))
         environ.setenv("DJANGO_SETTINGS_MODULE", "examples.django_app.settings")
         django.setup()
-        setup_test_environment()
         call_command("migrate", verbosity=0)
         yield home
         connections.close_all()
-        teardown_test_environment()
 
 
 def storages_of(**options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from django.core.management import call_command
 from django.db import models
 from django.db.migrations.writer import MigrationWriter
 from django.test import override_settings
+from django.test.utils import setup_test_environment, teardown_test_environment
 
 from selfheal import MissingExtra
 from selfheal.django import SelfHealStorage, uploads
@@ -106,13 +108,38 @@ def test_the_environment_wins(site: Path, directory: Path, monkeypatch: pytest.M
     assert str(SelfHealStorage(directory, other).uploads.database.url) == other
 
 
-def test_tests_of_an_app(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Django's database in memory, as in a test run, storages work without a set-up, whatever is overridden."""
-    monkeypatch.setattr(settings, "DATABASES", of(SQLITE, NAME=":memory:"))
+@pytest.fixture
+def test_run() -> Iterator[None]:
+    """Django as it is while it runs the tests of an app."""
+    setup_test_environment()
+    yield
+    teardown_test_environment()
+
+
+@pytest.mark.usefixtures("site", "test_run")
+def test_tests_of_an_app(tmp_path: Path) -> None:
+    """In a test run storages work without a set-up, whatever is overridden, and leave Django's database alone."""
     for name in ("one", "two"):
         with override_settings(MEDIA_ROOT=tmp_path / name):
             assert default_storage.save("tom.jpg", ContentFile(b"old")) == "tom.jpg"
             assert (tmp_path / name / "tom.jpg").read_bytes() == b"old"
+            assert uploads().database.backend.is_in_memory(uploads().database.url)
+
+
+@pytest.mark.usefixtures("site", "test_run")
+def test_parallel_tests_of_an_app(tmp_path: Path) -> None:
+    """`manage.py test --parallel` forks: each process has a database in memory, with its tables."""
+    with override_settings(MEDIA_ROOT=tmp_path):
+        default_storage.save("parent.jpg", ContentFile(b"old"))
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = 0 if default_storage.save("child.jpg", ContentFile(b"new")) == "child.jpg" else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert default_storage.exists("parent.jpg")
 
 
 @pytest.mark.usefixtures("claimed_tables")
