@@ -189,20 +189,22 @@ class ImageStorage:
         known: Digests | None = None,
         only_new: bool = False,
         over: int | None = None,
+        only_free: bool = False,
         connection: AnyConnection | None = None,
     ) -> Record:
         """Store bytes under a name and return its record; storing the same bytes again changes nothing.
 
         The bytes must have the `known` digests (`FileChanged`). With `only_new`, a name that has a record or a
-        tombstone keeps it; with `over`, one of another generation does. With `connection` everything is part of the
-        caller's transaction. Raises `InvalidName`.
+        tombstone keeps it; with `over`, one of another generation does. With `only_free`, a name that has a record
+        raises `NameTaken`. With `connection` everything is part of the caller's transaction. Raises `InvalidName`.
         """
         names.check(name)
+        put = self._records.put_free if only_free else partial(self._records.put, over=0 if only_new else over)
         how: dict[str, Any] = {
             "content_type": content_type,
             "modified_ns": time.time_ns() if modified_ns is None else modified_ns,
             "known": known,
-            "over": 0 if only_new else over,
+            "put": put,
         }
         if connection is not None:
             return await self._writer.store(

@@ -66,6 +66,10 @@ class NotAFile(SelfHealError):
     """The name is taken by something that is not a regular file: a directory, link, FIFO, socket or device."""
 
 
+class NameTaken(SelfHealError):
+    """The name has a living record, which stays as it is; save under another name."""
+
+
 class NotStored(SelfHealError, LookupError):
     """There is no such name, or no such generation of it."""
 

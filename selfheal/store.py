@@ -224,6 +224,11 @@ class UploadStore(Addresses):
         self.events.emit(Kind.SAVED, name, record.size)
         return self._saved(record)
 
+    async def create(self, name: str, source: Source) -> Saved:
+        """As `save`, for a name that is not stored, or was deleted. Raises `NameTaken`: then nothing has changed."""
+        source = portable(source, self.threads, self.home)
+        return self._saved(await self.home.run(self._saver.save, names.check(name), source, only_free=True))
+
     async def delete(self, name: str, *, connection: AnyConnection | None = None) -> bool:
         """Delete a name; only a save or `undo` undoes it. False if there is no such name.
 

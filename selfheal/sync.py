@@ -53,6 +53,10 @@ class SyncUploadStore:
         """Save bytes, a path or a file object, on disk and in the database; see `UploadStore.save`."""
         return _call(self._home, self._store.save, name, source, connection=connection)
 
+    def create(self, name: str, source: Source) -> "Saved":
+        """Save under a name that is not stored; see `UploadStore.create`."""
+        return self._home.call(self._store.create, name, source)
+
     def delete(self, name: str, *, connection: AnyConnection | None = None) -> bool:
         """Delete a name; see `UploadStore.delete`."""
         return _call(self._home, self._store.delete, name, connection=connection)

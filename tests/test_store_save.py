@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import tempfile
@@ -18,7 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.datastructures import UploadFile
 
-from selfheal import InvalidName, UploadStore
+from selfheal import InvalidName, NameTaken, UploadStore
 from selfheal.content.sources import CHUNK
 from selfheal.errors import NotAFile
 from tests.support.faults import BrokenDisk
@@ -263,3 +264,46 @@ async def test_a_name_below_a_file_is_refused(store: UploadStore, first: str, se
     await store.delete(first)
     await store.save(second, NEW)
     assert await on_disk_and_in_database(store, second) == NEW
+
+
+# -- names that must be free ------------------------------------------------------------------------------------------
+
+
+async def test_create(store: UploadStore) -> None:
+    """`create` saves under a name that is not stored, and refuses one that is, also for the same bytes."""
+    created = await store.create(NAME, OLD)
+    assert await on_disk_and_in_database(store, NAME) == OLD
+    for data in (OLD, NEW):
+        with pytest.raises(NameTaken, match="another name"):
+            await store.create(NAME, data)
+    assert (await store.database.find(NAME) or created).generation == created.generation
+    assert await on_disk_and_in_database(store, NAME) == OLD
+    assert await store.database.history(NAME) == []
+
+
+async def test_create_over_a_tombstone(store: UploadStore) -> None:
+    """A deleted name is free."""
+    await store.save(NAME, OLD)
+    await store.delete(NAME)
+    assert (await store.create(NAME, NEW)).generation == 3
+    assert await on_disk_and_in_database(store, NAME) == NEW
+
+
+@pytest.mark.parametrize("before", ["new", "deleted"])
+async def test_create_at_once(store: UploadStore, other_store: UploadStore, before: str) -> None:
+    """Of many who create one name at once, with the same bytes, on two nodes, exactly one gets it."""
+    if before == "deleted":
+        await store.save(NAME, OLD)
+        await store.delete(NAME)
+    calls = (one.create(NAME, OLD) for one in (store, other_store) for _ in range(5))
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sorted(type(answer).__name__ for answer in answers) == ["NameTaken"] * 9 + ["Saved"]
+
+
+async def test_create_without_a_disk(store: UploadStore, broken_disk: BrokenDisk) -> None:
+    """On a full disk `create` saves in the database, and still refuses a name that is stored."""
+    broken_disk.fail("pwrite", errno.ENOSPC)
+    await store.create(NAME, OLD)
+    with pytest.raises(NameTaken):
+        await store.create(NAME, OLD)
+    assert await in_database(store, NAME) == OLD

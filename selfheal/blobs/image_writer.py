@@ -1,6 +1,7 @@
 """Images: a record with the bytes behind it, written in one transaction, or in several with the record last."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -14,6 +15,8 @@ from ..sql.models import Record, SmallFile, record_values
 from ..sql.record_writer import RecordWriter
 from ..sql.transactions import Write
 from .blob_store import BlobStore
+
+Put = Callable[[AsyncConnection, dict[str, Any]], Awaitable[Record]]
 
 
 class ImageWriter:
@@ -34,16 +37,19 @@ class ImageWriter:
         content_type: str | None,
         modified_ns: int,
         known: Digests | None,
-        over: int | None,
+        put: Put,
     ) -> Record:
-        """Store bytes under a name, with `write` in the caller's transaction; see `ImageStorage.store_image`."""
+        """Store bytes under a name, with `write` in the caller's transaction; see `ImageStorage.store_image`.
+
+        `put` writes the record.
+        """
         received = await self._blobs.put(write or self._engine.write, data, known, in_transaction=write is not None)
         values = record_values(name, received.sha256, received.size, modified_ns)
         if content_type is not None:
             values["content_type"] = content_type
 
         async def work(connection: AsyncConnection) -> Record:
-            record = await self._records.put(connection, values, over=over)
+            record = await put(connection, values)
             if write is None:
                 await self._engine.backend.limit_lock_waits(connection)
             await self._blobs.finish(connection, received)

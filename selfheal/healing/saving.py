@@ -35,9 +35,9 @@ class Saver:
     events: Events
     tasks: Tasks
 
-    async def save(self, name: str, source: Source) -> Record:
-        """Save bytes under a name; if the disk takes no file, only in the database."""
-        record = await self._save(name, source)
+    async def save(self, name: str, source: Source, *, only_free: bool = False) -> Record:
+        """Save bytes under a name; if the disk takes no file, only in the database. Raises `NameTaken`."""
+        record = await self._save(name, source, only_free)
         self.forget(name)
         self.background.know(record)
         self.events.emit(Kind.SAVED, name, record.size)
@@ -82,7 +82,7 @@ class Saver:
         self.restorer.forget(name)
         self.background.forget(name)
 
-    async def _save(self, name: str, source: Source) -> Record:
+    async def _save(self, name: str, source: Source, only_free: bool) -> Record:
         digests: list[bytes] = []
         conflict = await self.disk.threads.run(self.disk.conflict, name)
         if conflict:
@@ -90,7 +90,7 @@ class Saver:
         try:
             staged = await self.disk.threads.run(self.disk.stage, name)
         except DiskUnwritable:
-            return await self._save_without_disk(name, source)
+            return await self._save_without_disk(name, source, only_free)
         try:
             async with aclosing(read_chunks(source, self.disk.threads)) as chunks:
                 async for chunk in chunks:
@@ -98,28 +98,30 @@ class Saver:
                         await self.disk.threads.run(self._write, staged, chunk, digests)
                     except DiskUnwritable:
                         async with aclosing(self._read_back(staged, name, chunk, chunks)) as rest:
-                            record = await self._save_without_disk(name, rest)
+                            record = await self._save_without_disk(name, rest, only_free)
                         staged.close()
                         return record
         except BaseException:
             staged.close()
             raise
-        return await self.tasks.finish(self._commit(name, staged, digests))
+        return await self.tasks.finish(self._commit(name, staged, digests, only_free))
 
     def _write(self, staged: StagedFile, chunk: bytes, digests: list[bytes]) -> None:
         self.publisher.write(staged, [chunk])
         digests.append(chunk_digest(len(digests), chunk))
 
-    async def _save_without_disk(self, name: str, source: Source) -> Record:
-        record = await self.database.store_image(name, source)
+    async def _save_without_disk(self, name: str, source: Source, only_free: bool) -> Record:
+        record = await self.database.store_image(name, source, only_free=only_free)
         await self._leave_disk(record, "the disk takes no file")
         return record
 
-    async def _commit(self, name: str, staged: StagedFile, digests: list[bytes]) -> Record:
+    async def _commit(self, name: str, staged: StagedFile, digests: list[bytes], only_free: bool) -> Record:
         """The record is committed first, then the file is published; another process may have been faster."""
         with staged:
             async with aclosing(self._read_back(staged, name)) as source:
-                record = await self.database.store_image(name, source, known=Digests(staged.sha256, digests))
+                record = await self.database.store_image(
+                    name, source, known=Digests(staged.sha256, digests), only_free=only_free
+                )
             try:
                 await self.copies.replace(record, staged)
             except DiskUnwritable as error:

@@ -8,7 +8,7 @@ from sqlalchemy import CompoundSelect, Select, and_, delete, func, or_, select, 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..content.times import clamp_ns
-from ..errors import DatabaseUnavailable, NotAFile
+from ..errors import DatabaseUnavailable, NameTaken, NotAFile
 from .backend import Backend
 from .models import Contents, Record, Version, contents, earlier, to_record, to_version
 from .schema import NOT_NUMBERED, Tables, record_columns
@@ -34,18 +34,36 @@ class RecordWriter:
 
     async def put(self, connection: AsyncConnection, values: dict[str, Any], *, over: int | None = None) -> Record:
         """Write the record of a name; a record or a tombstone of another generation than `over` (None: any) stays."""
-        name = values["name"]
-        insert = self._backend.insert(self._records).values(values)
-        if (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
-            await self.refuse_conflict(connection, name)
-            return await self._get(connection, name)
-        record = await self.lock(connection, name)
-        if record is None:
-            raise DatabaseUnavailable(f"the record of {name!r} vanished while it was written; try again")
+        if await self._insert(connection, values):
+            return await self._get(connection, values["name"])
+        record = await self._lock_existing(connection, values["name"])
         is_other = over is not None and record.generation != over
         if is_other or (not record.is_deleted and record.sha256 == values["sha256"]):
             return record
-        return await self.change(connection, record, Version(generation=0, replaced_at=record.changed_at, **values))
+        return await self.change(connection, record, _as_version(values, record))
+
+    async def put_free(self, connection: AsyncConnection, values: dict[str, Any]) -> Record:
+        """Write the record of a name that has none, or a tombstone. Raises `NameTaken`, also for the same bytes."""
+        if await self._insert(connection, values):
+            return await self._get(connection, values["name"])
+        record = await self._lock_existing(connection, values["name"])
+        if not record.is_deleted:
+            raise NameTaken(f"{record.name!r} is stored already; save under another name")
+        return await self.change(connection, record, _as_version(values, record))
+
+    async def _insert(self, connection: AsyncConnection, values: dict[str, Any]) -> bool:
+        """Write the record of a new name; False if it has a record or a tombstone. Raises `NotAFile`."""
+        insert = self._backend.insert(self._records).values(values)
+        if not (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
+            return False
+        await self.refuse_conflict(connection, values["name"])
+        return True
+
+    async def _lock_existing(self, connection: AsyncConnection, name: str) -> Record:
+        record = await self.lock(connection, name)
+        if record is None:
+            raise DatabaseUnavailable(f"the record of {name!r} vanished while it was written; try again")
+        return record
 
     async def refuse_conflict(self, connection: AsyncConnection, name: str) -> None:
         """Raise `NotAFile` if a new name is the directory of another one, or has another one for a directory."""
@@ -140,3 +158,7 @@ class RecordWriter:
 
     def _select(self, name: str) -> Select[Any]:
         return select(*record_columns(self._records)).where(self._records.c.name == name)
+
+
+def _as_version(values: dict[str, Any], over: Record) -> Version:
+    return Version(generation=0, replaced_at=over.changed_at, **values)
