@@ -68,9 +68,8 @@ class UploadStore(Addresses):
     `sweep_every`: seconds between two sweeps that store what is only on disk; None or 0 for none.
     `watch`: what the app deletes, writes or overwrites on disk is so in the database too (needs the extra `watch`).
     The directory is made at once, for apps that mount it as they start (`StaticFiles`), unless it needs a marker.
-    It may be used from any thread and event loop: calls are handed to the loop on which it lives (see `open`). `sync`
-    has the same methods for synchronous code. `disk`, `restorer`, `reconciler`, `background` and `upkeep` are the
-    inside: the middleware and the bulk runs call them.
+    Any thread and event loop may use it: calls are handed to the loop on which it lives (see `open`). `sync` has the
+    same methods for synchronous code. `disk`, `restorer`, `reconciler`, `background` and `upkeep` are the inside.
     """
 
     def __init__(

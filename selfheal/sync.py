@@ -1,9 +1,10 @@
 """A store for synchronous code: each public method of `UploadStore`, from any thread. Its event loop does the work."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
 from .aio.home import HomeLoop
 from .aio.streams import next_item
@@ -73,6 +74,26 @@ class SyncUploadStore:
         """Store a file that is only on disk in the database; see `UploadStore.adopt`."""
         return self._home.call(self._store.adopt, name)
 
+    def ensure(self, name: str) -> Path:
+        """Return the path of a name's file, restored first if it was missing; see `UploadStore.ensure`."""
+        return self._home.call(self._store.ensure, name)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a name's file to be read, restored first if it was missing; see `UploadStore.open`."""
+
+        async def work() -> BinaryIO:
+            return await self._store.open(name)
+
+        return self._home.call(work)
+
+    def url(self, name: str, *, versioned: bool = False) -> str:
+        """Return the URL path of a name; see `UploadStore.url`."""
+        return self.urls([name])[name] if versioned else self._store.url(name)
+
+    def urls(self, wanted: Iterable[str]) -> dict[str, str]:
+        """Return the URL path of each name with the digest of its bytes; see `UploadStore.urls`."""
+        return self._home.call(self._store.urls, wanted)
+
 
 class SyncImageStorage:
     """`ImageStorage` for synchronous code, as `UploadStore.sync.database`."""
@@ -84,6 +105,10 @@ class SyncImageStorage:
     def create_tables(self) -> None:
         """Create the tables and indexes that are missing."""
         self._home.call(self._database.create_tables)
+
+    def refuse_foreign_tables(self) -> None:
+        """Raise `ForeignTables` if tables with our names are another app's."""
+        self._home.call(self._database.refuse_foreign_tables)
 
     def find(self, name: str) -> Record | None:
         """Return the record of a name; see `ImageStorage.find`."""

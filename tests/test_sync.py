@@ -13,13 +13,13 @@ from selfheal import ImageStorage, UploadStore
 from selfheal.sync import SyncImageStorage, SyncUploadStore
 from tests.support.sample_images import picture
 
-_OPENING = ("open", "close")
+_OTHERS = ("open", "close", "close_at_home", "share_prefix")
 
 
 def public_methods(of: type) -> dict[str, Any]:
-    """Return the public methods of a class, but for those that open and close it."""
-    found = {name: value for name, value in vars(of).items() if not name.startswith("_") and inspect.isfunction(value)}
-    return {name: value for name, value in found.items() if not name.endswith("_at_home") and name not in _OPENING}
+    """Return the public methods of a class, but for those that make, open and close it."""
+    found = {name: getattr(of, name) for name in dir(of) if not name.startswith(("_", "from_"))}
+    return {name: value for name, value in found.items() if inspect.isfunction(value) and name not in _OTHERS}
 
 
 @pytest.mark.parametrize(("of", "sync"), [(UploadStore, SyncUploadStore), (ImageStorage, SyncImageStorage)])
@@ -44,5 +44,11 @@ def test_the_life_of_an_upload(directory: Path, sqlite_url: str) -> None:
         assert uploads.restore(saved.name).path.read_bytes() == upload.getvalue()
         uploads.save(saved.name, b"two")
         assert uploads.undo(saved.name).size == len(png)
+        saved.path.unlink()
+        assert uploads.ensure(saved.name).read_bytes() == png
+        saved.path.unlink()
+        with uploads.open(saved.name) as file:
+            assert file.read() == png
+        assert uploads.url(saved.name, versioned=True) == f"{saved.url}?v={saved.sha256}"
         assert uploads.delete(saved.name)
         assert [version.size for version in uploads.database.history(saved.name)]
