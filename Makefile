@@ -70,4 +70,4 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks
 
 clean:
-	@rm -rf $(VENV) $(LOWEST) .demo .bench mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	@rm -rf $(VENV) $(LOWEST) .demo .bench mutants .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist build
