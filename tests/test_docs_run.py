@@ -48,7 +48,6 @@ OPTIONAL = {
     "django": "pip install django",
     "litestar": "pip install litestar",
     "quart": "pip install quart",
-    "asgiref": "pip install flask asgiref",
     "nginx": "apt-get install nginx",
     "jq": "apt-get install jq",
 }
@@ -179,9 +178,7 @@ def apps_of_the_reader() -> dict[str, Any]:
     """Return the apps that blocks wrap, as far as their frameworks are installed."""
     if not is_missing("django"):
         import_module("django.conf").settings.configure(ROOT_URLCONF="tests", ALLOWED_HOSTS=["*"])
-    if is_missing("asgiref") or is_missing("flask"):
-        return {}
-    return {"flask_app": import_module("flask").Flask("shop")}
+    return {}
 
 
 async def test_the_guide(guide_reader: Reader) -> None:

@@ -178,3 +178,39 @@ def test_a_database_that_is_down(kind: str, tmp_path: Path, dead_port: int) -> N
             miss = server.browser.get(server.url("miss.png"))
             assert (miss.status_code, miss.headers["cache-control"]) == (503, "no-store")
             assert int(miss.headers["retry-after"]) > 0
+
+
+BRIDGED = """
+from a2wsgi import ASGIMiddleware
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from selfheal import SelfHealMiddleware, UploadStore
+
+uploads = UploadStore.from_env()
+
+async def save(request):
+    await uploads.database.create_tables()
+    return PlainTextResponse((await uploads.save(request.path_params["name"], request.stream())).sha256)
+
+routes = [Route("/{name}", save, methods=["PUT"])]
+app = ASGIMiddleware(SelfHealMiddleware(Starlette(routes=routes), uploads))
+"""
+
+
+def test_an_asgi_app_on_a_wsgi_server(tmp_path: Path) -> None:
+    """Behind a2wsgi, in gunicorn's threads, every save returns, and every file is served and healed."""
+    (tmp_path / "bridged_app.py").write_text(BRIDGED)
+    with serving("gunicorn gthread", "bridged_app:app", tmp_path) as server:
+        server.browser.put("/first.bin", content=b"first")
+
+        def save(number: int) -> bool:
+            data, name = noise(100_000, number), f"{number}.bin"
+            with httpx.Client(base_url=server.browser.base_url, timeout=60, trust_env=False) as browser:
+                assert browser.put(f"/{name}", content=data).status_code == 200
+                first = browser.get(server.url(name)).content
+                (server.directory / name).unlink()
+                return browser.get(server.url(name)).content == first == data
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(save, range(60)))
