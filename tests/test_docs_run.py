@@ -41,6 +41,14 @@ NOT_RUN = {
         "docs/commands.md",
         "migrate: 6 backed up, 2 skipped (not valid names), 1 failed · 15.6 KB in 0.3 s",
     ): "an example of output; `test_problems_are_reported` and `test_the_first_migration` check such lines",
+    (
+        "docs/guide.md",
+        "selfheal import --table pictures --name filename --data image_data --type mimetype --dry-run",
+    ): "it needs a table of another app; `tests/bulk/test_import_table.py` has such tables",
+    (
+        "docs/guide.md",
+        'selfheal import --from sqlite:///selfheal.db --database "$POSTGRES"     # while the servers run',
+    ): "it needs a second database with the same uploads; `tests/bulk/test_import_database.py` copies between them",
     ("docs/commands.md", "{"): "an example of output; `test_the_json_example` checks it",
 }
 """The blocks that no test here runs, with the reason."""
@@ -130,7 +138,7 @@ async def test_the_readme(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("app/static/uploads/*.png"))) == 1
 
 
-async def test_the_commands(tmp_path: Path) -> None:
+async def test_the_commands(tmp_path: Path, postgres_url: str) -> None:
     """Each example of the commands ends with 0, and a server serves a file that was missing."""
     write_file(tmp_path / "app/static/uploads/cats/tom.jpg", PICTURE)
     write_file(tmp_path / "shop/main.py", b"from starlette.applications import Starlette\n\napp = Starlette()\n")
@@ -139,7 +147,9 @@ async def test_the_commands(tmp_path: Path) -> None:
         (tmp_path / "app/static/uploads/cats/tom.jpg").unlink()
         assert httpx.get(f"{url}/static/uploads/cats/tom.jpg").content == PICTURE
 
-    await read("docs/commands.md", Reader(tmp_path, {"DATABASE_URL": f"sqlite:///{tmp_path}/selfheal.db"}), visit)
+    postgres = postgres_url.replace("+asyncpg", "")
+    variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/selfheal.db", "POSTGRES": postgres}
+    await read("docs/commands.md", Reader(tmp_path, variables), visit)
 
 
 @pytest.fixture
