@@ -21,7 +21,7 @@ from .http.prefix import OURS, Prefix
 from .http.sending import Responder
 from .http.urls import kept_for_ever
 from .http.wsgi import Pieces, WholeFile, conditions_of, never_stored, refuse, scope_of, start
-from .settings import DEFAULT_PREFIX, Settings, check_prefix
+from .settings import DEFAULT_PREFIX
 from .store import UploadStore
 from .sync import iterate
 
@@ -47,11 +47,9 @@ class SelfHealMiddleware:
         adopt: bool = True,
         cache_control: str | None = None,
     ) -> None:
-        if store is None and prefix == DEFAULT_PREFIX:
-            prefix = Settings.from_env().prefix
         self.app = app
         self.store = store or UploadStore.from_env()
-        self._prefix = Prefix(check_prefix(prefix))
+        self._prefix = Prefix(self.store.share_prefix(prefix))
         self._below = self._prefix.below.encode().decode("latin-1")  # as an environment has it
         self._adopt = adopt
         self._responder = Responder(cache_control)
@@ -60,6 +58,7 @@ class SelfHealMiddleware:
         self._pid = -1
         self._counting = threading.Lock()
         self._follow_from = 0.0
+        self._keep_up = self.store.upkeep.start if adopt else lambda: None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI entry point."""
@@ -69,6 +68,7 @@ class SelfHealMiddleware:
         if now >= self._follow_from:
             self._follow_from = now + CALL_EVERY
             self.store.background.follow(adopt=self._adopt)
+            self._keep_up()
         path = environ.get("PATH_INFO", "")
         if self._below not in path and OURS not in path and not environ.get("SCRIPT_NAME"):
             if not self._prefix.is_settled:
