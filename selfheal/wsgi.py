@@ -58,6 +58,7 @@ class SelfHealMiddleware:
         self._pid = -1
         self._counting = threading.Lock()
         self._follow_from = 0.0
+        self._keep_up = self.store.upkeep.start if adopt else lambda: None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The WSGI entry point."""
@@ -67,8 +68,7 @@ class SelfHealMiddleware:
         if now >= self._follow_from:
             self._follow_from = now + CALL_EVERY
             self.store.background.follow(adopt=self._adopt)
-            if self._adopt:
-                self.store.upkeep.start()
+            self._keep_up()
         path = environ.get("PATH_INFO", "")
         if self._below not in path and OURS not in path and not environ.get("SCRIPT_NAME"):
             if not self._prefix.is_settled:

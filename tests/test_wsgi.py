@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,35 @@ def test_every_hit_is_counted(sync_store: UploadStore) -> None:
         thread.join()
     assert sync_store.events.counters[Kind.HIT] == 400
     wait_until(lambda: sync_store.sync.database.find("lonely.png") is not None)
+
+
+@pytest.mark.parametrize("adopt", [True, False])
+def test_files_that_nobody_asks_for(directory: Path, sqlite_url: str, adopt: bool) -> None:
+    """Any request starts the sweep, which stores what is only on disk, unless nothing is to be adopted."""
+    write_file(directory / "lonely.png", PICTURE)
+    with UploadStore(directory, sqlite_url).sync as uploads:
+        uploads.database.create_tables()
+        app = SelfHealMiddleware(wrapped, store := UploadStore(directory, sqlite_url), adopt=adopt)
+        ask(app, environ("a.png") | {"PATH_INFO": "/"})
+        if adopt:
+            wait_until(lambda: uploads.database.find("lonely.png") is not None)
+        else:
+            time.sleep(1)
+            assert uploads.database.find("lonely.png") is None
+        store.sync.close()
+
+
+def test_an_address_with_a_digest(sync_store: UploadStore) -> None:
+    """The answer to a versioned address is kept for ever by caches, from the database and from disk."""
+    saved = sync_store.sync.save("a.png", PICTURE)
+    saved.path.unlink()
+    app = SelfHealMiddleware(wrapped, sync_store)
+    for _ in range(2):
+        versioned = ask(app, environ("a.png", QUERY_STRING=f"v={saved.sha256}"))
+        assert (versioned[1]["cache-control"], versioned[2]) == ("public, max-age=31536000, immutable", PICTURE)
+        ask(app, environ("a.png"))
+        wait_until(lambda: sync_store.background.judged("a.png", _identity(sync_store, "a.png")) is not None)
+    assert "cache-control" not in ask(app, environ("a.png", QUERY_STRING="v=0"))[1]
 
 
 @pytest.fixture
