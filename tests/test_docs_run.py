@@ -36,7 +36,13 @@ RUN = ("README.md", "docs/commands.md", "docs/guide.md")
 NOT_RUN = {
     ("README.md", "git clone … && cd selfheal"): "it clones this repository, and runs these tests",
     ("CONTRIBUTING.md", "git clone … && cd selfheal"): "it clones this repository, and runs these tests",
-    ("docs/architecture.md", " layer 6   scripts/        the commands and the three script modules"): "a picture",
+    (
+        "docs/architecture.md",
+        (
+            " layer 6   scripts/        the commands and the three script modules"
+            "     django/    a storage of Django, over all below"
+        ),
+    ): "a picture",
     (
         "docs/commands.md",
         "migrate: 6 backed up, 2 skipped (not valid names), 1 failed · 15.6 KB in 0.3 s",
@@ -49,6 +55,10 @@ NOT_RUN = {
         "docs/guide.md",
         'selfheal import --from sqlite:///selfheal.db --database "$POSTGRES"     # while the servers run',
     ): "it needs a second database with the same uploads; `tests/bulk/test_import_database.py` copies between them",
+    (
+        "docs/guide.md",
+        "# settings.py, with: pip install 'selfheal-uploads[django]'",
+    ): "a part of the settings of a Django project; `tests/django` has whole ones",
     ("docs/commands.md", "{"): "an example of output; `test_the_json_example` checks it",
 }
 """The blocks that no test here runs, with the reason."""
