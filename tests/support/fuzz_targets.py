@@ -24,6 +24,7 @@ from selfheal.content.digests import chunk_digest
 from selfheal.content.sources import CHUNK
 from selfheal.healing import negative_cache as absent
 from tests.support.asgi import Answer, Wrapped, ask_scope
+from tests.support.storage import settle
 from tests.support.store_state import files_below
 
 PREFIX = "/static/uploads"
@@ -68,6 +69,7 @@ class Target:
         self.store = UploadStore(self.directory, f"sqlite+aiosqlite:///{self.database}")
         self.wrapped = Wrapped()
         self.app = SelfHealMiddleware(self.wrapped, self.store, adopt=False)
+        self.runner.run(settle(self.store))
         self.runner.run(self.store.database.create_tables())
 
     def check(self, data: bytes) -> None:

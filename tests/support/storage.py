@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from selfheal import ImageStorage
+from selfheal import ImageStorage, UploadStore
 from selfheal.aio.tasks import Tasks
 from selfheal.content.digests import Digests
 from selfheal.content.sources import CHUNK
@@ -96,3 +96,8 @@ async def assert_all_raise(
         else:
             pytest.fail(f"{name} returned {result!r}")
     return caught
+
+
+async def settle(store: UploadStore) -> None:
+    """Let a store live on the running loop, as one that is open: tests use what is inside of it."""
+    store.home.settle()

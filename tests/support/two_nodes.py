@@ -31,6 +31,7 @@ from tests.support.asgi import ask
 from tests.support.catalogue_model import CatalogueModel, Version
 from tests.support.node_model import FileCopy, Node
 from tests.support.sample_data import pieces_of
+from tests.support.storage import settle
 from tests.support.store_state import files_below, in_quarantine
 
 SIZES = {
@@ -101,6 +102,7 @@ class TwoNodes(RuleBasedStateMachine):
         self.marks: list[tuple[int, int] | None] = [None, None]
         self.crashed: list[UploadStore] = []
         for here in self.nodes:
+            self.run(settle(here.store))
             self._first_request(here)
 
     def teardown(self) -> None:
