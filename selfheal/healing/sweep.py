@@ -69,26 +69,29 @@ class Sweep:
             if not is_alone:
                 return
             progress = parse(await self.disk.threads.run(self.disk.read_swept))
-            is_done = 0 <= time.time() - progress.finished < self.every
-            if self._is_due or not is_done:
-                self._is_due = False
+            if self._is_due:
+                self._is_due, progress = False, Progress()
+                await self._remember(progress)  # it is due still if this sweep is broken off
+            if not 0 <= time.time() - progress.finished < self.every:
                 await self._sweep("" if progress.finished else progress.after)
 
     async def _sweep(self, after: str) -> None:
         """Go over all names that come later than `after`, in the byte order of names."""
-        entries, done, adopted = walk(self.disk), os.fsencode(after), 0
+        entries, done, differing = walk(self.disk), os.fsencode(after), 0
         while True:
             started = time.monotonic()
             batch = await self.disk.threads.run(lambda: list(itertools.islice(entries, NAMES_AT_ONCE)))
             if not batch:
                 break
-            adopted += await self._check(entry for entry in batch if os.fsencode(entry.name) > done)
+            differing += await self._check(entry for entry in batch if os.fsencode(entry.name) > done)
             if os.fsencode(batch[-1].name) > done:
                 await self._remember(Progress(batch[-1].name))
             await _rest(time.monotonic() - started)
         await self._remember(Progress(finished=time.time()))
-        if adopted:
-            logger.info("%d files in %s differed from the database, and were compared with it", adopted, self.disk.path)
+        if differing:
+            logger.info(
+                "%d files in %s differed from the database, and were compared with it", differing, self.disk.path
+            )
 
     async def _check(self, entries: Iterable[Entry]) -> int:
         """Compare files with their records, few at a time; return how many differed from them."""

@@ -52,6 +52,7 @@ class Watch:
 
     async def run(self) -> None:
         """Watch for ever."""
+        self._workers = 0  # those of another event loop have ended with it
         while True:
             try:
                 await self._watch()
