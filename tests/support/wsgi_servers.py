@@ -42,8 +42,10 @@ COMMANDS = {
     "wsgiref": "-c {code} {app} {port}",
 }
 SECONDS = 60.0
-_WARNINGS = ("-W", "always::ResourceWarning", "-W", "ignore:unclosed <socket:ResourceWarning")
-"""A file that is left open is shown; servers do not close their own listening sockets at their end."""
+_WARNINGS = [f"-W{one}:ResourceWarning" for one in ("always:", "ignore:unclosed <socket", "ignore:<aiosqlite")]
+"""A file that is left open is shown; not the listening sockets of servers, nor connections of a parent process, which
+nobody may close.
+"""
 
 
 @dataclass(frozen=True)
