@@ -15,6 +15,7 @@ import httpx
 import pytest
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
+from flask import Flask
 from sqlalchemy import MetaData, create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -23,12 +24,14 @@ from starlette.datastructures import UploadFile
 import selfheal
 from selfheal import UploadStore
 from selfheal.errors import UploadTypeRefused
+from selfheal.wsgi import SelfHealMiddleware as WsgiMiddleware
 from tests.support import ROOT
 from tests.support.docs import Block, Reader, blocks_of, is_server
 from tests.support.files import write_file
 from tests.support.postgres import PostgresServer
 from tests.support.requirements import needs
 from tests.support.uploads import small_png
+from tests.support.wsgi import as_asgi
 
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 PICTURE = small_png()
@@ -110,13 +113,15 @@ async def read(page: str, reader: Reader, visit: Callable[[str], None]) -> None:
 
 async def check_apps(block: Block, names: dict[str, Any]) -> None:
     """The app that a block makes serves an upload whose file is missing."""
-    for name in ("app", "application"):
+    for name in ("app", "application", "flask_app"):
         if f"\n{name} = " not in f"\n{block.text}":
             continue
         store = names["uploads"]
         await store.save("cats/tom.jpg", PICTURE)
         (store.disk.path / "cats/tom.jpg").unlink()
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(names[name]), base_url="http://test") as client:
+        is_wsgi = isinstance(names[name], WsgiMiddleware | Flask)
+        transport = httpx.ASGITransport(as_asgi(names[name]) if is_wsgi else names[name])
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             assert (await client.get("/static/uploads/cats/tom.jpg")).content == PICTURE, block.text
 
 

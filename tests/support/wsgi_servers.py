@@ -42,6 +42,10 @@ COMMANDS = {
     "wsgiref": "-c {code} {app} {port}",
 }
 SECONDS = 60.0
+_WARNINGS = [f"-W{one}:ResourceWarning" for one in ("always:", "ignore:unclosed <socket", "ignore:<aiosqlite")]
+"""A file that is left open is shown; not the listening sockets of servers, nor connections of a parent process, which
+nobody may close.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def serving(kind: str, app: str, home: Path, database: str | None = None) -> Ite
         SELFHEAL_DIRECTORY=str(directory), SELFHEAL_DATABASE_URL=database or f"sqlite:///{home}/gallery.db"
     )
     with log.open("w") as output:
-        command = [sys.executable, "-W", "always::ResourceWarning", *words]
+        command = [sys.executable, *_WARNINGS, *words]
         process = subprocess.Popen(command, env=variables, cwd=home, stdout=output, stderr=output)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS, trust_env=False) as browser:
