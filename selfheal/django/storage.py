@@ -53,7 +53,7 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
     @property
     def uploads(self) -> UploadStore:
         """The store; storages of the same options share it."""
-        return store_for(self._options)
+        return store_for(self._options, self._prefix or settings.MEDIA_URL)
 
     @property
     def location(self) -> str:
