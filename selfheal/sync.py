@@ -70,18 +70,6 @@ class SyncUploadStore:
         """Restore a missing file; see `UploadStore.restore`."""
         return self._home.call(self._store.restore, name)
 
-    def ensure(self, name: str) -> Path:
-        """Return the path of a name's file, restored first if it was missing; see `UploadStore.ensure`."""
-        return self._home.call(self._store.ensure, name)
-
-    def open(self, name: str) -> BinaryIO:
-        """Open a name's file to be read, restored first if it was missing; see `UploadStore.open`."""
-
-        async def opened() -> BinaryIO:
-            return await self._store.open(name)
-
-        return self._home.call(opened)
-
     def adopt(self, name: str) -> "Saved":
         """Store a file that is only on disk in the database; see `UploadStore.adopt`."""
         return self._home.call(self._store.adopt, name)
