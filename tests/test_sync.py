@@ -42,6 +42,11 @@ def test_the_life_of_an_upload(directory: Path, sqlite_url: str) -> None:
         assert saved.path.read_bytes() == upload.getvalue()
         saved.path.unlink()
         assert uploads.restore(saved.name).path.read_bytes() == upload.getvalue()
+        saved.path.unlink()
+        assert uploads.ensure(saved.name).read_bytes() == upload.getvalue()
+        saved.path.unlink()
+        with uploads.open(saved.name) as file:
+            assert file.read() == upload.getvalue()
         uploads.save(saved.name, b"two")
         assert uploads.undo(saved.name).size == len(png)
         saved.path.unlink()

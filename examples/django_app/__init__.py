@@ -2,7 +2,7 @@
 
     export DJANGO_SETTINGS_MODULE=examples.django_app.settings
     python -m django migrate
-    uvicorn examples.django_app.asgi:application
+    gunicorn examples.django_app.wsgi
 
 Add photos, delete the directory `media`, reload the page: they are back.
 """

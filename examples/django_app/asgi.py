@@ -2,11 +2,10 @@
 
 import os
 
-from django.conf import settings
 from django.core.asgi import get_asgi_application
 
 from selfheal import SelfHealMiddleware
 from selfheal.django import uploads
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "examples.django_app.settings")
-application = SelfHealMiddleware(get_asgi_application(), uploads(), prefix=settings.MEDIA_URL)
+application = SelfHealMiddleware(get_asgi_application(), uploads())

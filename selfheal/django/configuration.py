@@ -6,6 +6,7 @@ from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from django.conf import settings
 from django.core import mail
@@ -27,13 +28,14 @@ _stores: list[tuple[tuple[dict[str, Any], int], UploadStore]] = []
 _lock = threading.RLock()
 
 
-def store_for(options: Mapping[str, Any]) -> UploadStore:
+def store_for(options: Mapping[str, Any], base_url: str) -> UploadStore:
     """Return the store of a storage's options; the settings have what they lack. Raises `ImproperlyConfigured`.
 
     While Django runs tests (only then is there a `mail.outbox`) the database is by default in memory: a connection to
     Django's test database would not let it be dropped.
     """
-    wanted = dict(options)
+    prefix = unquote(urlsplit(base_url).path).rstrip("/")
+    wanted = dict(options) | ({"prefix": prefix} if prefix else {})
     wanted["directory"] = os.path.abspath(wanted.get("directory") or settings.MEDIA_ROOT or _no_directory())
     url = wanted.get("database") or os.environ.get("SELFHEAL_DATABASE_URL")
     wanted["database"] = str(url or (_IN_MEMORY if hasattr(mail, "outbox") else derived_url(settings.DATABASES)))

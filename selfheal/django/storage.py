@@ -6,9 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
 from typing import IO, Any, Self
 from urllib.parse import urljoin
 
@@ -23,12 +21,11 @@ from django.utils.encoding import filepath_to_uri
 
 from .. import names
 from ..content.sources import CHUNK
-from ..errors import CorruptBlob, DatabaseUnavailable, DiskUnwritable, NameTaken, NotStored
+from ..errors import DatabaseUnavailable, NameTaken, NotStored
 from ..sql.models import Record
 from ..store import UploadStore
 from .configuration import sqlite_file, store_for
 
-IN_MEMORY_AT_MOST = 8 * 1024 * 1024  # bytes of a file that the disk does not take
 SUFFIX_AT_MOST = 16  # bytes that Django adds to a name that is taken, and some
 TRIES = 3
 
@@ -56,7 +53,7 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
     @property
     def uploads(self) -> UploadStore:
         """The store; storages of the same options share it."""
-        return store_for(self._options)
+        return store_for(self._options, self._prefix or settings.MEDIA_URL)
 
     @property
     def location(self) -> str:
@@ -89,32 +86,14 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
         return _StoredFile(self, _checked(name), mode)
 
     def restored(self, name: str, mode: str) -> IO[Any]:
-        """Open a file that is there, restored if it is missing; a temporary one if the disk does not take it."""
+        """Open a file, restored if it is missing; a temporary one if the disk does not take it."""
         if mode not in ("r", "rt", "rb"):
             raise io.UnsupportedOperation(f"{name!r} cannot be opened in mode {mode!r}; call save() with the new bytes")
-        store = self.uploads
         try:
-            file = _open_on_disk(store, name)
-            if file is None:
-                store.sync.restore(name)
-                file = _open_on_disk(store, name)
-        except DiskUnwritable:
-            file = None
+            file = self.uploads.sync.open(name)
         except NotStored:
             raise _no_such_file(name) from None
-        file = file or self._copy_of(self._record(name))
         return file if "b" in mode else io.TextIOWrapper(file, "utf-8")
-
-    def _copy_of(self, record: Record) -> IO[bytes]:
-        copy, whole = SpooledTemporaryFile(IN_MEMORY_AT_MOST), sha256()  # noqa: SIM115 - the caller closes it
-        for chunk in self.uploads.sync.database.read(record):
-            copy.write(chunk)
-            whole.update(chunk)
-        if whole.hexdigest() != record.sha256:
-            copy.close()
-            raise CorruptBlob(record.name, "the whole does not match its digest")
-        copy.seek(0)
-        return copy
 
     def _record(self, name: str) -> Record:
         record = self.uploads.sync.database.find(name)
@@ -125,9 +104,8 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
     def path(self, name: str) -> str:
         """Return the absolute path of a file, restored if it is missing and stored."""
         store, name = self.uploads, _checked(name)
-        if store.disk.stat(name) is None:
-            with contextlib.suppress(NotStored):  # somebody may want to write it
-                store.sync.restore(name)
+        with contextlib.suppress(NotStored):  # somebody may want to write it
+            return str(store.sync.ensure(name))
         return str(store.disk.path_of(name))
 
     def delete(self, name: str) -> None:
@@ -231,14 +209,6 @@ def _checked(name: str) -> str:
     if why:
         raise SuspiciousFileOperation(f"{name!r} is not a valid name: {why}")
     return name
-
-
-def _open_on_disk(store: UploadStore, name: str) -> IO[bytes] | None:
-    file = store.disk.open(name)
-    if file is None:
-        return None
-    with file:
-        return open(os.dup(file.fd), "rb")
 
 
 def _no_such_file(name: str) -> FileNotFoundError:

@@ -21,8 +21,7 @@ from sqlalchemy.engine import make_url
 
 from selfheal import UploadStore
 from selfheal.django import SelfHealStorage
-from tests.support import ROOT
-from tests.support.example_apps import Server, serving
+from tests.support import ROOT, example_apps, wsgi_servers
 from tests.support.sample_images import picture
 
 SETTINGS = """from examples.django_app.settings import *
@@ -91,9 +90,14 @@ def test_async_code(storage: SelfHealStorage, photo_name: str) -> None:
 # -- over HTTP ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """The example on uvicorn: Django's own tables are in the same kind of database as selfheal's."""
+Server = example_apps.Server | wsgi_servers.Server
+
+
+@pytest.fixture(params=["uvicorn", "gunicorn preload"])
+def server(
+    request: pytest.FixtureRequest, tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """The example on an ASGI and a WSGI server: Django's own tables are in the same kind of database as selfheal's."""
     url = make_url(database_url)
     values: dict[str, Any] = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "site.sqlite3")}
     if url.get_backend_name() == "postgresql":
@@ -102,10 +106,14 @@ def server(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "site_settings.py").write_text(SETTINGS.format(values))
     monkeypatch.setenv("GALLERY_HOME", str(tmp_path))
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "site_settings")
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
-    environ["SELFHEAL_DATABASE_URL"] = database_url
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(tmp_path))))
+    environ = os.environ | {"SELFHEAL_DATABASE_URL": database_url}
     subprocess.run([sys.executable, "-m", "django", "migrate", "-v", "0"], env=environ, cwd=tmp_path, check=True)
-    with serving("examples.django_app.asgi:application", tmp_path, database_url) as server:
+    if request.param == "uvicorn":
+        serving = example_apps.serving("examples.django_app.asgi:application", tmp_path, database_url)
+    else:
+        serving = wsgi_servers.serving(request.param, "examples.django_app.wsgi", tmp_path, database_url)
+    with serving as server:
         yield server
 
 

@@ -280,6 +280,7 @@ def test_urls(site: Path, prefix: str) -> None:
         f"{prefix.rstrip('/')}/my%20cat/100%25%231%3F%C3%A9.jpg"
     )
     assert SelfHealStorage().url("tom.jpg") == "/media/tom.jpg"
+    assert uploads().url("my cat.jpg") == "/media/my%20cat.jpg"
     with override_settings(MEDIA_URL=""), pytest.raises(ImproperlyConfigured, match="MEDIA_URL"):
         SelfHealStorage().url("tom.jpg")
 
