@@ -10,7 +10,7 @@ from .models import Photo
 
 PhotoForm = modelform_factory(Photo, fields=["image"])
 PAGE = """<!doctype html><title>Photos</title>
-<form action="/" method="post" enctype="multipart/form-data">{{ form }}<button>Add</button></form>
+<form action="/" method="post" enctype="multipart/form-data">{{ form.as_div }}<button>Add</button></form>
 {% for photo in photos %}
 <form action="/delete/{{ photo.pk }}" method="post">
 <img src="{{ photo.image.url }}" width="{{ photo.width }}" height="{{ photo.height }}" alt="photo {{ photo.pk }}">

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import django
 import pytest
+from django.core.files.storage import storages
 from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
@@ -31,9 +33,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         connections.close_all()
 
 
-def storages_of(**options: Any) -> Any:
-    """Return settings with a storage of these options."""
-    return override_settings(STORAGES={"default": {"BACKEND": BACKEND, "OPTIONS": options}})
+@contextmanager
+def storages_of(**options: Any) -> Iterator[None]:
+    """Override the settings with a storage of these options."""
+    backends = {"default": {"BACKEND": BACKEND, "OPTIONS": options}}
+    with override_settings(STORAGES=backends):
+        storages.backends = backends  # Django 4.2 drops the options of a setting that is overridden
+        yield
 
 
 @pytest.fixture

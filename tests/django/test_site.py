@@ -123,7 +123,7 @@ def test_a_site(server: Server, database_url: str) -> None:
     assert browser.post("/", files={"image": ("my cat.png", png)}).status_code == 302
     (url,) = shown(browser.get("/").text)
     assert browser.get(url).content == png
-    shutil.rmtree(server.directory)
+    shutil.rmtree(server.directory / "photos")
     healed = browser.get(url)
     assert (healed.status_code, healed.content, healed.headers["content-type"]) == (200, png, "image/png")
     (deletion,) = re.findall(r'action="(/delete/\d+)"', browser.get("/").text)
