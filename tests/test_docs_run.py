@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
+from wsgiref.simple_server import demo_app
 
 import httpx
 import pytest
@@ -62,6 +63,7 @@ NOT_RUN = {
         "docs/guide.md",
         "# settings.py, with: pip install 'selfheal-uploads[django]'",
     ): "a part of the settings of a Django project; `tests/django` has whole ones",
+    ("docs/guide.md", "# asgi.py, if that is your server"): "a part of a Django project, as above",
     ("docs/commands.md", "{"): "an example of output; `test_the_json_example` checks it",
 }
 """The blocks that no test here runs, with the reason."""
@@ -203,7 +205,7 @@ def apps_of_the_reader() -> dict[str, Any]:
     """Return the apps that blocks wrap, as far as their frameworks are installed."""
     if not is_missing("django"):
         import_module("django.conf").settings.configure(ROOT_URLCONF="tests", ALLOWED_HOSTS=["*"])
-    return {}
+    return {"wsgi_app": demo_app}
 
 
 async def test_the_guide(guide_reader: Reader) -> None:
