@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,12 @@ OTHER_TYPES = ("x'61ff'", "'abc'", "9.5", "9e999", "''", "CAST(x'61ff' AS TEXT)"
 
 
 @pytest.fixture
-async def loose_store(directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> UploadStore:
+async def loose_store(directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[UploadStore]:
     """A store whose SQLite tables are not STRICT, as an SQLite before 3.37 or another program makes them."""
     monkeypatch.setattr(SQLite, "table_options", lambda _: {})
-    store = UploadStore(directory, sqlite_url, settled_after=0.0)
-    await store.database.create_tables()
-    return store
+    async with UploadStore(directory, sqlite_url, settled_after=0.0) as store:
+        await store.database.create_tables()
+        yield store
 
 
 async def _fill(store: UploadStore) -> None:
