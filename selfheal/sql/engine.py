@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import Select, select
 from sqlalchemy.engine import URL
@@ -23,11 +24,22 @@ from .schema import Tables, check_version
 from .statements import DeadConnection, bind
 from .transactions import transaction
 
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 T = TypeVar("T")
 MISSING = "the tables are missing, old or another app's; run `selfheal migrate` to make them"
 NOT_MADE = "the tables cannot be made: {}"
 OWN_TRANSACTION = "pass connection= to be part of it, or commit it first"
 Work = Callable[[AsyncConnection], Awaitable[T]]
+
+
+def _at_home(method: F) -> F:
+    """Let a method run where the store lives: its connections belong to that event loop."""
+
+    @wraps(method)
+    async def handed(self: "Engine", *args: Any, **kwargs: Any) -> Any:
+        return await self.home.run(method, self, *args, **kwargs)
+
+    return cast(F, handed)
 
 
 class Engine:
@@ -56,11 +68,12 @@ class Engine:
         )
         self.url, self.backend = self._connections.url, self._connections.backend
         self.where = f"{shown(self.url)}, set by {database_from}" if database_from else shown(self.url)
-        self.timeout, self._tables, self._tasks = timeout, tables, tasks
+        self.timeout, self._tables, self._tasks, self.home = timeout, tables, tasks, tasks.home
         self._checked: AsyncEngine | None = None
         # one connection for everything has one transaction
         self._shared = LoopSemaphore(1) if self._connections.is_shared else None
 
+    @_at_home
     async def read(self, work: Work[T]) -> T:
         """Run `work` on a connection; again for as long as the pool hands out connections that have died."""
         if self._shared is not None:
@@ -74,10 +87,12 @@ class Engine:
                     raise
         return await self._answer(self._read(work))
 
+    @_at_home
     async def write(self, work: Work[T]) -> T:
         """Run `work` in a transaction to its end, even if cancelled; again if the server breaks it off."""
         return await self._tasks.finish(self._write(work))
 
+    @_at_home
     async def write_schema(self, work: Work[T]) -> T:
         """As `write`, in a database that may have no tables yet."""
         if not self._connections.is_given:
@@ -90,11 +105,13 @@ class Engine:
         except IntegrityError as error:  # others make them at the same time, or a table is another app's
             raise _named(SchemaError(NOT_MADE.format(_first_line(error))), self.where) from error
 
+    @_at_home
     async def read_schema(self, work: Work[T]) -> T:
         """As `read`, in a database that may have no tables yet."""
         async with self._shared or contextlib.nullcontext(), self._connection(needs_tables=False) as connection:
             return await work(connection)
 
+    @_at_home
     async def rows(self, query: Select[Any], **values: Any) -> Rows:
         """Return all rows of a query; `values` are those of its parameters. Times come as the driver returns them."""
         reader = self._connections.reader

@@ -60,6 +60,7 @@ async def test_pragmas(
     async with opened_storage(sqlite_url) as images:
         await images.create_tables()
     tasks = Tasks()
+    tasks.home.settle()
     engine = Engine(sqlite_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
 
     async def ask(connection: AsyncConnection) -> list[Any]:
@@ -78,6 +79,7 @@ async def test_pragmas(
 async def test_writes_take_the_lock_at_once(sqlite_url: str) -> None:
     """A write has SQLite's lock before it reads anything, so that no other write comes in between."""
     tasks = Tasks()
+    tasks.home.settle()
     engine = Engine(sqlite_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
     async with prepared_storage(sqlite_url):
         pass
@@ -100,6 +102,7 @@ async def test_writes_take_the_lock_at_once(sqlite_url: str) -> None:
 async def test_a_write_that_fails(database_url: str) -> None:
     """Work that raises an error changes nothing, and its error reaches the caller."""
     tasks = Tasks()
+    tasks.home.settle()
     engine = Engine(database_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
     async with prepared_storage(database_url) as images:
 
@@ -117,6 +120,7 @@ async def test_a_write_that_fails(database_url: str) -> None:
 async def test_a_write_whose_caller_is_cancelled(database_url: str) -> None:
     """A write whose caller is cancelled finishes and commits."""
     tasks = Tasks()
+    tasks.home.settle()
     engine = Engine(database_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
     async with prepared_storage(database_url) as images:
         begun = asyncio.Event()

@@ -250,6 +250,7 @@ async def test_the_apps_own_engine_of_another_isolation_level(
     else:
         engine = create_async_engine(database_url, isolation_level=level, **options)
     tasks = Tasks()
+    tasks.home.settle()
     ours = Engine(engine, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
 
     async def work(connection: AsyncConnection) -> None:

@@ -202,6 +202,7 @@ async def test_kept_connections_are_given_to_other_callers(postgres_url: str) ->
 async def test_every_connection_is_taken(database_url: str) -> None:
     """A call that gets no connection within the timeout is unknown; later calls get connections again."""
     tasks = Tasks()
+    tasks.home.settle()
     engine = Engine(database_url, define_tables(MetaData()), timeout=TIMEOUT, tasks=tasks)
     async with opened_storage(database_url) as images:
         await images.create_tables()

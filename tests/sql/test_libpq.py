@@ -24,6 +24,7 @@ def with_query(url: str, query: str) -> str:
 async def setting_of(url: str, name: str) -> str:
     """Return a setting of the server in a connection of a store."""
     images = ImageStorage(url)
+    images.home.settle()  # the test uses what is inside of it
     try:
         await images.create_tables()
         engine = images._engine
