@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import inspect
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -242,7 +243,7 @@ async def test_the_apps_own_engine_of_another_isolation_level(
     """With any isolation level of the app's engine, a write happens whole or not at all, and waits for others."""
     if database_url.startswith("sqlite") and level == "READ COMMITTED":
         pytest.skip("SQLite has no such level")
-    if options and not hasattr(DefaultDialect, "skip_autocommit_rollback"):
+    if not options.keys() <= inspect.signature(DefaultDialect.__init__).parameters.keys():
         pytest.skip("SQLAlchemy has no such option before 2.0.43")
     if how == "by an option":
         engine = create_async_engine(database_url, **options)
