@@ -31,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from starlette.types import Receive, Scope, Send
 
 from selfheal import DatabaseUnavailable, Event, SelfHealMiddleware, UploadStore
+from tests.support.disk_files import MARKS
 from tests.support.latency import LatencyMonitor
 from tests.support.open_files import open_targets
 from tests.support.plain_asgi import answer_lifespan, send_wrapped
@@ -105,7 +106,11 @@ class App:
         """Return what this process has open, and what it has done."""
         return {
             "pid": os.getpid(),
-            "files": sorted(path for path in open_targets() if path.startswith(f"{self.store.disk.path}/")),
+            "files": sorted(
+                path
+                for path in open_targets()
+                if path.startswith(f"{self.store.disk.path}/") and not path.endswith(MARKS)  # which a sweep has open
+            ),
             "statements": self.statements,
             "events": {str(kind): count for kind, count in self.store.events.counters.items()},
             "connections": self.in_use,

@@ -13,6 +13,7 @@ from pathlib import Path
 from starlette.types import Receive, Scope, Send
 
 from selfheal import SelfHealMiddleware, UploadStore
+from tests.support.disk_files import MARKS
 from tests.support.open_files import open_targets
 from tests.support.plain_asgi import answer_lifespan, send_wrapped
 
@@ -24,7 +25,7 @@ LIVE = "/live/uploads"
 
 def state() -> dict[str, object]:
     """Return the tasks of this process, and the uploads that it has open."""
-    files = [target for target in open_targets() if "/uploads/" in target]
+    files = [target for target in open_targets() if "/uploads/" in target and not target.endswith(MARKS)]
     return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "files": sorted(files)}
 
 
