@@ -16,6 +16,8 @@ from .own_transactions import watch
 from .pool_limit import PoolLimit
 
 POLL = 0.005  # seconds between two looks whether a connection has come back
+_ABANDONED: list[object] = []
+"""Connections of loops that ended, and of parent processes: when they are collected, they call those loops."""
 POLL_AT_MOST = 0.5  # seconds between two connections that the server is asked for
 
 
@@ -45,7 +47,6 @@ class Connections:
         self.reader: Reader | None = None
         self.dialect: Dialect
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
-        self._abandoned: list[object] = []
         self.backend.import_driver()
         watch()
 
@@ -133,7 +134,7 @@ class Connections:
         else:
             if self._engine is not None:
                 self._abandon(self._engine)
-                self._abandoned.append(self.reader)
+                _ABANDONED.append(self.reader)
             self._engine = self.backend.create_engine(self.url, self._timeout, self.limit)
             self.reader = self.backend.create_reader(self._engine, self.limit)
         self.dialect = self._engine.dialect
@@ -142,7 +143,7 @@ class Connections:
 
     def _abandon(self, engine: AsyncEngine) -> None:
         """Its connections belong to a parent process, or to a loop that has ended: they are neither used nor closed."""
-        self._abandoned.append(engine.sync_engine.pool)
+        _ABANDONED.append(engine.sync_engine.pool)
         engine.sync_engine.dispose(close=False)
 
 

@@ -345,7 +345,9 @@ async def test_a_file_that_is_written_slowly(watching: UploadStore) -> None:
 
 async def test_more_files_than_are_remembered(watching: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """When more files change than the watch remembers, the sweep compares the whole disk."""
-    set_constants(monkeypatch, WRITTEN_AT_MOST=10, LOOK_EVERY=0.1, START_AFTER=0.0, BUSY_REST=0.0)
+    set_constants(
+        monkeypatch, WRITTEN_AT_MOST=10, LOOK_EVERY=0.1, START_AFTER=0.0, REST=0.0, SHORTEST_REST=0.0, BUSY_REST=0.0
+    )
     await watching.upkeep.stop()
     watching.upkeep.start()
     await asyncio.sleep(1.0)
