@@ -63,7 +63,6 @@ NOT_RUN = {
         "docs/guide.md",
         "# settings.py, with: pip install 'selfheal-uploads[django]'",
     ): "a part of the settings of a Django project; `tests/django` has whole ones",
-    ("docs/guide.md", "# asgi.py, if that is your server"): "a part of a Django project, as above",
     ("docs/commands.md", "{"): "an example of output; `test_the_json_example` checks it",
 }
 """The blocks that no test here runs, with the reason."""
