@@ -251,6 +251,7 @@ async def test_a_stricter_default_isolation_level(postgres_url: str, images: Ima
     name = postgres_url.rpartition("/")[2]
     await sql(postgres_url, f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
     stricter = ImageStorage(postgres_url)
+    stricter.home.settle()  # the test holds what is inside of it
     for seed in range(4):
         async with half_stored(stricter, f"{seed}/known.png", seed):
             saving = [stricter.store_image(f"{seed}/{number}.png", large(seed)[0]) for number in range(4)]
