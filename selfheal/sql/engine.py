@@ -67,6 +67,7 @@ class Engine:
             before_opening=before_opening,
         )
         self.url, self.backend = self._connections.url, self._connections.backend
+        self.share_connections = self._connections.share
         self.where = f"{shown(self.url)}, set by {database_from}" if database_from else shown(self.url)
         self.timeout, self._tables, self._tasks, self.home = timeout, tables, tasks, tasks.home
         self._checked: AsyncEngine | None = None
@@ -161,10 +162,6 @@ class Engine:
         if self.backend.is_lock_timeout(cause) and any(own_transactions(self.backend, self.url)):
             return DatabaseUnavailable(f"the caller's own transaction is open on {self.where}: {OWN_TRANSACTION}")
         return _meaning(cause, self.backend) or _named(SchemaError(missing.format(_first_line(cause))), self.where)
-
-    def share_connections(self, processes: int) -> int:
-        """Share the pool among processes to be forked; return for how many of them it is large enough."""
-        return self._connections.share(processes)
 
     async def close(self) -> None:
         """Close what was opened here; the app's own engine stays open."""
