@@ -44,8 +44,7 @@ def _at_home(method: F) -> F:
 
 class Engine:
     """Connections from a URL or the app's engine. `timeout` (seconds) bounds every wait: `DatabaseUnavailable`.
-    `before_opening` may refuse that connections are opened at all.
-    """
+    `before_opening` may refuse that connections are opened at all."""
 
     def __init__(
         self,
