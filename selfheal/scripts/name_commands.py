@@ -102,7 +102,7 @@ async def undo(store: UploadStore, output: Output, name: str, *, generation: int
 @click.command(epilog=example("selfheal purge --keep-days 90 --dry-run"))
 @click.option("--keep-days", type=DAYS, default=30, show_default=True, metavar="N", help="Days of history to keep.")
 @click.option("--dry-run", is_flag=True, help="Report what would be dropped; drop nothing.")
-@click.option("--vacuum", is_flag=True, help="Also write a SQLite file anew, so that it gets as small as it can.")
+@click.option("--vacuum", is_flag=True, help="Also rewrite a SQLite file, without its free space.")
 @on_store
 async def purge(store: UploadStore, output: Output, *, keep_days: int, dry_run: bool, vacuum: bool) -> int:
     """Drop versions older than --keep-days, and bytes that nothing refers to. Gives the space back to the disk."""
