@@ -1,7 +1,7 @@
 """A store for synchronous code: each public method of `UploadStore`, from any thread. Its event loop does the work."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
@@ -181,7 +181,7 @@ def _call(
     return asyncio.run(work(*args, connection=connection, **kwargs))
 
 
-def iterate(home: HomeLoop, items: AsyncGenerator[T, None]) -> Iterator[T]:
+def iterate(home: HomeLoop, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
     """Yield what an async generator yields at home."""
     try:
         while item := home.call(next_item, items):

@@ -6,10 +6,11 @@ A file that is missing is restored on the event loop where the store lives, as f
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
+from .aio.home import HomeLoop
 from .disk.open_file import PIECE, OpenFile
 from .events import Kind, logger
 from .healing.bodies import Body
@@ -108,10 +109,10 @@ class SelfHealMiddleware:
             file = self.store.disk.open(name)
         except OSError:  # what it means is found out at home
             file = None
-        return file or self._home.call(self.store.restorer.open_whole, name)
+        return file or self._home.call(self.store.restorer.open, name)
 
     def _restore(self, name: str) -> OpenFile | Body | None:
-        return self._home.call(self.store.restorer.restore_whole, name)
+        return self._home.call(self.store.restorer.restore, name)
 
     def _pass_on(
         self, environ: WSGIEnvironment, start_response: StartResponse, name: str, status: int
@@ -131,8 +132,13 @@ class SelfHealMiddleware:
                 body.close()
                 raise
         plan = _plan(environ, self._responder.head_of_body(name, body), body.size, body.sha256)
-        start(start_response, plan.status, plan.headers)
-        return iterate(self._home, body.pieces(plan.start, plan.stop)) if plan.start < plan.stop else []
+        answer = _Relayed(self._home, body, plan)
+        try:
+            start(start_response, plan.status, plan.headers)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
     def _serve_file(
         self, environ: WSGIEnvironment, start_response: StartResponse, name: str, file: OpenFile
@@ -165,12 +171,12 @@ class SelfHealMiddleware:
     ) -> Iterable[bytes]:
         """The wrapped app may refuse the request: bytes that the disk does not take are not sent past its checks."""
         try:
-            if not isinstance(body, OpenFile):
-                self._home.call(body.on_disk)
+            if isinstance(body, OpenFile):
+                body.close()
+            else:
+                self._home.call(_on_disk, body)
         except FAILURES as error:
             return self._refuse_failed(environ, start_response, name, error)
-        finally:
-            body.close()
         answer = self._pass_on(environ, start_response, name, 503)
         if isinstance(body, OpenFile):
             self._note_hit(name, body)
@@ -192,6 +198,33 @@ class SelfHealMiddleware:
         if status is None:
             return self.app(environ, never_stored(start_response))
         return refuse(environ, start_response, status)
+
+
+class _Relayed:
+    """The planned bytes of a body, which is read on the store's event loop. The server closes it in any case."""
+
+    def __init__(self, home: HomeLoop, body: Body, plan: Plan) -> None:
+        self._home = home
+        self._body: Body | None = body
+        self._pieces = iterate(home, body.pieces(plan.start, plan.stop))
+        self._is_empty = plan.start == plan.stop
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(()) if self._is_empty else self._pieces
+
+    def close(self) -> None:
+        """Give the body back, once."""
+        self._pieces.close()
+        body, self._body = self._body, None
+        if body is not None:
+            self._home.soon(body.close)
+
+
+async def _on_disk(body: Body) -> None:
+    try:
+        await body.on_disk()
+    finally:
+        body.close()
 
 
 def _plan(environ: WSGIEnvironment, head: Head, size: int, sha256: str) -> Plan:

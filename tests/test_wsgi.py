@@ -19,9 +19,11 @@ from selfheal import Kind, SettingsError, UploadStore
 from selfheal.disk.open_file import PIECE
 from selfheal.wsgi import SelfHealMiddleware
 from tests.support.asgi import scope_of
+from tests.support.faults import BrokenDisk
 from tests.support.files import noise, write_file
 from tests.support.middleware import PICTURE, PREFIX
 from tests.support.open_files import open_below
+from tests.support.uploads import STREAMED
 from tests.support.waiting import wait_until
 from tests.support.wsgi import environ_of
 
@@ -203,6 +205,36 @@ def test_a_disk_that_lost_a_file(
     if at < size:
         assert path.stat().st_ino != broken
         assert sync_store.events.counters[Kind.QUARANTINED] == 1
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["whole", "client leaves"])
+def test_a_large_file_is_sent_while_it_is_restored(
+    sync_store: UploadStore, broken_disk: BrokenDisk, stays: bool
+) -> None:
+    """The first bytes are sent before the restore ends, and a client that leaves does not end it."""
+    saved, data = sync_store.sync.save("a.png", noise(STREAMED)), noise(STREAMED)
+    saved.path.unlink()
+    held = broken_disk.hold("pwrite", after=8)
+    answer = SelfHealMiddleware(wrapped, sync_store)(environ("a.png"), lambda *_: lambda _: None)
+    pieces = iter(answer)
+    first = next(pieces)
+    assert data.startswith(first)
+    assert not saved.path.exists()
+    held.release()
+    if stays:
+        assert first + b"".join(pieces) == data
+    answer.close()  # type: ignore[attr-defined]
+    wait_until(lambda: saved.path.exists() and not open_below(sync_store.disk.path))
+    assert saved.path.read_bytes() == data
+
+
+def test_an_answer_without_bytes_gives_the_file_back(sync_store: UploadStore) -> None:
+    """HEAD restores a large file too, and leaves nothing open."""
+    sync_store.sync.save("a.png", noise(STREAMED)).path.unlink()
+    app = SelfHealMiddleware(wrapped, sync_store)
+    status, headers, body = ask(app, environ("a.png", method="HEAD"))
+    assert (status, headers["content-length"], body) == ("200 OK", str(STREAMED), b"")
+    wait_until(lambda: not open_below(sync_store.disk.path))
 
 
 # -- processes and threads ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..aio.single_flight import SingleFlight
@@ -22,8 +21,6 @@ from .restore_file import FileRestorer
 from .undecided import Undecided
 
 _BROKEN = frozenset(getattr(errno, name, errno.EIO) for name in ("EIO", "ESTALE", "EUCLEAN"))
-
-Restore = Callable[[str], Awaitable[OpenFile | Body | None]]
 
 
 def is_broken(error: BaseException) -> bool:
@@ -52,32 +49,25 @@ class Restorer:
 
     async def open(self, name: str) -> OpenFile | Body | None:
         """Return a file, or what restores it; None if there is no such name. The caller closes what it gets."""
-        return await self._open(name, self.restore)
-
-    async def open_whole(self, name: str) -> OpenFile | Body | None:
-        """As `open`, for a caller in another thread: nothing that grows while it is read."""
-        return await self._open(name, self.restore_whole)
-
-    async def _open(self, name: str, restore: Restore) -> OpenFile | Body | None:
         try:
             try:
                 file = self.disk.open_cached(name)
             except BlockingIOError:
                 file = await self.disk.threads.run(self.disk.open, name)
         except PermissionError as error:
-            return await self._restore_forbidden(name, error, restore)
+            return await self._restore_forbidden(name, error)
         except OSError as error:
             if not is_broken(error):
                 raise
             await self.set_aside_unreadable(name)
             file = None
-        return await restore(name) if file is None else file
+        return await self.restore(name) if file is None else file
 
     async def restore(self, name: str) -> OpenFile | Body | None:
         """Restore a name that is missing on disk; None if there is no such name. Raises as `open` does."""
         if self.tasks.home.is_here:
             return await self._restore(name)
-        return await self.tasks.home.run(self.restore_whole, name)
+        return await self.tasks.home.run(self._restore_whole, name)
 
     async def _restore(self, name: str) -> Body | None:
         await self.undecided.decided(name, self.deadline)
@@ -95,8 +85,8 @@ class Restorer:
         await self._negative_cache.turn()
         return None
 
-    async def restore_whole(self, name: str) -> OpenFile | Body | None:
-        """As `restore`, for a caller in another thread, which cannot wait for what grows."""
+    async def _restore_whole(self, name: str) -> OpenFile | Body | None:
+        """As `restore`, for a caller on another event loop, which cannot wait for what grows."""
         body = await self._restore(name)
         if not isinstance(body, Restoring):
             return body
@@ -106,7 +96,7 @@ class Restorer:
             return body.rest
         finally:
             body.close()
-        return await self.disk.threads.run(self.disk.open, name) or await self.restore_whole(name)
+        return await self.disk.threads.run(self.disk.open, name) or await self._restore_whole(name)
 
     async def restore_to_disk(self, name: str) -> bool:
         """Restore a missing name onto the disk; False if there is none. Raises `DiskUnwritable`, and as `open`."""
@@ -139,9 +129,9 @@ class Restorer:
         """Whether a name has a file that must not be served, and cannot be moved away."""
         return self.disk.has_distrusted and await self.disk.threads.run(self.disk.is_distrusted, name)
 
-    async def _restore_forbidden(self, name: str, error: PermissionError, restore: Restore) -> OpenFile | Body:
+    async def _restore_forbidden(self, name: str, error: PermissionError) -> OpenFile | Body:
         """Answer from the database for a file that this process may not read; raises `error` if there is no record."""
-        body = await restore(name)
+        body = await self.restore(name)
         if body is None:
             raise error
         path, user = self.disk.path_of(name), os.geteuid()
