@@ -167,6 +167,10 @@ class UploadsDirectory(ReadableDirectory):
         root = self._root.open()
         return contextlib.nullcontext(True) if root is None else mark.only_process(root.fd, lock)
 
+    def is_marked(self) -> bool:
+        """Whether the marker file is there, if `require_marker` asks for it."""
+        return self._root.is_marked()
+
     def mark(self) -> None:
         """Make the marker file that `require_marker` asks for."""
         self._root.mark()

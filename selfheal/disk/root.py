@@ -133,7 +133,7 @@ class Root:
 
     def open_for_writing(self) -> OpenRoot:
         """Return the root, made if there is none. Raises `OSError` (EROFS) if the required marker is missing."""
-        if self.require_marker and not (self.path / MARKER).exists():
+        if not self.is_marked():
             raise OSError(errno.EROFS, "the marker file is gone: the mount may be lost")
         root = self.open()
         if root is None:
@@ -176,6 +176,10 @@ class Root:
         root = self.open()
         if root is not None:
             empty_directories.remove_emptied(root.fd, name.rpartition("/")[0])
+
+    def is_marked(self) -> bool:
+        """Whether the marker file is there, if it is required."""
+        return not self.require_marker or (self.path / MARKER).exists()
 
     def mark(self) -> None:
         """Make the marker file, which distinguishes a mounted uploads directory from an empty mount point."""

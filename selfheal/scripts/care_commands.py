@@ -13,7 +13,7 @@ from .doctor import UNREACHABLE, WRONG, Finding, examine
 from .name_commands import DAYS
 from .options import common, example, on_store, run_on
 from .reporting import Output, printable
-from .summary import human_size
+from .summary import counted, human_size
 
 
 @click.command(epilog=example("selfheal stats --database sqlite:///app.db"))
@@ -23,17 +23,15 @@ async def stats(store: UploadStore, output: Output, *, keep_days: int) -> int:
     """Show how much disk and database hold, what is saved, and what purge would free."""
     found = await store.database.statistics(timedelta(days=keep_days))
     files, size = await store.threads.run(_files, store)
+    versions, purgeable = (counted(one, "version") for one in (found.versions, found.purgeable_versions))
     lines = (
-        ("disk", f"{files:,} files, {human_size(size)} ({store.disk.path})"),
-        ("database", f"{found.names:,} names, {human_size(found.size)} ({store.database.where})"),
-        (
-            "history",
-            f"{found.versions:,} earlier versions, {human_size(found.version_size)}; {found.deleted:,} deleted",
-        ),
-        ("stored", f"{found.blobs:,} different contents, {human_size(found.stored)}"),
+        ("disk", f"{counted(files, 'file')}, {human_size(size)} ({store.disk.path})"),
+        ("database", f"{counted(found.names, 'name')}, {human_size(found.size)} ({store.database.where})"),
+        ("history", f"{versions}, {human_size(found.version_size)}; {counted(found.deleted, 'deleted name')}"),
+        ("stored", f"{counted(found.blobs, 'different content')}, {human_size(found.stored)}"),
         ("saved", f"{human_size(found.saved)}, because equal bytes are stored once"),
         ("on disk", f"{human_size(found.file_bytes)} of the database, {human_size(found.free_bytes)} of them free"),
-        ("purge", f"would drop {found.purgeable_versions:,} versions and free {human_size(found.purgeable_size)}"),
+        ("purge", f"would drop {purgeable} and free {human_size(found.purgeable_size)}"),
     )
     disk = {"files": files, "bytes": size}
     output.answer("\n".join(f"{name:<10}{text}" for name, text in lines), disk=disk, database=asdict(found))

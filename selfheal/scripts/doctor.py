@@ -22,7 +22,7 @@ from ..exclusions import Exclusions
 from ..sql.schema import SCHEMA_VERSION
 from ..store import UploadStore
 from .options import refuse_missing_database
-from .summary import human_size
+from .summary import counted, human_size
 
 OK, NOTE, WRONG, UNREACHABLE = "ok", "note", "wrong", "unreachable"
 CLOCKS_DIFFER = 5.0  # seconds from which on the clocks of database and node count as different
@@ -74,7 +74,7 @@ async def _installation(_store: UploadStore) -> Answer:
 async def _database(store: UploadStore) -> Answer:
     refuse_missing_database(store)
     version, names = await store.database.version(), await store.database.count()
-    return OK, f"{store.database.where}; {version}; {names:,} names, tables of version {SCHEMA_VERSION}"
+    return OK, f"{store.database.where}; {version}; {counted(names, 'name')}, tables of version {SCHEMA_VERSION}"
 
 
 async def _clock(store: UploadStore) -> Answer:
@@ -96,6 +96,8 @@ async def _directory(store: UploadStore) -> Answer:
             f"user {os.geteuid()} may not write there, so missing files are served from the database; `chown` mends it"
         )
         return WRONG, f"{path}: {why}"
+    if not store.disk.is_marked():
+        return WRONG, f"{path} lacks its marker file, so nothing is written there: is its mount lost?"
     mark = path / MARK
     if not mark.exists():
         return NOTE, f"{path} has no mark: no server has opened it yet"
@@ -120,7 +122,7 @@ async def _quarantine(store: UploadStore) -> Answer:
     found = await store.threads.run(store.disk.quarantined, 0.0)
     if not found:
         return OK, f"empty ({store.disk.quarantine_path})"
-    text = f"{len(found):,} copies that the database does not have; a running server stores them when it can"
+    text = f"{counted(len(found), 'file')} that the database does not have; a running server stores what it can"
     return WRONG, text, tuple(str(path) for _, path in found)
 
 
@@ -139,7 +141,7 @@ async def _missing_on_disk(store: UploadStore) -> Answer:
             count += len((await store.threads.run(survey, listing, wanted, nothing)).missing)
     if not count:
         return OK, "every name has its file"
-    return NOTE, f"{count:,} names have no file: each comes back at its first request, all with `selfheal restore`"
+    return NOTE, f"{counted(count, 'missing file')}: each comes back at its first request, all with `selfheal restore`"
 
 
 async def _missing_in_database(store: UploadStore) -> Answer:
@@ -152,9 +154,9 @@ async def _missing_in_database(store: UploadStore) -> Answer:
             unknown += record is None
             deleted += record is not None and record.is_deleted
     if unknown:
-        return WRONG, f"{unknown:,} files are not in the database; `selfheal migrate` stores them"
+        return WRONG, f"{counted(unknown, 'file')} not in the database; `selfheal migrate` stores what is missing there"
     if deleted:
-        return NOTE, f"{deleted:,} files of deleted names; `selfheal restore` removes them"
+        return NOTE, f"{counted(deleted, 'file')} of deleted names; `selfheal restore` removes what was deleted"
     return OK, "every file is in the database"
 
 

@@ -50,7 +50,7 @@ def test_stats(full_site: Site) -> None:
     lines = dict(line.split(maxsplit=1) for line in full_site.run("stats").out.splitlines())
     assert lines["disk"] == f"6 files, {human_size(bytes_of_all + 7)} ({full_site.directory})"
     assert str(database_file(full_site)) in lines["database"]
-    assert lines["purge"] == "would drop 1 versions and free 5.2 MB"
+    assert lines["purge"] == "would drop 1 version and free 5.2 MB"
 
     before = os.stat(database_file(full_site)).st_size
     purged = full_site.run("purge", "--json").json
@@ -105,7 +105,7 @@ def test_stats_of_a_server(site: Site, postgres_url: str) -> None:
     assert site.run_without_flags("migrate", *flags).code == 0
     done = site.run_without_flags("stats", *flags)
     assert (done.code, done.err) == (0, "")
-    assert "1 names, 100 bytes (postgresql://postgres:***@" in done.out
+    assert "1 name, 100 bytes (postgresql://postgres:***@" in done.out
     done = site.run_without_flags("purge", "--vacuum", *flags)
     assert (done.code, done.out) == (2, "")
     assert "only SQLite" in done.error_line
