@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import tempfile
@@ -128,6 +129,50 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(f"{request.param}_url")
 
 
+@pytest.fixture(scope="session")
+def sqlite_with_tables(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A SQLite file with selfheal's tables: to make them takes longer than most tests."""
+    file = tmp_path_factory.mktemp("tables") / "catalogue.db"
+    asyncio.run(_create_tables(f"sqlite+aiosqlite:///{file}"))
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def postgres_with_tables(postgres: PostgresServer) -> str:
+    """The statements that make selfheal's tables in PostgreSQL."""
+    postgres.sql("CREATE DATABASE with_tables")
+    asyncio.run(_create_tables(postgres.url("with_tables")))
+    return postgres.dump("with_tables")
+
+
+async def _create_tables(url: str) -> None:
+    images = ImageStorage(url)
+    await images.create_tables()
+    await images.close()
+
+
+@pytest.fixture
+def sqlite_tables(sqlite_url: str, sqlite_with_tables: bytes) -> str:
+    """As `sqlite_url`, with selfheal's tables."""
+    Path(sqlite_url.partition("///")[2]).write_bytes(sqlite_with_tables)
+    return sqlite_url
+
+
+@pytest.fixture
+def postgres_tables(
+    postgres: PostgresServer, postgres_database: str, postgres_url: str, postgres_with_tables: str
+) -> str:
+    """As `postgres_url`, with selfheal's tables."""
+    postgres.sql(postgres_with_tables, postgres_database)
+    return postgres_url
+
+
+@pytest.fixture
+def database_tables(request: pytest.FixtureRequest, database_url: str) -> str:
+    """As `database_url`, with selfheal's tables."""
+    return str(request.getfixturevalue("sqlite_tables" if database_url.startswith("sqlite") else "postgres_tables"))
+
+
 # -- stores -----------------------------------------------------------------------------------------------------------
 
 
@@ -145,18 +190,16 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def store(directory: Path, database_url: str) -> AsyncIterator[UploadStore]:
+async def store(directory: Path, database_tables: str) -> AsyncIterator[UploadStore]:
     """A store over every kind of database, with its tables."""
-    async with UploadStore(directory, database_url) as store:
-        await store.database.create_tables()
+    async with UploadStore(directory, database_tables) as store:
         yield store
 
 
 @pytest.fixture
-async def sqlite_store(directory: Path, sqlite_url: str) -> AsyncIterator[UploadStore]:
+async def sqlite_store(directory: Path, sqlite_tables: str) -> AsyncIterator[UploadStore]:
     """A store over SQLite, with its tables."""
-    async with UploadStore(directory, sqlite_url) as store:
-        await store.database.create_tables()
+    async with UploadStore(directory, sqlite_tables) as store:
         yield store
 
 

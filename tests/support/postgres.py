@@ -6,8 +6,11 @@ import os
 import pwd
 import shutil
 import subprocess
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+
+import psycopg2
 
 from tests.support.requirements import needs
 from tests.support.sockets import free_port
@@ -27,10 +30,22 @@ class PostgresServer:
         return f"postgresql+asyncpg://postgres@127.0.0.1:{port or self.port}/{database}"
 
     def sql(self, statement: str, database: str = "postgres") -> str:
-        """Run a statement with psql and return what it prints, without headers and padding."""
-        command = [str(self.programs / "psql"), "-XAtq", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres"]
-        done = subprocess.run([*command, "-d", database, "-c", statement], capture_output=True, text=True, check=True)
-        return done.stdout
+        """Run statements, and return the first value that the last one finds; without one an empty string."""
+        with closing(
+            psycopg2.connect(host="127.0.0.1", port=self.port, user="postgres", dbname=database)
+        ) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+                row = cursor.fetchone() if cursor.description else None
+        return str(row[0]) if row else ""
+
+    def dump(self, database: str) -> str:
+        """Return the statements that make the tables of a database, with their rows."""
+        at = ["-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-t", "public.*"]
+        command = [str(self.programs / "pg_dump"), "--inserts", *at, database]
+        dumped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return "\n".join(line for line in dumped.splitlines() if not line.startswith("\\"))  # of psql
 
     def ask_password(self, role: str) -> None:
         """Ask this role for its password from now on."""
