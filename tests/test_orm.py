@@ -46,10 +46,9 @@ def models() -> Models:
 
 
 @pytest.fixture
-def uploads(directory: Path, database_url: str, models: Models) -> Iterator[UploadStore]:
+def uploads(directory: Path, database_tables: str, models: Models) -> Iterator[UploadStore]:
     """A store whose database has the app's tables as well."""
-    store = UploadStore(directory, database_url)
-    store.sync.database.create_tables()
+    store = UploadStore(directory, database_tables)
     engine = create_engine(sync_url(store))
     models.base.metadata.create_all(engine)
     engine.dispose()

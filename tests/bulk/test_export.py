@@ -28,11 +28,10 @@ OWN = ".selfheal-export"
 
 
 @pytest.fixture
-async def source(database_url: str) -> AsyncIterator[ImageStorage]:
+async def source(database_tables: str) -> AsyncIterator[ImageStorage]:
     """A database with records, history and tombstones."""
-    database = ImageStorage(database_url)
+    database = ImageStorage(database_tables)
     database.home.settle()
-    await database.create_tables()
     await fill(database)
     yield database
     await database.close()

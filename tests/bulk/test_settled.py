@@ -22,10 +22,9 @@ LARGE = 5 * 2**20
 
 
 @pytest.fixture
-async def waiting_store(directory: Path, database_url: str) -> AsyncIterator[UploadStore]:
+async def waiting_store(directory: Path, database_tables: str) -> AsyncIterator[UploadStore]:
     """A store that waits for files to hold still, with its tables."""
-    async with UploadStore(directory, database_url, settled_after=SECONDS) as store:
-        await store.database.create_tables()
+    async with UploadStore(directory, database_tables, settled_after=SECONDS) as store:
         yield store
 
 

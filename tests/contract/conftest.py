@@ -23,10 +23,9 @@ def faults(directory: Path, sqlite_url: str) -> Faults:
 
 
 @pytest.fixture
-async def postgres_store(directory: Path, postgres_url: str) -> AsyncIterator[UploadStore]:
+async def postgres_store(directory: Path, postgres_tables: str) -> AsyncIterator[UploadStore]:
     """A store over PostgreSQL whose tables exist."""
-    async with UploadStore(directory, postgres_url) as store:
-        await store.database.create_tables()
+    async with UploadStore(directory, postgres_tables) as store:
         yield store
 
 

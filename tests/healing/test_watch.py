@@ -37,10 +37,9 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def watching(directory: Path, database_url: str) -> AsyncIterator[UploadStore]:
+async def watching(directory: Path, database_tables: str) -> AsyncIterator[UploadStore]:
     """A store that watches its directory, over every kind of database."""
-    async with UploadStore(directory, database_url, watch=True) as store:
-        await store.database.create_tables()
+    async with UploadStore(directory, database_tables, watch=True) as store:
         store.upkeep.start()
         await watches(store)
         yield store

@@ -27,14 +27,13 @@ def site(tmp_path: Path, directory: Path, sqlite_url: str, fork_server: ForkServ
 
 
 @pytest.fixture
-def full_site(site: Site) -> Site:
+def full_site(site: Site, sqlite_tables: str) -> Site:
     """A site whose uploads are on disk and in the database."""
     for name, data in IMAGES.items():
         write_file(site.directory / name, data)
 
     async def adopt_all() -> None:
         async with UploadStore(site.directory, site.database) as store:
-            await store.database.create_tables()
             for name in IMAGES:
                 await store.adopt(name)
 

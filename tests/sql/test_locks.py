@@ -35,10 +35,9 @@ def large(seed: int) -> tuple[bytes, Digests]:
 
 
 @pytest.fixture
-async def images(postgres_url: str) -> AsyncIterator[ImageStorage]:
-    """The database half, its tables created."""
-    images = ImageStorage(postgres_url, timeout=8)
-    await images.create_tables()
+async def images(postgres_tables: str) -> AsyncIterator[ImageStorage]:
+    """The database half, with its tables."""
+    images = ImageStorage(postgres_tables, timeout=8)
     yield images
     await images.close()
 

@@ -110,8 +110,9 @@ def program(command: str | None, *arguments: str) -> list[str]:
 
 _FORKING = """
 import json, os, resource, sys
-import asyncpg, rich.progress, selfheal.scripts.cli  # slow imports, done once
+import asyncpg, rich.progress, selfheal.scripts.cli, selfheal.sql.sqlite  # slow imports, done once
 from selfheal.scripts import main
+selfheal.sql.sqlite.SYNCHRONOUS = "OFF"  # as in the processes of the tests themselves
 for line in sys.stdin:
     case = json.loads(line)
     if pid := os.fork():
