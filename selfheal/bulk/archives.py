@@ -18,6 +18,8 @@ from ..errors import NotAFile, SettingsError
 from .outcomes import Outcome, Result, problem
 
 _NOT_BELOW = re.compile(r"^/|(?:^|/)\.\.(?:/|$)")
+_DAMAGES = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
+"""What `tarfile` raises for a header that makes no sense: not always an error of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,11 @@ class TarArchive(Archive):
             with tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                    if member.size < 0 or tar.offset <= member.offset:  # it would go round for ever (CVE-2025-8194)
+                        raise tarfile.ReadError("a size is negative")
                     self._add(member, end)
                 last = os.pread(self._file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-        except tarfile.ReadError as error:
+        except _DAMAGES as error:
             if not self._places and not self._refused:
                 raise SettingsError(
                     f"{self._path} is no tar file ({error}); a compressed one cannot be read"

@@ -311,6 +311,43 @@ async def test_a_manifest_with_hostile_lines(source: ImageStorage, target: Image
         await imported(target, out)
 
 
+def with_size(path: Path, number: int, size: bytes) -> Path:
+    """Write other bytes for the size of the header that is block `number` of a tar file, with the right checksum."""
+    data = bytearray(path.read_bytes())
+    header = data[number * 512 : (number + 1) * 512]
+    header[124:136], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[number * 512 : (number + 1) * 512] = header
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 10 + b"\xf8\x00", b"\xff" * 12, b"\xff" + bytes(11), b"\x80" + b"\xff" * 11])
+async def test_tar_files_with_impossible_sizes(target: ImageStorage, tmp_path: Path, size: bytes) -> None:
+    """A size that is negative or has no end stops no import: what is before it is imported (CVE-2025-8194)."""
+    tar = with_size(pack(tmp_path / "sizes.tar"), 2, size)
+    report = await imported(target, tar)
+    assert report.outcomes["a.png"] == "migrated"
+    assert set(report.problems.values()) == {"failed"}
+    assert (await bytes_in(target))["a.png"] == b"a"
+
+
+@pytest.mark.parametrize(
+    "headers", [{"GNU.sparse.map": "0,x"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"size": "-99999"}]
+)
+async def test_tar_files_with_senseless_headers(target: ImageStorage, tmp_path: Path, headers: dict[str, str]) -> None:
+    """An extended header that cannot be read ends the import with a report, not with an error of the library."""
+
+    def add(tar: tarfile.TarFile) -> None:
+        info = tarfile.TarInfo("odd.png")
+        info.size, info.pax_headers = 600, headers
+        tar.addfile(info, io.BytesIO(bytes(600)))
+
+    tar = pack(tmp_path / "senseless.tar", add)
+    assert (await imported(target, tar)).problems == {str(tar): "failed"}
+    assert await bytes_in(target) == FILES
+
+
 async def test_damaged_tar_files(target: ImageStorage, tmp_path: Path) -> None:
     """A tar file that is cut off is reported, and what is whole in it is imported; what is no tar file is refused."""
     data = pack(tmp_path / "plain.tar").read_bytes()
