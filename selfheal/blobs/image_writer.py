@@ -1,6 +1,7 @@
 """Images: a record with the bytes behind it, written in one transaction, or in several with the record last."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -58,18 +59,17 @@ class ImageWriter:
         record: Record = await (write or self._engine.write)(work)
         return record
 
-    async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
-        """Store files under new names; return the names that have these bytes now: not those it cannot hold."""
+    async def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
+        """Store files under new names; see `ImageStorage.store_many`."""
         if not files:
             return set()
         by_name = {names.check(file.name): file for file in files}
-        values = [
-            record_values(name, file.digests.whole, file.size, file.modified_ns)
-            for name, file in sorted(by_name.items())
-        ]
+        values = [_values(file) for _, file in sorted(by_name.items())]
 
         async def work(connection: AsyncConnection) -> None:
             await self._records.put_new(connection, values)
+            if refuse_conflicts:
+                await self._records.refuse_conflicts(connection, list(by_name))
             await self._engine.backend.limit_lock_waits(connection)
             await self._blobs.put_files(connection, files)
 
@@ -77,6 +77,12 @@ class ImageWriter:
             await self._engine.write(work)
         except UnstorableName:
             half = len(files) // 2  # the others are stored without the name that does not fit
-            return await self.store_many(files[:half]) | await self.store_many(files[half:]) if half else set()
+            store = partial(self.store_many, refuse_conflicts=refuse_conflicts)
+            return await store(files[:half]) | await store(files[half:]) if half else set()
         stored = await self._catalogue.digests(by_name)
         return {name for name, file in by_name.items() if stored.get(name) == file.digests.whole}
+
+
+def _values(file: SmallFile) -> dict[str, Any]:
+    values = record_values(file.name, file.digests.whole, file.size, file.modified_ns)
+    return values | ({"content_type": file.content_type} if file.content_type else {})

@@ -14,8 +14,8 @@ from ..exclusions import Exclusions
 from ..sql.models import Contents, Record
 from . import manifest
 from .archives import Archive, Member
-from .import_table import hashed
-from .importer import Incoming
+from .importer import Incoming, Items
+from .new_uploads import in_groups, new_upload
 from .one_by_one import FAILURES
 from .outcomes import Outcome, Result, of_error, problem
 
@@ -34,21 +34,21 @@ class ArchiveSource:
         self._archive = archive
         self._threads = threads
 
-    async def items(self) -> AsyncGenerator[Incoming | Result, None]:
+    async def items(self) -> AsyncGenerator[Items, None]:
         """Yield what is there. Raises `SettingsError` for an export that was not finished."""
         try:
             file = await self._threads.run(self._archive.open, f"{manifest.FOLDER}/{manifest.MANIFEST}")
         except FileNotFoundError as error:
             if await self._threads.run(self._archive.has_folder, manifest.FOLDER):
                 raise SettingsError("this export was not finished; run `selfheal export` again") from error
-            items = self._files()
+            items = in_groups(self._files())
         else:
             items = self._records(file)
         async with aclosing(items):
             async for item in items:
                 yield item
 
-    async def _records(self, file: IO[bytes]) -> AsyncGenerator[Incoming | Result, None]:
+    async def _records(self, file: IO[bytes]) -> AsyncGenerator[Items, None]:
         with file:
             lines = iter(partial(file.readline, LONGEST_LINE), b"")
             manifest.check_first_line(await self._threads.run(next, lines, b""))
@@ -56,7 +56,7 @@ class ArchiveSource:
                 async for item in items:
                     yield item
 
-    async def _of_lines(self, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[Incoming | Result, None]:
+    async def _of_lines(self, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[Items, None]:
         count, is_whole = 0, False
         async for line in lines:
             count += 1
@@ -68,7 +68,7 @@ class ArchiveSource:
             if isinstance(found, int):
                 is_whole = found == count - 1
             else:
-                yield Incoming(*found, partial(self._read_record, found[0]))
+                yield [Incoming(*found, partial(self._read_record, found[0]))]
         if not is_whole:
             yield problem("the manifest", Outcome.FAILED, "it is cut off, or lines of it are missing")
 
@@ -87,10 +87,9 @@ class ArchiveSource:
 
     async def _upload(self, member: Member) -> Incoming | Result:
         try:
-            contents = await hashed(member.path, self._read(member.path), self._threads, member.modified_ns)
+            return await new_upload(member.path, partial(self._read, member.path), self._threads, member.modified_ns)
         except FAILURES as error:
             return of_error(member.path, error)
-        return Incoming(contents, (), lambda contents: self._read(contents.name))
 
     async def _read_record(self, record: Record, contents: Contents) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of a record or of one of its versions."""

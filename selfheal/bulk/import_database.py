@@ -4,8 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ..db import ImageStorage
-from .importer import Incoming
-from .outcomes import Result
+from .importer import Incoming, Items
 
 
 class DatabaseSource:
@@ -16,7 +15,7 @@ class DatabaseSource:
     def __init__(self, database: ImageStorage) -> None:
         self._database = database
 
-    async def items(self) -> AsyncGenerator[Incoming | Result, None]:
+    async def items(self) -> AsyncGenerator[Items, None]:
         """Yield every record with its history as it was then; the next run takes what changes meanwhile."""
         self._database.home.settle()
         async with aclosing(self._database.pages(deleted=None)) as pages:
@@ -24,4 +23,4 @@ class DatabaseSource:
                 for record in page:
                     versions = await self._database.history(record.name)
                     before = [one for one in versions if one.generation < record.generation]
-                    yield Incoming(record, before, self._database.read)
+                    yield [Incoming(record, before, self._database.read)]

@@ -1,19 +1,21 @@
 """Import: records, or uploads without records, from another place into the database; the disk is not touched."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from .. import names
+from ..content.digests import Digests
 from ..content.sources import Source
 from ..db import ImageStorage
 from ..errors import CorruptBlob, NewerTables, SchemaError
-from ..sql.models import Contents, Record, Version
+from ..sql.models import Contents, Record, SmallFile, Version
 from .lineage import continues, is_same
-from .one_by_one import FAILURES
+from .one_by_one import FAILURES, in_halves
 from .outcomes import Outcome, Result, Step, done, of_error, problem, results_of
+from .soundness import is_sound
 
 TRIES = 3  # how often a name is tried that others change meanwhile
 REASON = "imported; the name had other bytes"
@@ -23,21 +25,27 @@ REASON = "imported; the name had other bytes"
 class Incoming:
     """What a source has of a name: a `Record` with its history, or the `Contents` of an upload that has no record.
 
-    `read` opens the bytes of one of them; `origin` is the name in the source if it had to be changed.
+    `read` opens the bytes of one of them; `origin` is the name in the source if it had to be changed. `known` are the
+    digests of an upload without a record; it is `small` if its bytes are in memory.
     """
 
     record: Contents
     versions: Sequence[Version]
     read: Callable[[Contents], Source]
     origin: str = ""
+    known: Digests | None = None
+    small: SmallFile | None = None
+
+
+Items = list[Incoming] | Result
 
 
 class ImportSource(Protocol):
-    """Where uploads come from. `at_once` is how many names may be copied at the same time."""
+    """Where uploads come from. `at_once` is how many lists of names may be copied at the same time."""
 
     at_once: int
 
-    def items(self) -> AsyncGenerator[Incoming | Result, None]:
+    def items(self) -> AsyncGenerator[Items, None]:
         """Yield what is there, in an order that is the same every time, and results for what cannot be taken."""
 
 
@@ -62,15 +70,42 @@ async def import_all(
 
 
 class Importer:
-    """Takes one name after the other into a database."""
+    """Takes names into a database: small uploads that are new many at a time, all others one after the other."""
 
     def __init__(self, database: ImageStorage, *, dry_run: bool) -> None:
         self._database = database
         self._dry_run = dry_run
 
-    async def take(self, incoming: Incoming) -> list[Result]:
-        """Copy a name, or set its bytes aside if the database has other ones; the result says which."""
-        return [replace(await self._result(incoming), origin=incoming.origin)]
+    async def take(self, incoming: Sequence[Incoming]) -> list[Result]:
+        """Copy names, or set their bytes aside if the database has other ones; the results say which."""
+        stored = {} if self._dry_run else await self._store_small(incoming)
+        results = []
+        for one in incoming:
+            result = stored.pop(one.record.name, None) or await self._result(one)  # of equal names, the first is stored
+            results.append(replace(result, origin=one.origin))
+        return results
+
+    async def _store_small(self, incoming: Sequence[Incoming]) -> dict[str, Result]:
+        """Store small uploads that are new in one transaction; return results for those that are whole there now."""
+        first: dict[str, SmallFile | None] = {}
+        for one in incoming:
+            first.setdefault(one.record.name, one.small)
+        files = {name: file for name, file in first.items() if file is not None and names.is_valid(name)}
+        if len(files) < 2:
+            return {}
+        found, good = await self._look(files)
+        new = {name: file for name, file in files.items() if name not in found}
+        await in_halves(partial(self._database.store_many, refuse_conflicts=True), list(new.values()))
+        _, stored = await self._look(new)
+        results = {name: Result(name, Outcome.OK, files[name].size) for name in good}
+        return results | {name: Result(name, Outcome.MIGRATED, new[name].size) for name in stored}
+
+    async def _look(self, files: Mapping[str, SmallFile]) -> tuple[set[str], set[str]]:
+        """Return which names have a record, and which have these bytes, each of them compared."""
+        parts, _ = await in_halves(self._database.blobs.fetch, list(files))
+        found = {name: one for part in parts for name, one in part.items()}
+        same = (one for one in found.values() if one.record.sha256 == files[one.record.name].digests.whole)
+        return set(found), {one.record.name for one in same if not one.record.is_deleted and is_sound(one)}
 
     async def _result(self, incoming: Incoming) -> Result:
         name = incoming.record.name
@@ -114,7 +149,12 @@ class Importer:
         if isinstance(record, Record):
             return await self._database.copies.put(record, data, incoming.versions, over=found)
         stored = await self._database.store_image(
-            record.name, data, content_type=record.content_type, modified_ns=record.modified_ns, only_new=True
+            record.name,
+            data,
+            content_type=record.content_type,
+            modified_ns=record.modified_ns,
+            known=incoming.known,
+            only_new=True,
         )
         return stored.sha256 == record.sha256 and not stored.is_deleted
 

@@ -10,10 +10,11 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, NoSuchTableError, SAWarning, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..errors import DatabaseUnavailable, NotStored, SettingsError
+from ..errors import DatabaseUnavailable, FileChanged, NotStored, SettingsError
 from .backends import backend_of, database_url
 
 ROWS_AT_ONCE = 200
+READ_WITH_ROW = 64 * 1024  # bytes up to which a value comes with its row: a query for each would take most of the time
 PIECE = 4 * 1024 * 1024  # bytes of one value in memory
 _KEY = "selfheal_key_{}".format
 
@@ -32,12 +33,13 @@ class ForeignColumns:
 
 @dataclass(frozen=True, slots=True)
 class ForeignRow:
-    """A row without its bytes. `size` is None if the row has no bytes."""
+    """A row, with its bytes as `data` if they are few. `size` is None if the row has no bytes."""
 
     key: Sequence[Any]
     name: Any
     type: Any
     size: Any
+    data: Any
 
 
 class ForeignTable:
@@ -54,6 +56,7 @@ class ForeignTable:
         names = [one for one in (columns.name, columns.data, columns.type) if one is not None]
         self._table = sa.table(columns.table, *map(sa.column, names), schema=columns.schema)
         self._data = self._table.c[columns.data]
+        self._length = sa.func.length(self._data)
         self._errors: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *self._backend.driver_errors())
         self._keys: list[sa.ColumnElement[Any]] = []
 
@@ -67,27 +70,35 @@ class ForeignTable:
         page, after = self._page(keys), None
         while True:
             found = await self._ask(page if after is None else page.where(_compared(keys, ">", after)))
-            for *key, name, kind, size in found:
-                yield ForeignRow(key, name, kind, size)
+            for *key, name, kind, size, data in found:
+                yield ForeignRow(key, name, kind, size, data)
             if len(found) < ROWS_AT_ONCE:
                 return
             after = found[-1][: len(keys)]
 
     async def read(self, row: ForeignRow) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of a row. Raises `NotStored` if the column has none (text), or the row is gone."""
+        """Yield the bytes of a row. Raises `NotStored` if the column has none (text), or the row is gone.
+
+        Raises `FileChanged` if it has another number of bytes now: what was read of it is the start of another value.
+        """
         is_row = _compared(self._keys, "=", row.key)
-        for start in range(0, row.size, PIECE):
+        pieces = range(0, row.size, PIECE) if row.data is None else ()
+        if row.data is not None:
+            yield _bytes(row.data)
+        for start in pieces:
             piece = sa.func.substr(self._data, start + 1, min(PIECE, row.size - start))
-            found = await self._ask(sa.select(piece).select_from(self._table).where(is_row))
-            if not found or not isinstance(found[0][0], bytes):
-                raise NotStored("the column holds no bytes, or the row is gone")
-            yield found[0][0]
+            query = sa.select(piece, self._length).select_from(self._table).where(is_row)
+            found, size = next(iter(await self._ask(query)), (None, row.size))
+            if size != row.size:
+                raise FileChanged("its row was changed while it was read; run again")
+            yield _bytes(found)
 
     def _page(self, keys: Sequence[sa.ColumnElement[Any]]) -> sa.Select[Any]:
         table, columns = self._table.c, self._columns
         kind = sa.null() if columns.type is None else table[columns.type]
         named = [key.label(_KEY(number)) for number, key in enumerate(keys)]
-        page = sa.select(*named, table[columns.name], kind, sa.func.length(self._data)).select_from(self._table)
+        data = sa.case((self._length <= READ_WITH_ROW, self._data))
+        page = sa.select(*named, table[columns.name], kind, self._length, data).select_from(self._table)
         if columns.where is not None:
             page = page.where(sa.literal_column(f"({columns.where}\n)"))
         return page.order_by(*keys).limit(ROWS_AT_ONCE)
@@ -119,6 +130,12 @@ class ForeignTable:
                 hint = "check --table, --name, --data, --type and --where"
                 raise SettingsError(f"the table {self._table.fullname} cannot be read: {message}; {hint}") from error
             raise DatabaseUnavailable(f"the database to import from gave no answer: {message}") from error
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise NotStored("the column holds no bytes, or the row is gone")
+    return value
 
 
 def _primary_key(connection: sa.Connection, columns: ForeignColumns) -> list[str]:

@@ -91,13 +91,14 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class SmallFile:
-    """A file of a few chunks, read whole, to be stored."""
+    """A file of a few chunks, read whole, to be stored; without a `content_type`, its name says which it has."""
 
     name: str
     size: int
     modified_ns: int
     chunks: Sequence[bytes]
     digests: Digests
+    content_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)

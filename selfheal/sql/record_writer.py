@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CompoundSelect, Select, and_, delete, func, or_, select, union, update
+from sqlalchemy import CompoundSelect, Select, and_, delete, exists, func, or_, select, union, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..content.times import clamp_ns
@@ -75,6 +75,19 @@ class RecordWriter:
         if taken is not None:
             await connection.execute(delete(records).where(records.c.name == name))  # the caller may go on and commit
             raise NotAFile(f"{name!r} cannot be saved: {taken!r} is, and a name cannot be a file and a directory")
+
+    async def refuse_conflicts(self, connection: AsyncConnection, names: Sequence[str]) -> None:
+        """As `refuse_conflict`, for many names that were just written: the caller rolls all of them back."""
+        record, other = self._records.c, self._records.alias().c
+        above = {name[:end] for name in names for end, character in enumerate(name) if character == "/"}
+        is_below = exists().where(
+            other.deleted_at.is_(None), other.name > record.name + "/", other.name < record.name + "0"
+        )
+        for wanted, condition in ((above, record.deleted_at.is_(None)), (names, is_below)):
+            found = select(record.name).where(self._backend.is_wanted(record.name), condition).limit(1)
+            taken = (await connection.execute(found, {"wanted": self._backend.name_list(wanted)})).scalar()
+            if taken is not None:
+                raise NotAFile(f"{taken!r} is stored, or new, and a name cannot be a file and a directory")
 
     async def put_tombstone(self, connection: AsyncConnection, values: dict[str, Any]) -> None:
         """Write a tombstone for a name that has no record."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,11 @@ import pytest
 from selfheal import ForeignTables, ImageStorage, SettingsError, UploadStore, bulk
 from selfheal.aio.threads import Threads
 from selfheal.bulk.import_table import TableSource
+from selfheal.bulk.importer import Items
+from selfheal.bulk.new_uploads import new_upload
 from selfheal.bulk.outcomes import Result
 from selfheal.content.sources import CHUNK
-from selfheal.errors import DatabaseUnavailable
+from selfheal.errors import DatabaseUnavailable, FileChanged
 from selfheal.sql import foreign_table
 from selfheal.sql.foreign_table import ForeignColumns, ForeignTable
 from tests.support.files import noise
@@ -110,6 +112,7 @@ async def test_pages_and_pieces(
     """Many pages of rows, and many pieces of a value, with a simple key, a key of two columns, or without one."""
     monkeypatch.setattr(foreign_table, "ROWS_AT_ONCE", 3)
     monkeypatch.setattr(foreign_table, "PIECE", 1000)
+    monkeypatch.setattr(foreign_table, "READ_WITH_ROW", 1000)
     images = {f"{number}.png": noise(number * 500) for number in range(1, 11)}
     rows = [(name, data, None) for name, data in images.items()]
     await make_table(database_url, rows, key)
@@ -250,6 +253,74 @@ async def test_a_column_of_text(take: Any, database_url: str) -> None:
     columns = ForeignColumns("image_storage", "filename", "mimetype")
     (result,) = (await take(columns)).values()
     assert (result.outcome.value, "no bytes" in result.detail) == ("failed", True)
+
+
+async def test_an_empty_text(take: Any, target: ImageStorage, sqlite_url: str) -> None:
+    """An empty text in a column of bytes, as some apps store nothing, is no upload; empty bytes are one."""
+    await make_table(sqlite_url, [("a.png", b"", None), ("b.png", b"", None)])
+    await sql(sqlite_url, "UPDATE image_storage SET image_data = '' WHERE id = 1")
+    assert outcomes(await take(url=sqlite_url)) == {"a.png": "failed", "b.png": "migrated"}
+    assert await target.find("a.png") is None
+
+
+@pytest.mark.parametrize("size", [90_000, 150_000])
+async def test_a_row_that_changes_while_it_is_read(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A value that grows or shrinks after its length was read is never taken in part."""
+    monkeypatch.setattr(foreign_table, "PIECE", 50_000)
+    await make_table(database_url, [("a.png", noise(100_000), None)])
+    table = ForeignTable(database_url, COLUMNS, timeout=10.0)
+    async with aclosing(table.rows()) as rows:
+        row = await anext(rows)
+    await sql(database_url, "UPDATE image_storage SET image_data = :new", new=noise(size))
+    with pytest.raises(FileChanged, match="run again"):
+        _ = [piece async for piece in table.read(row)]
+    await table.close()
+
+
+async def test_bytes_that_change_before_they_are_stored(target: ImageStorage) -> None:
+    """A large upload whose bytes are others at its second reading is reported, and nothing of it is stored."""
+    threads, tries = Threads(), iter((noise(CHUNK + 1, 1), noise(CHUNK + 1, 2)))
+
+    class Changing:
+        at_once = 1
+
+        async def items(self) -> AsyncGenerator[Items, None]:
+            yield [await new_upload("a.png", lambda: next(tries), threads, 0)]
+
+    async with aclosing(bulk.import_all(target, Changing())) as results:
+        (result,) = [result async for result in results]
+    assert (result.outcome.value, "changed while" in result.detail) == ("failed", True)
+    assert await target.find("a.png") is None
+    threads.close()
+
+
+async def test_small_rows_are_stored_many_at_a_time(take: Any, target: ImageStorage, database_url: str) -> None:
+    """Hundreds of small rows need few transactions, and one that is refused or in doubt spoils none of the others."""
+    images = {f"{number}.png": noise(number, number) for number in range(1, 301)}
+    await target.create_tables()
+    await target.store_image("taken/a.png", b"a")
+    await target.store_image("file", b"file")
+    await target.store_image("7.png", b"other bytes")
+    await target.store_image("8.png", images["8.png"])
+    await target.store_image("9.png", images["9.png"])
+    await target.bury("9.png")
+    refused = {"taken": b"1", "file/a.png": b"2", "new": b"3", "new/a.png": b"4"}
+    await make_table(database_url, [(name, data, None) for name, data in (images | refused).items()])
+    times: set[Any] = set()
+    for first in ("migrated", "ok"):
+        odd = {"7.png": "differs", "8.png": "ok", "9.png": "deleted", "new": first}
+        failed = dict.fromkeys(("taken", "file/a.png", "new/a.png"), "failed")
+        assert outcomes(await take()) == dict.fromkeys(images, first) | odd | failed
+        records = await target.catalogue.find(images)
+        times.add(len({record.created_at for record in records.values()}))
+        for name, data in images.items():
+            assert await bytes_of(target, name) == {"7.png": b"other bytes", "9.png": None}.get(name, data)
+    assert await target.find("new/a.png") is None
+    if database_url.startswith("postgresql"):  # its clock is that of the transaction
+        assert len(times) == 1
+        assert times.pop() < 12
 
 
 async def test_only_some_rows(take: Any, database_url: str) -> None:

@@ -141,7 +141,7 @@ def test_a_source_that_is_not_there(full_site: Site, dead_port: int) -> None:
 
 # -- runs that are killed ---------------------------------------------------------------------------------------------
 
-CROWD = {f"{index % 10}/{index}.png": noise(40 + index, index) for index in range(150)}
+CROWD = {f"{index % 10}/{index}.png": noise(40 + index, index) for index in range(300)}
 
 
 @pytest.fixture
