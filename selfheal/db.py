@@ -213,10 +213,7 @@ class ImageStorage:
         return await self.home.run(self._writer.store, name, portable(data, self._threads, self.home), **how)
 
     async def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
-        """Store files under new names; return the names that have these bytes now: not those it cannot hold.
-
-        With `refuse_conflicts`, nothing is stored if one of them is a directory of another name (`NotAFile`).
-        """
+        """Store files under new names; return the names that have these bytes now: not those it cannot hold."""
         return await self.home.run(self._writer.store_many, files, refuse_conflicts=refuse_conflicts)
 
     async def bury(self, name: str, *, connection: AnyConnection | None = None) -> Record | None:

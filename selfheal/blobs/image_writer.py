@@ -60,7 +60,10 @@ class ImageWriter:
         return record
 
     async def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
-        """Store files under new names; see `ImageStorage.store_many`."""
+        """Store files under new names; see `ImageStorage.store_many`.
+
+        With `refuse_conflicts`, nothing is stored if one of them is a directory of another name (`NotAFile`).
+        """
         if not files:
             return set()
         by_name = {names.check(file.name): file for file in files}

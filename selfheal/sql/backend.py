@@ -116,8 +116,8 @@ class Backend:
         """Whether a driver's error means that a statement which a user wrote a part of is wrong."""
         raise NotImplementedError
 
-    def place_of_row(self) -> Sequence[sa.ColumnElement[Any]]:
-        """Return what tells the rows of a table without a primary key from each other, in an order."""
+    def place_of_row(self, columns: Iterable[str]) -> Sequence[sa.ColumnElement[Any]]:
+        """Return what tells the rows of a table with these `columns`, but no primary key, apart, in an order."""
         raise NotImplementedError
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:

@@ -107,11 +107,11 @@ class ForeignTable:
         """Return the columns of the primary key; without one, where the database keeps the row."""
         async with self._connection() as connection:
             try:
-                key = await connection.run_sync(_primary_key, self._columns)
+                key, columns = await connection.run_sync(_primary_key, self._columns)
             except NoSuchTableError as error:
                 why = f"there is no table {self._table.fullname} to import from; check --table and --from-schema"
                 raise SettingsError(why) from error
-        return [sa.column(name) for name in key] or [*self._backend.place_of_row()]
+        return [sa.column(name) for name in key] or [*self._backend.place_of_row(columns)]
 
     async def _ask(self, query: sa.Select[Any]) -> Sequence[Any]:
         async with self._connection() as connection:
@@ -138,8 +138,11 @@ def _bytes(value: object) -> bytes:
     return value
 
 
-def _primary_key(connection: sa.Connection, columns: ForeignColumns) -> list[str]:
-    """Return the columns of the primary key; none if they can be NULL, which SQLite allows and nothing compares to."""
+def _primary_key(connection: sa.Connection, columns: ForeignColumns) -> tuple[list[str], list[str]]:
+    """Return the columns of the primary key, and all columns.
+
+    The key is empty if a column of it can be NULL, which SQLite allows and nothing compares to.
+    """
     inspector = sa.inspect(connection)
     if columns.table in inspector.get_view_names(columns.schema):
         raise SettingsError(
@@ -147,13 +150,22 @@ def _primary_key(connection: sa.Connection, columns: ForeignColumns) -> list[str
         )
     key = inspector.get_pk_constraint(columns.table, columns.schema)["constrained_columns"]
     with warnings.catch_warnings(category=SAWarning, action="ignore"):  # of types that are of no interest here
-        nullable = {one["name"] for one in inspector.get_columns(columns.table, columns.schema) if one["nullable"]}
-    return [] if nullable & set(key) else key
+        found = inspector.get_columns(columns.table, columns.schema)
+    nullable = {one["name"] for one in found if one["nullable"]}
+    return [] if nullable & set(key) else key, [one["name"] for one in found]
 
 
 def _compared(keys: Sequence[sa.ColumnElement[Any]], operator: str, to: Sequence[Any]) -> sa.ColumnElement[bool]:
     """Compare a key with values. They have no type here: the database takes that of the column."""
-    values = [sa.bindparam(_KEY(number), value, type_=sa.types.NullType()) for number, value in enumerate(to)]
+    values = [_bound(_KEY(number), value) for number, value in enumerate(to)]
     if len(keys) == 1:
         return keys[0].op(operator, is_comparison=True)(values[0])
     return sa.tuple_(*keys).op(operator, is_comparison=True)(sa.tuple_(*values))
+
+
+def _bound(parameter: str, value: object) -> sa.ColumnElement[Any]:
+    if isinstance(value, str) and not value.isascii():  # SQLite: a text that is not UTF-8 can only be bound as bytes
+        data = value.encode(errors="surrogateescape")
+        if data != value.encode(errors="replace"):
+            return sa.cast(sa.bindparam(parameter, data, type_=sa.LargeBinary()), sa.Text())
+    return sa.bindparam(parameter, value, type_=sa.types.NullType())

@@ -84,7 +84,7 @@ class PostgreSQL(Backend):
     def is_wrong_statement(self, error: BaseException) -> bool:
         return str(state_of(error))[:2] in (_WRONG_SYNTAX_OR_RIGHTS, _WRONG_VALUE)
 
-    def place_of_row(self) -> Sequence[sa.ColumnElement[Any]]:
+    def place_of_row(self, columns: Iterable[str]) -> Sequence[sa.ColumnElement[Any]]:
         return [sa.literal_column("tableoid"), sa.literal_column("ctid")]  # each partition counts for itself
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:

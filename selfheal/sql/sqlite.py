@@ -124,8 +124,9 @@ class SQLite(Backend):
     def is_wrong_statement(self, error: BaseException) -> bool:
         return self.is_missing_table(error)
 
-    def place_of_row(self) -> Sequence[sa.ColumnElement[Any]]:
-        return [sa.literal_column("rowid")]
+    def place_of_row(self, columns: Iterable[str]) -> Sequence[sa.ColumnElement[Any]]:
+        taken = {column.lower() for column in columns}  # a column of that name hides the number of the row
+        return [sa.literal_column(name) for name in ("rowid", "_rowid_", "oid") if name not in taken][:1]
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Any:
         try:

@@ -207,6 +207,41 @@ async def test_a_name_that_is_not_utf8(take: Any, target: ImageStorage, sqlite_u
     assert await bytes_of(target, "caf_.png") == b"1"
 
 
+@pytest.mark.parametrize("end", [")", ") WITHOUT ROWID"])
+async def test_keys_that_are_not_utf8(
+    take: Any, target: ImageStorage, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A key of another encoding neither ends the import nor hides the rows after it."""
+    monkeypatch.setattr(foreign_table, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(foreign_table, "READ_WITH_ROW", 2)
+    columns = "filename TEXT NOT NULL PRIMARY KEY, image_data BLOB, mimetype TEXT"
+    await sql(sqlite_url, f"CREATE TABLE image_storage ({columns}{end}")
+    for number, name in enumerate(("61", "E96162", "E961FF", "7A", "C3A9")):
+        values = f"(CAST(X'{name}' AS TEXT), :data)"
+        await sql(
+            sqlite_url, f"INSERT INTO image_storage (filename, image_data) VALUES {values}", data=noise(5, number)
+        )
+    names = {"a": 0, "_ab": 1, "_a_": 2, "z": 3, "é": 4}
+    assert outcomes(await take(url=sqlite_url)) == dict.fromkeys(names, "migrated")
+    for name, number in names.items():
+        assert await bytes_of(target, name) == noise(5, number)
+
+
+async def test_a_column_called_rowid(
+    take: Any, target: ImageStorage, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column of SQLite's name for the number of a row is not taken for it: each name gets its own bytes."""
+    monkeypatch.setattr(foreign_table, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(foreign_table, "READ_WITH_ROW", 2)
+    await sql(sqlite_url, "CREATE TABLE image_storage (RowID TEXT, filename TEXT, image_data BLOB, mimetype TEXT)")
+    images = {f"{number}.png": noise(5, number) for number in range(5)}
+    for name, data in images.items():
+        await sql(sqlite_url, "INSERT INTO image_storage VALUES ('x', :name, :data, NULL)", name=name, data=data)
+    assert outcomes(await take(url=sqlite_url)) == dict.fromkeys(images, "migrated")
+    for name, data in images.items():
+        assert await bytes_of(target, name) == data
+
+
 async def test_a_table_in_a_schema_and_in_partitions(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of PostgreSQL may be in another schema, in partitions without a key, and have any other columns."""
     monkeypatch.setattr(foreign_table, "ROWS_AT_ONCE", 2)
