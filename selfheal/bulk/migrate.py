@@ -109,7 +109,7 @@ async def _compare(
             return Result(name, Outcome.OK, record.size)
         await _raise_if_changed(store, entry)
         if is_same and size != record.size:
-            detail = f"it has {size} bytes, but {record.size} are recorded; delete it and save it again"
+            detail = f"it has {size} bytes, but {record.size} are recorded; copy it, delete the name, and save the copy"
             return problem(name, Outcome.CORRUPT_IN_DATABASE, detail)
         if not is_same and not prefer_disk:
             damaged = problem(name, Outcome.CORRUPT_IN_DATABASE, fault, record.size)
