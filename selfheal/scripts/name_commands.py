@@ -106,6 +106,8 @@ async def undo(store: UploadStore, output: Output, name: str, *, generation: int
 @on_store
 async def purge(store: UploadStore, output: Output, *, keep_days: int, dry_run: bool, vacuum: bool) -> int:
     """Drop versions older than --keep-days, and bytes that nothing refers to. Gives the space back to the disk."""
+    if vacuum:
+        store.database.backend.check_vacuum()
     gone, freed = await store.database.purge(timedelta(days=keep_days), dry_run=dry_run), 0
     if vacuum and not dry_run:
         freed = await store.database.vacuum()

@@ -172,12 +172,14 @@ class Backend:
     async def shrink(self, connection: AsyncConnection) -> None:
         """Let the file have no more bytes than it needs after `free_some`."""
 
-    async def vacuum(self, connection: AsyncConnection) -> int:
-        """Write the whole file anew, without free space; return the bytes by which it is smaller.
+    def check_vacuum(self) -> None:
+        """Raise `SettingsError` if the database frees its space itself."""
+        raise SettingsError(f"{self.name} frees its space itself; only SQLite needs --vacuum")
 
-        Raises `SettingsError` if the database does that itself.
-        """
-        raise SettingsError(f"{self.name} frees its space itself; only SQLite needs that")
+    async def vacuum(self, connection: AsyncConnection) -> int:
+        """Write the whole file anew, without free space; return the bytes by which it is smaller."""
+        self.check_vacuum()
+        return 0
 
     async def space(self, connection: AsyncConnection, tables: Iterable[sa.Table]) -> tuple[int, int]:
         """Return the bytes of the file, or of the tables, and how many of them are free."""

@@ -98,7 +98,7 @@ def test_vacuum_of_a_locked_file(full_site: Site) -> None:
 
 
 def test_stats_of_a_server(site: Site, postgres_url: str) -> None:
-    """stats works over PostgreSQL, and shows no password; --vacuum is refused there."""
+    """stats works over PostgreSQL, and shows no password; --vacuum is refused there before anything is dropped."""
     url = postgres_url.replace("@", f":{PASSWORD}@")
     write_file(site.directory / "a.png", b"a" * 100)
     flags = ["--directory", str(site.directory), "--database", url]
@@ -106,9 +106,12 @@ def test_stats_of_a_server(site: Site, postgres_url: str) -> None:
     done = site.run_without_flags("stats", *flags)
     assert (done.code, done.err) == (0, "")
     assert "1 name, 100 bytes (postgresql://postgres:***@" in done.out
-    done = site.run_without_flags("purge", "--vacuum", *flags)
-    assert (done.code, done.out) == (2, "")
-    assert "only SQLite" in done.error_line
+    assert site.run_without_flags("delete", "a.png", *flags).code == 0
+    for more in ("--keep-days", "0"), ("--dry-run",):
+        done = site.run_without_flags("purge", "--vacuum", *more, *flags)
+        assert (done.code, done.out) == (2, "")
+        assert "only SQLite" in done.error_line
+    assert site.run_without_flags("history", "a.png", *flags, "--json").json["versions"]
 
 
 @pytest.mark.parametrize("command", ["stats", "doctor"])
