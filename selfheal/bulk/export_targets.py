@@ -17,10 +17,9 @@ from ..errors import SettingsError
 from ..healing.publish import Publisher
 from ..sql.models import Contents, Record
 from ..sql.models import contents as columns
-from .manifest import BLOBS, FOLDER, MANIFEST, blob_name
+from .manifest import BLOBS, FOLDER, MANIFEST, PARTIAL, blob_name
 
 Chunks = AsyncGenerator[list[bytes], None]
-PARTIAL = ".partial"  # the end of the name of what is not finished
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
@@ -78,8 +77,8 @@ class DirectoryTarget(ExportTarget):
         self._path.mkdir(parents=True, exist_ok=True)
         self._own.mkdir(0o700, exist_ok=True)
         (self._own / BLOBS).mkdir(exist_ok=True)
-        (self._own / MANIFEST).unlink(missing_ok=True)  # an export that is not finished has none
         self._files.sweep()
+        # an earlier manifest stays until this one is whole: its database may be lost now
         self._manifest = open(self._own / (MANIFEST + PARTIAL), "wb")  # noqa: SIM115 - closed in `close`
 
     async def put(self, record: Record, chunks: Chunks) -> bool:

@@ -55,6 +55,16 @@ class ArchiveSource:
             async with aclosing(self._in_threads(lines)) as each, aclosing(self._of_lines(each)) as items:
                 async for item in items:
                     yield item
+        if await self._threads.run(self._has_partial):
+            detail = "a later export into it was not finished: what that one changed is left out; export again"
+            yield problem("the manifest", Outcome.FAILED, detail)
+
+    def _has_partial(self) -> bool:
+        try:
+            self._archive.open(f"{manifest.FOLDER}/{manifest.MANIFEST}{manifest.PARTIAL}").close()
+        except FileNotFoundError:
+            return False
+        return True
 
     async def _of_lines(self, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[Items, None]:
         count, is_whole = 0, False

@@ -13,6 +13,7 @@ from ..sql.models import Record, Version
 
 FOLDER = f"{OWN_PREFIX}-export"  # a dotfile: no upload has such a name
 MANIFEST = "manifest.jsonl"
+PARTIAL = ".partial"  # the end of the name of what is not finished
 BLOBS = "blobs"  # the bytes of earlier versions, by their digests
 FORMAT = 1
 

@@ -135,6 +135,27 @@ async def test_an_export_that_was_broken_off(source: ImageStorage, target: Image
     assert await state_of(target) == await state_of(source)
 
 
+async def test_an_export_that_is_not_brought_up_to_date(
+    source: ImageStorage, target: ImageStorage, tmp_path: Path
+) -> None:
+    """If a second export into a directory breaks off, what it did not change can still be imported: it says so."""
+    out = tmp_path / "out"
+    await exported(source, out)
+    before = await state_of(source)
+    await source.store_image("a.png", b"three")
+    run = bulk.export(source, target_of(out))
+    async for _ in run:
+        break
+    await run.aclose()
+    report = await imported(target, out)
+    assert report.problems == {"a.png": "corrupt_in_database", "the manifest": "failed"}
+    del before["a.png"]
+    assert await state_of(target) == before
+    await exported(source, out)
+    assert not (await imported(target, out)).problems
+    assert await state_of(target) == await state_of(source)
+
+
 async def test_what_is_there_is_not_overwritten(source: ImageStorage, tmp_path: Path) -> None:
     """A directory with other files, a file, and a tar file that is there are refused; an empty directory is taken."""
     write_file(tmp_path / "full" / "mine.txt", b"mine")
