@@ -118,7 +118,10 @@ def _source(
     if (archive is None) == (url is None):
         raise SettingsError("name one source: a directory or tar file, --from URL, or --table")
     if url is None:
-        return _open_archive(store, archive or Path())
+        path, file = archive or Path(), store.database.backend.file(store.database.url)
+        if file is not None and file.resolve().is_relative_to(path.resolve()):
+            raise SettingsError(f"the database {file} is in {path}: it would be an upload; name another directory")
+        return _open_archive(store, path)
     return _open_database(store, url, from_table_prefix, from_schema)
 
 

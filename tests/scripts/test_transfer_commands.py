@@ -112,6 +112,7 @@ def test_problems(full_site: Site, tmp_path: Path) -> None:
         ("import --table t --name n", "needs --name and --data"),
         ("import --from sqlite:///x.db --where 1=1", "belong to --table"),
         ("import nowhere", "no directory or tar file"),
+        ("import .", "it would be an upload"),
         ("import --from {database}", "is the database that is imported into"),
         ("import --from gibberish", "cannot be read"),
         ("import --table nothing --name n --data d", "no table nothing"),
