@@ -21,7 +21,7 @@ from .content.policy import UploadPolicy
 from .content.sources import Readable, Source, portable, read_chunks, rewind
 from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
-from .events import Events, Kind, Listener
+from .events import Events, Kind, Listener, logger
 from .exclusions import Exclusions
 from .healing.healing import Healing
 from .healing.reading import Opening
@@ -173,10 +173,13 @@ class UploadStore(Addresses):
         await self.home.run(self._open)
 
     async def _open(self) -> None:
-        """Remove what dead processes left behind, and mark the disk as in use. The database may be down."""
+        """Remove what dead processes left behind, and mark the disk as in use. Either side may be down."""
         self._claim.take()
-        await self.threads.run(self.disk.sweep)
-        await self.threads.run(self.disk.marked_ns)
+        try:
+            await self.threads.run(self.disk.sweep)
+            await self.threads.run(self.disk.marked_ns)
+        except OSError as error:
+            logger.warning("the uploads directory cannot be looked through: %s", error)
 
     async def close(self) -> None:
         """Wait up to 20 s for running tasks, then close connections, threads and descriptors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import threading
@@ -252,6 +253,24 @@ def test_hits_ask_no_event_loop(sync_store: UploadStore) -> None:
     assert ask(app, environ("a.png"))[2] == PICTURE
     assert not over.is_set()
     over.set()
+
+
+def test_no_descriptors_for_an_event_loop(sync_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors for the store's loop no request hangs: hits are served, misses are 503, later 200."""
+    for name in ("hit.png", "miss.png"):
+        sync_store.sync.save(name, PICTURE)
+    sync_store.disk.path_of("miss.png").unlink()
+    sync_store.sync.close()
+    app, other = SelfHealMiddleware(wrapped, sync_store), environ("x") | {"PATH_INFO": "/other"}
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.events, "new_event_loop", fail)
+        answers = [ask(app, request)[0][:3] for request in (other, environ("hit.png"), environ("miss.png"))]
+    assert answers == ["404", "200", "503"]
+    assert ask(app, environ("miss.png"))[2] == PICTURE
 
 
 def _identity(store: UploadStore, name: str) -> Any:

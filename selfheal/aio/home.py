@@ -178,7 +178,13 @@ def _run_loop(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]"
         started.set_result((asyncio.get_running_loop(), stopped := asyncio.Event()))
         await stopped.wait()
 
-    asyncio.run(stay())
+    try:
+        with asyncio.Runner() as runner:
+            runner.run(stay())
+    except OSError as error:  # no descriptors: who waits for the start must hear of it
+        if started.done():
+            raise
+        started.set_exception(error)
 
 
 async def _nothing() -> None:
