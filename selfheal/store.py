@@ -175,11 +175,7 @@ class UploadStore(Addresses):
     async def _open(self) -> None:
         """Remove what dead processes left behind, and mark the disk as in use. Either side may be down."""
         self._claim.take()
-        try:
-            await self.threads.run(self.disk.sweep)
-            await self.threads.run(self.disk.marked_ns)
-        except OSError as error:
-            logger.warning("the uploads directory cannot be looked through: %s", error)
+        await self.threads.run(_look_through, self.disk)
 
     async def close(self) -> None:
         """Wait up to 20 s for running tasks, then close connections, threads and descriptors."""
@@ -258,6 +254,14 @@ class UploadStore(Addresses):
     def _saved(self, record: Record) -> Saved:
         values = {field.name: getattr(record, field.name) for field in fields(record)}
         return Saved(**values | {"path": self.disk.path_of(record.name), "url": self.url(record.name)})
+
+
+def _look_through(disk: UploadsDirectory) -> None:
+    try:
+        disk.sweep()
+        disk.marked_ns()
+    except OSError as error:
+        logger.warning("the uploads directory cannot be looked through: %s", error)
 
 
 def _client_name(upload: Upload) -> str:

@@ -217,6 +217,7 @@ async def test_startup_with_a_disk_that_fails(
     fresh_store: UploadStore, serve: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wrapped app starts though the uploads directory cannot be read."""
+
     def failing(path: Any, *args: Any, **more: Any) -> int:
         if str(path) == str(fresh_store.disk.path):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
