@@ -215,7 +215,9 @@ class SelfHealMiddleware:
 
 
 class _Relayed:
-    """The planned bytes of a body, which is read on the store's event loop. The server closes it in any case."""
+    """The planned bytes of a body, read on the store's event loop; given back by the server, or with the last reference
+    to it.
+    """
 
     def __init__(self, home: HomeLoop, body: Body, plan: Plan) -> None:
         self._home = home
@@ -228,10 +230,15 @@ class _Relayed:
 
     def close(self) -> None:
         """Give the body back, once."""
-        self._pieces.close()
         body, self._body = self._body, None
-        if body is not None:
-            self._home.soon(body.close)
+        try:
+            self._pieces.close()
+        finally:
+            if body is not None:
+                self._home.soon(body.close)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 async def _on_disk(body: Body) -> None:

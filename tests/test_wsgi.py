@@ -168,6 +168,20 @@ def test_a_client_that_leaves(sync_store: UploadStore, lines: tuple[tuple[str, s
     assert open_below(sync_store.disk.path) == before
 
 
+@pytest.mark.parametrize("pieces", [0, 1, 9999])
+@pytest.mark.parametrize("restores", [False, True])
+def test_an_answer_that_nobody_closes(sync_store: UploadStore, restores: bool, pieces: int) -> None:
+    """A middleware around this one that forgets to call `close` leaves no file open."""
+    saved = sync_store.sync.save("a.png", noise(STREAMED))
+    if restores:
+        saved.path.unlink()
+    request = environ("a.png", ("Range", "bytes=1-"))
+    answer = SelfHealMiddleware(wrapped, sync_store)(request, lambda *_: lambda _: None)
+    assert sum(len(piece) for _, piece in zip(range(pieces), answer, strict=False)) < STREAMED
+    del answer
+    wait_until(lambda: not open_below(sync_store.disk.path))
+
+
 def test_a_start_that_fails_leaves_no_open_file(sync_store: UploadStore) -> None:
     """A server that refuses the headers leaves no file open."""
     sync_store.sync.save("a.png", LARGE)

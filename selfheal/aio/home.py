@@ -19,6 +19,8 @@ T = TypeVar("T")
 EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the interpreter exits
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
+NO_ASYNCIO = "a store needs asyncio's event loop here; elsewhere (trio) call `uploads.sync` in a thread"
+GREENLETS = "a store needs real threads, and gevent or eventlet has replaced them: use gunicorn's gthread workers"
 _HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
 
 
@@ -56,15 +58,15 @@ class HomeLoop:
 
     def settle(self) -> None:
         """Make the running loop the home, unless another one is, and runs."""
-        loop = asyncio.get_running_loop()
+        loop = _asyncio_loop()
         with self._lock:
             if not self._runs():
                 self._move_to(loop)
 
     async def run(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Await `work` at home, from any loop; to cancel the caller cancels the work."""
-        loop = self._find()
-        if loop is asyncio.get_running_loop():
+        here, loop = _asyncio_loop(), self._find()
+        if loop is here:
             return await work(*args, **kwargs)
         return await _ask(loop, work, *args, **kwargs)
 
@@ -166,6 +168,9 @@ class _LoopThread:
         self._thread = threading.Thread(target=_run_loop, args=(started,), name="selfheal-loop", daemon=True)
         self._thread.start()
         self.loop, self._stopped = started.result()
+        if _running_loop() is self.loop:
+            self.stop()
+            raise RuntimeError(GREENLETS)
 
     def stop(self) -> None:
         """Cancel what still runs, close the loop, and wait for the end of the thread."""
@@ -228,6 +233,13 @@ def _wait(answer: Future[T], loop: asyncio.AbstractEventLoop) -> T:
 
 def _submit(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> Future[T]:
     return context_of_work(*waiting_callers()).run(asyncio.run_coroutine_threadsafe, work, loop)
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop:
+    loop = _running_loop()
+    if loop is None:
+        raise RuntimeError(NO_ASYNCIO)
+    return loop
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
