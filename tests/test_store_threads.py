@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from selfheal import NotStored, SelfHealMiddleware, UploadStore
 from selfheal.aio.threads import WORKERS
 from selfheal.content.sources import CHUNK
 from selfheal.sql.pool_limit import POOL_SIZE
-from tests.support.asgi import Wrapped, ask
+from selfheal.wsgi import SelfHealMiddleware as WsgiMiddleware
+from tests.support.asgi import Wrapped, ask, scope_of
 from tests.support.command_line import SECONDS, Done, environment
 from tests.support.descriptors import open_descriptors
 from tests.support.files import contents_of, noise
 from tests.support.waiting import wait_until
+from tests.support.wsgi import environ_of
 
 THREADS = 32
 
@@ -223,6 +226,29 @@ def test_the_thread_ends_with_the_store(directory: Path, sqlite_url: str) -> Non
         return all(name.startswith("selfheal") for name in left)
 
     wait_until(others_ended)
+    assert open_descriptors() <= before[1]
+
+
+def test_stores_that_are_dropped(directory: Path, database_url: str) -> None:
+    """A store that nobody closes, such as one of an app that each test makes anew, ends with its last reference."""
+
+    def threads() -> set[threading.Thread]:
+        gc.collect()
+        return set(threading.enumerate())
+
+    def use() -> None:
+        store = UploadStore(directory, database_url)
+        store.sync.database.create_tables()
+        path = store.sync.save("a.png", b"one").path
+        path.unlink()
+        app = WsgiMiddleware(lambda *_: [b""], store)
+        answer = app(environ_of(scope_of("/static/uploads/a.png")), lambda *_: lambda _: None)
+        assert b"".join(answer) == b"one"
+
+    before = threads(), open_descriptors()
+    for _ in range(3):
+        use()
+    wait_until(lambda: threads() <= before[0])
     assert open_descriptors() <= before[1]
 
 

@@ -52,9 +52,12 @@ class HomeLoop:
         """Call `reset` when the home moves away from a loop that has ended, and in a forked process."""
         self._resets.append(reset)
 
-    def at_exit(self, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Await `closing` when the interpreter exits, if the home is a thread of its own then."""
+    def closes_with(self, owner: object, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Await `closing` when the interpreter exits, or nothing refers to `owner` any more (`closing` must not), if
+        the home is a thread of its own then.
+        """
         self._closing = closing
+        weakref.finalize(owner, self._drop).atexit = False
 
     def settle(self) -> None:
         """Make the running loop the home, unless another one is, and runs."""
@@ -117,6 +120,12 @@ class HomeLoop:
                 _submit(loop, self._closing()).result(EXITING_GRACE)
             self.leave_waiting()
 
+    def _drop(self) -> None:
+        """As `exit`, but without waiting, not even for the lock: the garbage collection of any thread calls this."""
+        thread, self._thread, self._loop = self._thread, None, None
+        if thread is not None and thread.loop.is_running():
+            asyncio.run_coroutine_threadsafe(thread.end_after(self._closing), thread.loop)
+
     def _leave(self) -> "_LoopThread | None":
         with self._lock:
             thread, self._thread, self._loop = self._thread, None, None
@@ -176,6 +185,13 @@ class _LoopThread:
         """Cancel what still runs, close the loop, and wait for the end of the thread."""
         self.loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join()
+
+    async def end_after(self, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """As `stop`, in the thread itself."""
+        try:
+            await closing()
+        finally:
+            self._stopped.set()
 
 
 def _run_loop(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
