@@ -84,7 +84,7 @@ class HomeLoop:
         except CancelledError:
             raise RuntimeError(ENDED) from None
         except BaseException:
-            answer.cancel()  # without effect if it is done
+            _give_up(answer)
             raise
 
     def soon(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -225,17 +225,26 @@ async def relayed(items: AsyncGenerator[T, None], loop: asyncio.AbstractEventLoo
 async def _ask(
     loop: asyncio.AbstractEventLoop, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    answer = asyncio.wrap_future(_submit(loop, work(*args, **kwargs)))
+    answer = asyncio.wrap_future(handed := _submit(loop, work(*args, **kwargs)))
     try:
         while not (await asyncio.wait((answer,), timeout=LOOK_EVERY))[0]:
             if not loop.is_running():
                 raise RuntimeError(ENDED)
     except asyncio.CancelledError:
         answer.cancel()
+        _give_up(handed)
         raise
     if answer.cancelled():
         raise RuntimeError(ENDED)
     return answer.result()
+
+
+def _give_up(answer: Future[Any]) -> None:
+    """Cancel work, or close what it has returned already (an open file)."""
+    if not answer.cancel() and answer.exception() is None:
+        close = getattr(answer.result(), "close", None)
+        if close is not None:
+            close()
 
 
 def _wait(answer: Future[T], loop: asyncio.AbstractEventLoop) -> T:
