@@ -76,8 +76,6 @@ class ImageStorage:
         self._own_tasks = Tasks(tasks.home if tasks else HomeLoop(prefers_caller=self.app_engine is not None))
         self.home = self._own_tasks.home
         self._leaves_home = tasks is None
-        if tasks is None:
-            self.home.at_exit(self.close_at_home)
         tasks = tasks or self._own_tasks
         self._engine = Engine(
             database,
@@ -89,6 +87,9 @@ class ImageStorage:
             before_opening=before_opening,
         )
         self.backend, self.share_connections = self._engine.backend, self._engine.share_connections
+        self._close_all = partial(_close, self._own_tasks, self._engine)
+        if self._leaves_home:
+            self.home.closes_with(self, self._close_all)
         self._set_up_parts()
 
     def _set_up_parts(self) -> None:
@@ -142,8 +143,7 @@ class ImageStorage:
 
     async def close_at_home(self) -> None:
         """As `close`, but on the loop where the storage lives, which may be used again."""
-        await self._own_tasks.drain(self._engine.timeout)
-        await self._engine.close()
+        await self._close_all()
 
     async def find(self, name: str) -> Record | None:
         """Return the record of a name (a tombstone if it was deleted); None if there is no such name."""
@@ -248,3 +248,8 @@ class ImageStorage:
 
     def _within(self, connection: AnyConnection) -> Write:
         return within(connection, self.backend, self._engine.unavailable)
+
+
+async def _close(tasks: Tasks, engine: Engine) -> None:
+    await tasks.drain(engine.timeout)
+    await engine.close()

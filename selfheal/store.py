@@ -4,7 +4,7 @@ import os
 from collections.abc import Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self, Unpack, overload
 from uuid import uuid4
@@ -21,10 +21,11 @@ from .content.policy import UploadPolicy
 from .content.sources import Readable, Source, portable, read_chunks, rewind
 from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
-from .events import Events, Kind, Listener
+from .events import Events, Kind, Listener, logger
 from .exclusions import Exclusions
 from .healing.healing import Healing
 from .healing.reading import Opening
+from .healing.upkeep import Upkeep
 from .settings import (
     DEFAULT_PREFIX,
     SETTLED_AFTER,
@@ -122,11 +123,12 @@ class UploadStore(Addresses):
         )
 
     def _set_up_healing(self, deadline: float, sweep_every: float, *, watch: bool) -> None:
-        self.home.at_exit(self.close_at_home)
         parts, after = (self.disk, self.database, self.exclusions, self.events, self.tasks), self.settled_after
         healing = Healing(*parts, deadline=deadline, settled_after=after, sweep_every=sweep_every, watch=watch)
         self.restorer, self.reconciler, self.background = healing.restorer, healing.reconciler, healing.background
         self.upkeep, self._saver, self._reader = healing.upkeep, healing.saver, healing.reader
+        self._close_all = partial(_close, self.upkeep, self.tasks, self.database, self.disk, self._claim)
+        self.home.closes_with(self, self._close_all)
 
     @classmethod
     def from_env(cls) -> Self:
@@ -173,10 +175,9 @@ class UploadStore(Addresses):
         await self.home.run(self._open)
 
     async def _open(self) -> None:
-        """Remove what dead processes left behind, and mark the disk as in use. The database may be down."""
+        """Remove what dead processes left behind, and mark the disk as in use. Either side may be down."""
         self._claim.take()
-        await self.threads.run(self.disk.sweep)
-        await self.threads.run(self.disk.marked_ns)
+        await self.threads.run(_look_through, self.disk)
 
     async def close(self) -> None:
         """Wait up to 20 s for running tasks, then close connections, threads and descriptors."""
@@ -186,11 +187,7 @@ class UploadStore(Addresses):
 
     async def close_at_home(self) -> None:
         """As `close`, but on the loop where the store lives, which may be used again."""
-        await self.upkeep.stop()
-        await self.tasks.drain(CLOSING_GRACE)
-        await self.database.close()
-        self.disk.close()
-        self._claim.release()
+        await self._close_all()
 
     async def save_uploaded_file(
         self, upload: Upload, *, folder: str = "", connection: AnyConnection | None = None
@@ -255,6 +252,24 @@ class UploadStore(Addresses):
     def _saved(self, record: Record) -> Saved:
         values = {field.name: getattr(record, field.name) for field in fields(record)}
         return Saved(**values | {"path": self.disk.path_of(record.name), "url": self.url(record.name)})
+
+
+async def _close(
+    upkeep: Upkeep, tasks: Tasks, database: ImageStorage, disk: UploadsDirectory, claim: TableClaim
+) -> None:
+    await upkeep.stop()
+    await tasks.drain(CLOSING_GRACE)
+    await database.close()
+    disk.close()
+    claim.release()
+
+
+def _look_through(disk: UploadsDirectory) -> None:
+    try:
+        disk.sweep()
+        disk.marked_ns()
+    except OSError as error:
+        logger.warning("the uploads directory cannot be looked through: %s", error)
 
 
 def _client_name(upload: Upload) -> str:

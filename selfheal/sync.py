@@ -1,6 +1,7 @@
 """A store for synchronous code: each public method of `UploadStore`, from any thread. Its event loop does the work."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -187,4 +188,5 @@ def iterate(home: HomeLoop, items: AsyncGenerator[T, None]) -> Generator[T, None
         while item := home.call(next_item, items):
             yield item[0]
     finally:
-        home.call(items.aclose)
+        with contextlib.suppress(RuntimeError):  # its loop has ended; or a step that was broken off ends it
+            home.call(items.aclose)

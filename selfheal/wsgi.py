@@ -3,6 +3,7 @@
 A file that is missing is restored on the event loop where the store lives, as for ASGI.
 """
 
+import logging
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from .aio.home import HomeLoop
 from .disk.open_file import PIECE, OpenFile
-from .events import Kind, logger
+from .events import Kind
 from .healing.bodies import Body
 from .healing.restore import is_broken
 from .http.conditional import plan_of
@@ -68,8 +69,7 @@ class SelfHealMiddleware:
         now = time.monotonic()
         if now >= self._follow_from:
             self._follow_from = now + CALL_EVERY
-            self.store.background.follow(adopt=self._adopt)
-            self._keep_up()
+            self._work_in_background()
         path = environ.get("PATH_INFO", "")
         if self._below not in path and OURS not in path and not environ.get("SCRIPT_NAME"):
             if not self._prefix.is_settled:
@@ -88,10 +88,21 @@ class SelfHealMiddleware:
         try:
             self._home.call(self.store.open)
         except OSError as error:
-            logger.warning("the uploads directory cannot be looked through: %s", error)
+            self._note_no_loop(error)
         except BaseException:
             self._pid = -1
             raise
+
+    def _work_in_background(self) -> None:
+        try:
+            self.store.background.follow(adopt=self._adopt)
+            self._keep_up()
+        except OSError as error:
+            self._note_no_loop(error)
+
+    def _note_no_loop(self, error: OSError) -> None:
+        """There are no descriptors for an event loop: hits and the wrapped app need none."""
+        self.store.events.log_once(logging.WARNING, "home", f"no event loop can be started: {error}")
 
     def _answer(
         self, environ: WSGIEnvironment, start_response: StartResponse, name: str, opening: Opening
@@ -185,7 +196,10 @@ class SelfHealMiddleware:
     def _note_hit(self, name: str, file: OpenFile) -> None:
         with self._counting:  # to count is not atomic
             self.store.events.emit(Kind.HIT, name, file.size)
-        self.store.background.hit(name, file.identity, adopt=self._adopt)
+        try:
+            self.store.background.hit(name, file.identity, adopt=self._adopt)
+        except OSError as error:
+            self._note_no_loop(error)
 
     def _set_aside(self, name: str, error: OSError) -> None:
         if is_broken(error):
@@ -201,7 +215,9 @@ class SelfHealMiddleware:
 
 
 class _Relayed:
-    """The planned bytes of a body, which is read on the store's event loop. The server closes it in any case."""
+    """The planned bytes of a body, read on the store's event loop; given back by the server, or with the last reference
+    to it.
+    """
 
     def __init__(self, home: HomeLoop, body: Body, plan: Plan) -> None:
         self._home = home
@@ -214,10 +230,15 @@ class _Relayed:
 
     def close(self) -> None:
         """Give the body back, once."""
-        self._pieces.close()
         body, self._body = self._body, None
-        if body is not None:
-            self._home.soon(body.close)
+        try:
+            self._pieces.close()
+        finally:
+            if body is not None:
+                self._home.soon(body.close)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 async def _on_disk(body: Body) -> None:

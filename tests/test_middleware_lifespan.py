@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from selfheal import UploadStore
+from selfheal import SettingsError, UploadStore
 from tests.support.asgi import ask
 from tests.support.files import write_file
 from tests.support.middleware import (
@@ -208,6 +211,44 @@ async def test_startup_with_the_database_down(broken_store: UploadStore, serve: 
     assert (await ask(wrapping(broken_store, True), f"{PREFIX}/hit.png")).body == PICTURE
     await server.say("shutdown")
     await server.task
+
+
+async def test_startup_with_a_disk_that_fails(
+    fresh_store: UploadStore, serve: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrapped app starts though the uploads directory cannot be read."""
+
+    def failing(path: Any, *args: Any, **more: Any) -> int:
+        if str(path) == str(fresh_store.disk.path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *args, **more)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", failing)
+    server = Lifespan(wrapping(fresh_store, serve, inner := Inner()))
+    assert (await server.say("startup"))["type"] == "lifespan.startup.complete"
+    assert inner.received == ["lifespan.startup"]
+    await server.say("shutdown")
+    await server.task
+
+
+@pytest.fixture
+def claimed_tables() -> None:
+    """Two stores of this process may not share tables, as in an app."""
+
+
+async def test_startup_of_a_store_that_is_refused(
+    fresh_store: UploadStore, sqlite_url: str, tmp_path: Path, serve: bool, claimed_tables: None
+) -> None:
+    """A store that may not open ends the server's start with its reason: the app is not served unstarted."""
+    async with UploadStore(tmp_path / "other", sqlite_url):
+        server = Lifespan(wrapping(fresh_store, serve, inner := Inner()))
+        answer = await server.say("startup")
+        assert answer["type"] == "lifespan.startup.failed"
+        assert "table_prefix" in answer["message"]
+        with pytest.raises(SettingsError):
+            await server.task
+        assert inner.received == []
 
 
 async def test_temporary_files_are_removed_at_startup(fresh_store: UploadStore, serve: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -20,11 +21,13 @@ from selfheal import NotStored, SelfHealMiddleware, UploadStore
 from selfheal.aio.threads import WORKERS
 from selfheal.content.sources import CHUNK
 from selfheal.sql.pool_limit import POOL_SIZE
-from tests.support.asgi import Wrapped, ask
+from selfheal.wsgi import SelfHealMiddleware as WsgiMiddleware
+from tests.support.asgi import Wrapped, ask, scope_of
 from tests.support.command_line import SECONDS, Done, environment
 from tests.support.descriptors import open_descriptors
 from tests.support.files import contents_of, noise
 from tests.support.waiting import wait_until
+from tests.support.wsgi import environ_of
 
 THREADS = 32
 
@@ -226,6 +229,29 @@ def test_the_thread_ends_with_the_store(directory: Path, sqlite_url: str) -> Non
     assert open_descriptors() <= before[1]
 
 
+def test_stores_that_are_dropped(directory: Path, database_url: str) -> None:
+    """A store that nobody closes, such as one of an app that each test makes anew, ends with its last reference."""
+
+    def threads() -> set[threading.Thread]:
+        gc.collect()
+        return set(threading.enumerate())
+
+    def use() -> None:
+        store = UploadStore(directory, database_url)
+        store.sync.database.create_tables()
+        path = store.sync.save("a.png", b"one").path
+        path.unlink()
+        app = WsgiMiddleware(lambda *_: [b""], store)
+        answer = app(environ_of(scope_of("/static/uploads/a.png")), lambda *_: lambda _: None)
+        assert b"".join(answer) == b"one"
+
+    before = threads(), open_descriptors()
+    for _ in range(3):
+        use()
+    wait_until(lambda: threads() <= before[0])
+    assert open_descriptors() <= before[1]
+
+
 SCRIPT = """if True:
     import os, sys
     from selfheal import UploadStore
@@ -246,6 +272,36 @@ def test_a_script_that_closes_nothing(directory: Path, database_url: str, more: 
     command = [sys.executable, "-c", SCRIPT, str(directory), database_url, *more]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
     assert Done(done.returncode, done.stdout, done.stderr) == Done(0, "", "")
+
+
+GREENLETS = """if True:
+    from gevent import monkey
+    monkey.patch_all()
+    import sys
+    from selfheal import UploadStore
+    for _ in range(2):
+        try:
+            UploadStore(sys.argv[1], sys.argv[2]).sync.database.create_tables()
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+def test_greenlets_in_place_of_threads(directory: Path, sqlite_url: str) -> None:
+    """Where threads are greenlets (gunicorn's gevent workers), each call fails at once and says why."""
+    pytest.importorskip("gevent", reason="gevent is not installed: pip install gevent")
+    command = [sys.executable, "-c", GREENLETS, str(directory), sqlite_url]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert done.stdout.count("gthread") == 2
+    assert done.returncode == 0
+
+
+def test_a_loop_that_is_not_asyncios(directory: Path, sqlite_url: str) -> None:
+    """A coroutine outside of asyncio (trio) fails at once and says what to do."""
+    store = UploadStore(directory, sqlite_url)
+    for work in (store.open(), store.save("a.png", b"one"), store.database.find("a.png"), store.close()):
+        with pytest.raises(RuntimeError, match="trio"):
+            work.send(None)
 
 
 def test_a_fork_of_a_store_in_use(thread_store: UploadStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import threading
@@ -167,6 +168,20 @@ def test_a_client_that_leaves(sync_store: UploadStore, lines: tuple[tuple[str, s
     assert open_below(sync_store.disk.path) == before
 
 
+@pytest.mark.parametrize("pieces", [0, 1, 9999])
+@pytest.mark.parametrize("restores", [False, True])
+def test_an_answer_that_nobody_closes(sync_store: UploadStore, restores: bool, pieces: int) -> None:
+    """A middleware around this one that forgets to call `close` leaves no file open."""
+    saved = sync_store.sync.save("a.png", noise(STREAMED))
+    if restores:
+        saved.path.unlink()
+    request = environ("a.png", ("Range", "bytes=1-"))
+    answer = SelfHealMiddleware(wrapped, sync_store)(request, lambda *_: lambda _: None)
+    assert sum(len(piece) for _, piece in zip(range(pieces), answer, strict=False)) < STREAMED
+    del answer
+    wait_until(lambda: not open_below(sync_store.disk.path))
+
+
 def test_a_start_that_fails_leaves_no_open_file(sync_store: UploadStore) -> None:
     """A server that refuses the headers leaves no file open."""
     sync_store.sync.save("a.png", LARGE)
@@ -252,6 +267,24 @@ def test_hits_ask_no_event_loop(sync_store: UploadStore) -> None:
     assert ask(app, environ("a.png"))[2] == PICTURE
     assert not over.is_set()
     over.set()
+
+
+def test_no_descriptors_for_an_event_loop(sync_store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without descriptors for the store's loop no request hangs: hits are served, misses are 503, later 200."""
+    for name in ("hit.png", "miss.png"):
+        sync_store.sync.save(name, PICTURE)
+    sync_store.disk.path_of("miss.png").unlink()
+    sync_store.sync.close()
+    app, other = SelfHealMiddleware(wrapped, sync_store), environ("x") | {"PATH_INFO": "/other"}
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.events, "new_event_loop", fail)
+        answers = [ask(app, request)[0][:3] for request in (other, environ("hit.png"), environ("miss.png"))]
+    assert answers == ["404", "200", "503"]
+    assert ask(app, environ("miss.png"))[2] == PICTURE
 
 
 def _identity(store: UploadStore, name: str) -> Any:

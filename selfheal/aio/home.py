@@ -19,6 +19,8 @@ T = TypeVar("T")
 EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the interpreter exits
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
+NO_ASYNCIO = "a store needs asyncio's event loop here; elsewhere (trio) call `uploads.sync` in a thread"
+GREENLETS = "a store needs real threads, and gevent or eventlet has replaced them: use gunicorn's gthread workers"
 _HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
 
 
@@ -50,21 +52,24 @@ class HomeLoop:
         """Call `reset` when the home moves away from a loop that has ended, and in a forked process."""
         self._resets.append(reset)
 
-    def at_exit(self, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Await `closing` when the interpreter exits, if the home is a thread of its own then."""
+    def closes_with(self, owner: object, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Await `closing` when the interpreter exits, or nothing refers to `owner` any more (`closing` must not), if
+        the home is a thread of its own then.
+        """
         self._closing = closing
+        weakref.finalize(owner, self._drop).atexit = False
 
     def settle(self) -> None:
         """Make the running loop the home, unless another one is, and runs."""
-        loop = asyncio.get_running_loop()
+        loop = _asyncio_loop()
         with self._lock:
             if not self._runs():
                 self._move_to(loop)
 
     async def run(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Await `work` at home, from any loop; to cancel the caller cancels the work."""
-        loop = self._find()
-        if loop is asyncio.get_running_loop():
+        here, loop = _asyncio_loop(), self._find()
+        if loop is here:
             return await work(*args, **kwargs)
         return await _ask(loop, work, *args, **kwargs)
 
@@ -79,7 +84,7 @@ class HomeLoop:
         except CancelledError:
             raise RuntimeError(ENDED) from None
         except BaseException:
-            answer.cancel()  # without effect if it is done
+            _give_up(answer)
             raise
 
     def soon(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -114,6 +119,12 @@ class HomeLoop:
             with contextlib.suppress(Exception):
                 _submit(loop, self._closing()).result(EXITING_GRACE)
             self.leave_waiting()
+
+    def _drop(self) -> None:
+        """As `exit`, but without waiting, not even for the lock: the garbage collection of any thread calls this."""
+        thread, self._thread, self._loop = self._thread, None, None
+        if thread is not None and thread.loop.is_running():
+            asyncio.run_coroutine_threadsafe(thread.end_after(self._closing), thread.loop)
 
     def _leave(self) -> "_LoopThread | None":
         with self._lock:
@@ -166,11 +177,21 @@ class _LoopThread:
         self._thread = threading.Thread(target=_run_loop, args=(started,), name="selfheal-loop", daemon=True)
         self._thread.start()
         self.loop, self._stopped = started.result()
+        if _running_loop() is self.loop:
+            self.stop()
+            raise RuntimeError(GREENLETS)
 
     def stop(self) -> None:
         """Cancel what still runs, close the loop, and wait for the end of the thread."""
         self.loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join()
+
+    async def end_after(self, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """As `stop`, in the thread itself."""
+        try:
+            await closing()
+        finally:
+            self._stopped.set()
 
 
 def _run_loop(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
@@ -178,7 +199,13 @@ def _run_loop(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]"
         started.set_result((asyncio.get_running_loop(), stopped := asyncio.Event()))
         await stopped.wait()
 
-    asyncio.run(stay())
+    try:
+        with asyncio.Runner() as runner:
+            runner.run(stay())
+    except OSError as error:  # no descriptors: who waits for the start must hear of it
+        if started.done():
+            raise
+        started.set_exception(error)
 
 
 async def _nothing() -> None:
@@ -198,17 +225,26 @@ async def relayed(items: AsyncGenerator[T, None], loop: asyncio.AbstractEventLoo
 async def _ask(
     loop: asyncio.AbstractEventLoop, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    answer = asyncio.wrap_future(_submit(loop, work(*args, **kwargs)))
+    answer = asyncio.wrap_future(handed := _submit(loop, work(*args, **kwargs)))
     try:
         while not (await asyncio.wait((answer,), timeout=LOOK_EVERY))[0]:
             if not loop.is_running():
                 raise RuntimeError(ENDED)
     except asyncio.CancelledError:
         answer.cancel()
+        _give_up(handed)
         raise
     if answer.cancelled():
         raise RuntimeError(ENDED)
     return answer.result()
+
+
+def _give_up(answer: Future[Any]) -> None:
+    """Cancel work, or close what it has returned already (an open file)."""
+    if not answer.cancel() and answer.exception() is None:
+        close = getattr(answer.result(), "close", None)
+        if close is not None:
+            close()
 
 
 def _wait(answer: Future[T], loop: asyncio.AbstractEventLoop) -> T:
@@ -222,6 +258,13 @@ def _wait(answer: Future[T], loop: asyncio.AbstractEventLoop) -> T:
 
 def _submit(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> Future[T]:
     return context_of_work(*waiting_callers()).run(asyncio.run_coroutine_threadsafe, work, loop)
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop:
+    loop = _running_loop()
+    if loop is None:
+        raise RuntimeError(NO_ASYNCIO)
+    return loop
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

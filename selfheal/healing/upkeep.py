@@ -23,7 +23,11 @@ class Upkeep:
         """Start all work, unless it was started before. Any thread may call this, and every request does."""
         if not self._is_started:
             self._is_started = True
-            self._home.soon(self._start)
+            try:
+                self._home.soon(self._start)
+            except OSError:
+                self._is_started = False
+                raise
 
     async def stop(self) -> None:
         """Cancel the work, and wait for that; a later `start` starts it anew."""

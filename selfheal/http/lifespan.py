@@ -26,7 +26,7 @@ async def run_lifespan(app: ASGIApp, opens: Hook, closes: Hook, scope: Scope, re
             await closes()
         await send(message)
 
-    await opens()
+    await _open_or_refuse(opens, receive, send)
     try:
         await app(scope, receive_and_note, send_and_note)
     except Exception:
@@ -43,3 +43,13 @@ async def run_lifespan(app: ASGIApp, opens: Hook, closes: Hook, scope: Scope, re
     if not is_answered:
         await closes()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _open_or_refuse(opens: Hook, receive: Receive, send: Send) -> None:
+    """Let the start of the server fail if `opens` does: without an answer it serves the app, but never starts it."""
+    try:
+        await opens()
+    except Exception as error:
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        raise

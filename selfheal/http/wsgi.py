@@ -70,28 +70,31 @@ def never_stored(start_response: StartResponse) -> StartResponse:
 
 
 class Pieces:
-    """The planned bytes of a file, piece by piece. The server closes it in any case, also if it reads nothing."""
+    """The planned bytes of a file, piece by piece; closed by the server, or with the last reference to it."""
 
     def __init__(self, file: OpenFile, plan: Plan, failed: Failed) -> None:
         self._file = file
-        self._failed = failed
-        self._pieces = self._read(plan)
+        self._pieces = _read(file, plan, failed)
 
     def __iter__(self) -> Iterator[bytes]:
         return self._pieces
-
-    def _read(self, plan: Plan) -> Generator[bytes, None, None]:
-        try:
-            with PIECE_SIZE:
-                yield from self._file.pieces_waiting(plan.start, plan.stop)
-        except OSError as error:
-            self._failed(error)
-            raise
 
     def close(self) -> None:
         """Close the file."""
         self._pieces.close()
         self._file.close()
+
+    def __del__(self) -> None:  # a middleware around this one may forget to close
+        self.close()
+
+
+def _read(file: OpenFile, plan: Plan, failed: Failed) -> Generator[bytes, None, None]:
+    try:
+        with PIECE_SIZE:
+            yield from file.pieces_waiting(plan.start, plan.stop)
+    except OSError as error:
+        failed(error)
+        raise
 
 
 class WholeFile(io.FileIO):

@@ -1,6 +1,7 @@
 """Connections from a URL or from the app's own engine, for the process and the event loop that ask."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import Pool, QueuePool, StaticPool
 
 from ..aio.tasks import Tasks
+from . import forks
 from .backend import Reader, state_of
 from .backends import backend_of, url_of
 from .own_transactions import watch
@@ -39,6 +41,7 @@ class Connections:
         if not isinstance(database, AsyncEngine):
             self.backend.check_schema(schema)
         self._before_opening = before_opening
+        self._has_file = self.backend.file(self.url) is not None
         self._given = database if isinstance(database, AsyncEngine) else None
         self.limit = PoolLimit(pool_size)
         self._timeout = timeout
@@ -59,6 +62,10 @@ class Connections:
     def is_shared(self) -> bool:
         """Whether there is one connection for everything, as to a database in memory."""
         return isinstance(self._given.pool, StaticPool) if self._given else self.backend.is_in_memory(self.url)
+
+    def no_fork(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Return a context in which this process is not forked, if its child could not use the database then."""
+        return forks.no_fork() if self._has_file else contextlib.nullcontext()
 
     @property
     def engine(self) -> AsyncEngine | None:
@@ -108,7 +115,7 @@ class Connections:
 
     def share(self, processes: int) -> int:
         """Share the pool among processes to be forked; return for how many of them it is large enough."""
-        if self.backend.file(self.url) is not None:
+        if self._has_file:
             return processes
         processes = min(processes, self.limit.size)
         self.limit = PoolLimit(self.limit.size // processes)
@@ -127,6 +134,8 @@ class Connections:
         if self.engine is not None:
             return self.engine
         self._before_opening()
+        if self._has_file:
+            forks.check_not_torn()
         if self._given is not None:
             if self._owner is not None and self._owner[0] != os.getpid():
                 self._abandon(self._given)

@@ -43,8 +43,7 @@ def _at_home(method: F) -> F:
 
 
 class Engine:
-    """Connections from a URL or the app's engine. `timeout` (seconds) bounds every wait: `DatabaseUnavailable`.
-    `before_opening` may refuse that connections are opened at all."""
+    """Connections from a URL or the app's engine. `timeout` (seconds) bounds every wait; `before_opening` may raise."""
 
     def __init__(
         self,
@@ -199,16 +198,17 @@ class Engine:
     @contextlib.asynccontextmanager
     async def _connection(self, *, needs_tables: bool = True) -> AsyncIterator[AsyncConnection]:
         try:
-            connection = await self._connect()
-            try:
-                if needs_tables and not self._is_ready:
-                    await self._check_schema(connection)
-                yield connection
-            except TimeoutError:
-                await connection.invalidate()  # the server is silent: this connection is lost
-                raise
-            finally:
-                await asyncio.shield(self._tasks.start(connection.close()))
+            async with self._connections.no_fork():
+                connection = await self._connect()
+                try:
+                    if needs_tables and not self._is_ready:
+                        await self._check_schema(connection)
+                    yield connection
+                except TimeoutError:
+                    await connection.invalidate()  # the server is silent: this connection is lost
+                    raise
+                finally:
+                    await asyncio.shield(self._tasks.start(connection.close()))
         except SchemaError as error:
             raise _named(error, self.where) from error.__cause__
         except (IntegrityError, DataError) as error:

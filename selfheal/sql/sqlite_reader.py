@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .backend import Reader, Rows
+from .forks import no_fork_in_thread
 from .sqlite_file import Identity, existing, identity_of
 
 KEPT_AT_MOST = 5  # idle connections of a reader
@@ -28,12 +29,13 @@ class SQLiteReader(Reader):
         self._idle: list[_Connection] = []
 
     def rows_in_thread(self, text: str, values: Sequence[Any]) -> Rows:
-        connection = self._take()
-        try:
-            rows = connection.execute(text, values).fetchall()
-        except sqlite3.Error:
-            connection.close()
-            raise
+        with no_fork_in_thread():
+            connection = self._take()
+            try:
+                rows = connection.execute(text, values).fetchall()
+            except sqlite3.Error:
+                connection.close()
+                raise
         self._give_back(connection)
         return rows
 
