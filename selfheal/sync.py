@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .store import Saved, Upload, UploadStore
 
 T = TypeVar("T")
+_CLOSING: set[asyncio.Task[None]] = set()
+"""An event loop does not keep its tasks alive."""
 
 
 class SyncUploadStore:
@@ -139,9 +141,9 @@ class SyncImageStorage:
         """Store bytes under a name; see `ImageStorage.store_image`."""
         return _call(self._home, self._database.store_image, name, data, connection=connection, **more)
 
-    def store_many(self, files: Sequence[SmallFile]) -> set[str]:
+    def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
         """Store files under new names; see `ImageStorage.store_many`."""
-        return self._home.call(self._database.store_many, files)
+        return self._home.call(self._database.store_many, files, refuse_conflicts=refuse_conflicts)
 
     def bury(self, name: str, *, connection: AnyConnection | None = None) -> Record | None:
         """Make the record of a name a tombstone; see `ImageStorage.bury`."""
@@ -183,10 +185,21 @@ def _call(
 
 
 def iterate(home: HomeLoop, items: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-    """Yield what an async generator yields at home."""
+    """Yield what an async generator yields at home; it is closed there soon after."""
     try:
         while item := home.call(next_item, items):
             yield item[0]
     finally:
-        with contextlib.suppress(RuntimeError):  # its loop has ended; or a step that was broken off ends it
-            home.call(items.aclose)
+        home.release(lambda: _close(items))
+
+
+def _close(items: AsyncGenerator[T, None]) -> None:
+    with contextlib.suppress(RuntimeError):  # its loop has ended
+        loop = asyncio.get_running_loop()
+        _CLOSING.add(closing := loop.create_task(_closed(items)))
+        closing.add_done_callback(_CLOSING.discard)
+
+
+async def _closed(items: AsyncGenerator[T, None]) -> None:
+    with contextlib.suppress(RuntimeError):  # a step that was broken off ends it
+        await items.aclose()

@@ -235,7 +235,7 @@ class _Relayed:
             self._pieces.close()
         finally:
             if body is not None:
-                self._home.soon(body.close)
+                self._home.release(body.close)
 
     def __del__(self) -> None:
         self.close()

@@ -95,6 +95,16 @@ class HomeLoop:
         else:
             loop.call_soon_threadsafe(lambda: function(*args, **kwargs))
 
+    def release(self, function: Callable[[], object]) -> None:
+        """Call `function` at home, or here if that has ended. It waits for nothing, not even for a lock: the garbage
+        collection of any thread may call this.
+        """
+        loop = self._loop
+        if loop is not None and loop.is_running():
+            loop.call_soon_threadsafe(function)
+        else:
+            function()
+
     def iterate(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """Yield on the running loop what an async generator yields at home."""
         loop = self._find()
