@@ -79,8 +79,8 @@ class _Rows:
 
     def end_flush(self, session: Session, _: Any) -> None:
         """Delete what no row got."""
-        changes = session.info.get(self)
-        for name in () if changes is None else changes.lost.keys() - changes.gained:
+        changes: _Changes = session.info.get(self) or _Changes()
+        for name in changes.lost.keys() - changes.gained:
             _run_without_waiting(self._uploads.database.bury(name, connection=changes.lost[name]))
             self._uploads.home.soon(self._uploads.background.expect, name)
             changes.buried.add(name)
