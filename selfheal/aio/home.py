@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -19,6 +20,10 @@ T = TypeVar("T")
 EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the interpreter exits
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
+GREEN_THREADS = (
+    ("gevent.monkey", "is_module_patched", "threading"),
+    ("eventlet.patcher", "is_monkey_patched", "thread"),
+)
 _HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
 
 
@@ -154,6 +159,18 @@ class HomeLoop:
         self._reset()
 
 
+def refuse_green_threads() -> None:
+    """Raise `RuntimeError` if gevent or eventlet has replaced the threads: an event loop in one would stop all."""
+    for module, question, threads in GREEN_THREADS:
+        is_patched = getattr(sys.modules.get(module), question, None)
+        if is_patched is not None and is_patched(threads):
+            library = module.partition(".")[0]
+            raise RuntimeError(
+                f"{library} has replaced Python's threads, and an event loop cannot run in one of its own: use workers "
+                "with real threads (gunicorn --worker-class gthread --threads 16)"
+            )
+
+
 class _LoopThread:
     """An event loop in a daemon thread.
 
@@ -162,6 +179,7 @@ class _LoopThread:
     """
 
     def __init__(self) -> None:
+        refuse_green_threads()
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(target=_run_loop, args=(started,), name="selfheal-loop", daemon=True)
         self._thread.start()
