@@ -1,10 +1,11 @@
 """Uploads of an app's own rows (SQLAlchemy ORM): saved in the row's transaction, and deleted with the row."""
 
 from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Dialect, String, TypeDecorator, event, inspect, select
-from sqlalchemy.orm import Mapper, object_session
+from sqlalchemy.orm import Mapper, Session, object_session
 
 from . import names
 from .store import UploadStore
@@ -25,49 +26,81 @@ class UploadName(TypeDecorator[str]):
 
 def delete_with_rows(base: type[Any], uploads: UploadStore) -> None:
     """Delete the uploads named in `UploadName` columns of `base` and its subclasses in the transaction that deletes
-    their row, or gives it another upload; `undo` brings them back. Two rows must not name the same upload.
+    their row, or gives it another upload; `undo` brings them back. One that another row gets in the same flush stays.
+    Two rows must not name the same upload.
 
     Only the ORM's unit of work is seen (`session.delete`, a changed attribute): not `delete(Model).where(…)`, not what
     the database does itself (ON DELETE CASCADE).
     """
     rows = _Rows(uploads)
-    event.listen(base, "after_delete", rows.deleted, propagate=True)
+    event.listen(base, "before_insert", rows.inserted, propagate=True)
     event.listen(base, "before_update", rows.updated, propagate=True)
+    event.listen(base, "before_delete", rows.deleted, propagate=True)
+    event.listen(Session, "before_flush", rows.begin_flush)
+    event.listen(Session, "after_flush", rows.end_flush)
+    event.listen(Session, "after_commit", rows.committed)
+
+
+@dataclass(eq=False)
+class _Changes:
+    """The names that rows lose and get in one flush, and those that were deleted since the last commit."""
+
+    lost: dict[str, Connection] = field(default_factory=dict)
+    gained: set[str] = field(default_factory=set)
+    buried: set[str] = field(default_factory=set)
 
 
 class _Rows:
     def __init__(self, uploads: UploadStore) -> None:
         self._uploads = uploads
 
-    def deleted(self, mapper: Mapper[Any], connection: Connection, row: Any) -> None:
-        for key, column in _columns(mapper):
-            name = inspect(row).dict.get(key) or self._stored(mapper, connection, row, column)
-            self._bury(connection, row, name)
+    def inserted(self, mapper: Mapper[Any], _: Connection, row: Any) -> None:
+        for key, _column in _columns(mapper):
+            self._changes(row).gained.update(inspect(row).attrs[key].history.added or ())
 
     def updated(self, mapper: Mapper[Any], connection: Connection, row: Any) -> None:
         for key, column in _columns(mapper):
             history = inspect(row).attrs[key].history
-            if not history.added and not history.deleted:
-                continue
-            before = history.deleted[0] if history.deleted else self._stored(mapper, connection, row, column)
-            if before not in history.added:
-                self._bury(connection, row, before)
+            if history.added or history.deleted:
+                self._lose(connection, row, history.deleted or [_stored(mapper, connection, row, column)])
+                self._changes(row).gained.update(history.added or ())
 
-    def _stored(self, mapper: Mapper[Any], connection: Connection, row: Any, column: Any) -> str | None:
-        """Return the name in the table: the row's attribute was not loaded."""
-        key = zip(mapper.primary_key, mapper.primary_key_from_instance(row), strict=True)
-        name: str | None = connection.scalar(select(column).where(*(part == value for part, value in key)))
-        return name
+    def deleted(self, mapper: Mapper[Any], connection: Connection, row: Any) -> None:
+        for key, column in _columns(mapper):
+            history = inspect(row).attrs[key].history
+            before = history.unchanged or history.deleted or [_stored(mapper, connection, row, column)]
+            self._lose(connection, row, [*before, *(history.added or ())])
 
-    def _bury(self, connection: Connection, row: Any, name: str | None) -> None:
-        if name is None or not names.is_valid(name):
-            return
-        _run_without_waiting(self._uploads.database.bury(name, connection=connection))
-        background, soon = self._uploads.background, self._uploads.home.soon
-        soon(background.expect, name)
+    def begin_flush(self, session: Session, *_: Any) -> None:
+        """Forget what a flush that failed has left."""
+        changes = session.info.get(self)
+        if changes is not None:
+            changes.lost, changes.gained = {}, set()
+
+    def end_flush(self, session: Session, _: Any) -> None:
+        """Delete what no row got."""
+        changes: _Changes = session.info.get(self) or _Changes()
+        for name in changes.lost.keys() - changes.gained:
+            _run_without_waiting(self._uploads.database.bury(name, connection=changes.lost[name]))
+            self._uploads.home.soon(self._uploads.background.expect, name)
+            changes.buried.add(name)
+
+    def committed(self, session: Session) -> None:
+        """Compare the files of what was deleted, unless only a savepoint was released."""
+        changes = session.info.get(self)
+        if changes is not None and not session.in_nested_transaction():
+            while changes.buried:
+                self._uploads.home.soon(self._uploads.background.compare_now, changes.buried.pop())
+
+    def _lose(self, connection: Connection, row: Any, lost: list[Any]) -> None:
+        valid = [name for name in lost if isinstance(name, str) and names.is_valid(name)]
+        self._changes(row).lost.update(dict.fromkeys(valid, connection))
+
+    def _changes(self, row: Any) -> _Changes:
         session = object_session(row)
-        if session is not None:
-            event.listen(session, "after_commit", lambda _session: soon(background.compare_now, name), once=True)
+        assert session is not None  # noqa: S101 - it is being flushed
+        changes: _Changes = session.info.setdefault(self, _Changes())
+        return changes
 
 
 def _columns(mapper: Mapper[Any]) -> Iterator[tuple[str, Any]]:
@@ -75,6 +108,13 @@ def _columns(mapper: Mapper[Any]) -> Iterator[tuple[str, Any]]:
         column = attribute.columns[0]
         if isinstance(column.type, UploadName):
             yield attribute.key, column
+
+
+def _stored(mapper: Mapper[Any], connection: Connection, row: Any, column: Any) -> Any:
+    """Return the name in the table: the row's attribute was not loaded."""
+    key = zip(mapper.primary_key, inspect(row).identity or (), strict=True)
+    query = select(column).select_from(mapper.persist_selectable)  # the tables of joined inheritance belong together
+    return connection.scalar(query.where(*(part == value for part, value in key)))
 
 
 def _run_without_waiting(work: Coroutine[Any, Any, T]) -> T:

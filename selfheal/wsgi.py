@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from .aio.home import HomeLoop
+from .aio.home import HomeLoop, refuse_green_threads
 from .disk.open_file import PIECE, OpenFile
 from .events import Kind
 from .healing.bodies import Body
@@ -36,7 +36,8 @@ Opening = Callable[[str], OpenFile | Body | None]
 class SelfHealMiddleware:
     """Serves the uploads of a WSGI app and heals them: the options are those of `selfheal.SelfHealMiddleware`.
 
-    The store opens at the first request in each process, and closes when the process ends.
+    The store opens at the first request in each process, and closes when the process ends. Raises `RuntimeError` if
+    gevent or eventlet has replaced the threads.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SelfHealMiddleware:
         adopt: bool = True,
         cache_control: str | None = None,
     ) -> None:
+        refuse_green_threads()
         self.app = app
         self.store = store or UploadStore.from_env()
         self._prefix = Prefix(self.store.share_prefix(prefix))

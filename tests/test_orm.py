@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from sqlalchemy import create_engine, select
+from sqlalchemy import ForeignKey, create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -36,7 +36,18 @@ class Models:
         class Cat(Animal):
             __mapper_args__: ClassVar = {"polymorphic_identity": "cat"}
 
-        self.base, self.animal, self.cat = Base, Animal, Cat
+        class Dog(Animal):
+            __tablename__ = "dog"
+            id: Mapped[int] = mapped_column(ForeignKey("animal.id"), primary_key=True)
+            collar: Mapped[str | None] = mapped_column(UploadName)
+            __mapper_args__: ClassVar = {"polymorphic_identity": "dog"}
+
+        class Document(Base):
+            __tablename__ = "document"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            scan: Mapped[str | None] = mapped_column(UploadName, deferred=True)
+
+        self.base, self.animal, self.cat, self.dog, self.document = Base, Animal, Cat, Dog, Document
 
 
 @pytest.fixture
@@ -145,6 +156,86 @@ def test_a_row_that_was_not_loaded(uploads: UploadStore, session: Session, model
     session.delete(session.scalars(select(models.animal)).one())
     session.commit()
     assert is_deleted(uploads, "big.png")
+
+
+def test_a_table_of_its_own(uploads: UploadStore, session: Session, models: Models) -> None:
+    """With joined inheritance, it is the upload of the changed row that is deleted, not that of another row."""
+    rows = []
+    for name in ("1.png", "2.png", "3.png"):
+        uploads.sync.save(name, name.encode(), connection=session)
+        rows.append(models.dog(collar=name))
+    session.add_all(rows)
+    session.commit()
+    rows[1].collar = None
+    session.commit()
+    assert [is_deleted(uploads, f"{number}.png") for number in (1, 2, 3)] == [False, True, False]
+
+
+def test_a_deferred_column(uploads: UploadStore, session: Session, models: Models) -> None:
+    """An upload whose column is loaded only on demand is deleted with its row."""
+    uploads.sync.save("scan.png", b"scan", connection=session)
+    session.add(models.document(scan="scan.png"))
+    session.commit()
+    session.expunge_all()
+    session.delete(session.scalars(select(models.document)).one())
+    session.commit()
+    assert is_deleted(uploads, "scan.png")
+
+
+def test_changed_then_deleted(uploads: UploadStore, session: Session, models: Models) -> None:
+    """A row that gets another upload, and is deleted before that is flushed, keeps neither of the two."""
+    row = add(uploads, session, models.cat)
+    assert row.picture == "big.png"
+    uploads.sync.save("new.png", b"new", connection=session)
+    row.picture = "new.png"
+    session.delete(row)
+    session.commit()
+    assert is_deleted(uploads, "big.png")
+    assert is_deleted(uploads, "new.png")
+
+
+def test_handed_to_another_row(uploads: UploadStore, session: Session, models: Models) -> None:
+    """An upload that another row gets in the same flush stays: columns swapped, or a row replaced by another one."""
+    row = add(uploads, session, models.cat)
+    row.picture, row.thumbnail = row.thumbnail, row.picture
+    session.commit()
+    session.add(models.document(scan=row.picture))
+    session.delete(row)
+    session.commit()
+    assert not is_deleted(uploads, "small.png")
+    assert is_deleted(uploads, "big.png")
+
+
+def test_a_flush_that_fails(uploads: UploadStore, session: Session, models: Models) -> None:
+    """What a failed flush would have deleted is not deleted by the next one."""
+    row = add(uploads, session, models.cat)
+    session.delete(row)
+    session.add(models.document(scan="../etc/passwd"))
+    with pytest.raises(Exception, match="passwd"):
+        session.flush()
+    session.rollback()
+    session.add(models.document())
+    session.commit()
+    assert not is_deleted(uploads, "big.png")
+
+
+def test_deleted_within_a_savepoint(uploads: UploadStore, session: Session, models: Models) -> None:
+    """The file goes with the commit of the transaction, not when its savepoint is released."""
+    row = add(uploads, session, models.cat)
+    with session.begin_nested():
+        session.delete(row)
+    assert set(contents_of(uploads.disk.path)) == {"big.png", "small.png"}
+    session.commit()
+    wait_until(lambda: contents_of(uploads.disk.path) == {})
+
+
+def test_many_commits_of_one_session(uploads: UploadStore, session: Session, models: Models) -> None:
+    """A session that deletes rows for a long time has no more listeners than before."""
+    before = len(list(session.dispatch.after_commit))
+    for _ in range(3):
+        session.delete(add(uploads, session, models.cat))
+        session.commit()
+    assert len(list(session.dispatch.after_commit)) == before
 
 
 def test_no_other_names(uploads: UploadStore, session: Session, models: Models) -> None:

@@ -274,28 +274,6 @@ def test_a_script_that_closes_nothing(directory: Path, database_url: str, more: 
     assert Done(done.returncode, done.stdout, done.stderr) == Done(0, "", "")
 
 
-GREENLETS = """if True:
-    from gevent import monkey
-    monkey.patch_all()
-    import sys
-    from selfheal import UploadStore
-    for _ in range(2):
-        try:
-            UploadStore(sys.argv[1], sys.argv[2]).sync.database.create_tables()
-        except RuntimeError as error:
-            print(error)
-"""
-
-
-def test_greenlets_in_place_of_threads(directory: Path, sqlite_url: str) -> None:
-    """Where threads are greenlets (gunicorn's gevent workers), each call fails at once and says why."""
-    pytest.importorskip("gevent", reason="gevent is not installed: pip install gevent")
-    command = [sys.executable, "-c", GREENLETS, str(directory), sqlite_url]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SECONDS)
-    assert done.stdout.count("gthread") == 2
-    assert done.returncode == 0
-
-
 def test_a_loop_that_is_not_asyncios(directory: Path, sqlite_url: str) -> None:
     """A coroutine outside of asyncio (trio) fails at once and says what to do."""
     store = UploadStore(directory, sqlite_url)

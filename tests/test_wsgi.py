@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from wsgiref.util import FileWrapper
@@ -373,3 +375,21 @@ def test_a_store_that_cannot_open(directory: Path, sqlite_url: str, tmp_path: Pa
     first.sync.close()
     assert ask(app, environ("a.png"))[2] == b"wrapped"
     second.sync.close()
+
+
+GREEN_THREADS = [
+    ("gevent.monkey", "is_module_patched", "threading"),
+    ("eventlet.patcher", "is_monkey_patched", "thread"),
+]
+
+
+@pytest.mark.parametrize(("module", "question", "threads"), GREEN_THREADS)
+def test_threads_that_were_replaced(
+    directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, module: str, question: str, threads: str
+) -> None:
+    """Where a library has replaced the threads, the worker does not start, and one line says which one would."""
+    store = UploadStore(directory, sqlite_url)
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{question: lambda name: name == threads}))
+    for start in (lambda: SelfHealMiddleware(wrapped, store), lambda: store.sync.url("a.png", versioned=True)):
+        with pytest.raises(RuntimeError, match=r"has replaced Python's threads.*--worker-class gthread"):
+            start()

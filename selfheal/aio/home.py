@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -20,7 +21,10 @@ EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the int
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
 NO_ASYNCIO = "a store needs asyncio's event loop here; elsewhere (trio) call `uploads.sync` in a thread"
-GREENLETS = "a store needs real threads, and gevent or eventlet has replaced them: use gunicorn's gthread workers"
+GREEN_THREADS = (
+    ("gevent.monkey", "is_module_patched", "threading"),
+    ("eventlet.patcher", "is_monkey_patched", "thread"),
+)
 _HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
 
 
@@ -175,6 +179,18 @@ class HomeLoop:
         self._reset()
 
 
+def refuse_green_threads() -> None:
+    """Raise `RuntimeError` if gevent or eventlet has replaced the threads: an event loop in one would stop all."""
+    for module, question, threads in GREEN_THREADS:
+        is_patched = getattr(sys.modules.get(module), question, None)
+        if is_patched is not None and is_patched(threads):
+            library = module.partition(".")[0]
+            raise RuntimeError(
+                f"{library} has replaced Python's threads, and an event loop cannot run in one of its own: use workers "
+                "with real threads (gunicorn --worker-class gthread --threads 16)"
+            )
+
+
 class _LoopThread:
     """An event loop in a daemon thread.
 
@@ -183,13 +199,11 @@ class _LoopThread:
     """
 
     def __init__(self) -> None:
+        refuse_green_threads()
         started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
         self._thread = threading.Thread(target=_run_loop, args=(started,), name="selfheal-loop", daemon=True)
         self._thread.start()
         self.loop, self._stopped = started.result()
-        if _running_loop() is self.loop:
-            self.stop()
-            raise RuntimeError(GREENLETS)
 
     def stop(self) -> None:
         """Cancel what still runs, close the loop, and wait for the end of the thread."""

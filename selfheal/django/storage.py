@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
@@ -129,15 +128,11 @@ class SelfHealStorage(Storage):  # type: ignore[misc]  # Django has no types
         return is_on_disk if record is None else not record.is_deleted
 
     def listdir(self, path: str) -> tuple[list[str], list[str]]:
-        """Return the names of the folders and of the files that are stored below `path`. It reads all records."""
+        """Return the names of the folders and of the files that are stored below `path`."""
         below = _checked(path.strip("/")) + "/" if path.strip("/") else ""
-        found = {record.name[len(below) :] for record in self._records() if record.name.startswith(below)}
-        folders = {first for name in found for first, slash, _ in (name.partition("/"),) if slash}
-        return sorted(folders), sorted(name for name in found if "/" not in name)
-
-    def _records(self) -> Iterator[Record]:
-        for page in self.uploads.sync.database.pages():
-            yield from page
+        store = self.uploads
+        folders, files = store.home.call(store.database.catalogue.children, below)
+        return sorted(folders), sorted(files)
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""

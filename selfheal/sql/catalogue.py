@@ -1,5 +1,6 @@
 """The catalogue: reads of records and their history, one name or many at a time."""
 
+import os
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ from .models import (
 )
 from .queries import Queries
 from .schema import Tables
+
+_LAST = "\U0010ffff"
+"""No character comes after it."""
 
 
 class Catalogue:
@@ -66,6 +70,24 @@ class Catalogue:
             if not _is_text(rows):
                 return
             after = rows[-1][0]
+
+    async def children(self, below: str, size: int = 1000) -> tuple[set[str], set[str]]:
+        """Return the folders and the files right below `below`, which is empty or ends with a slash.
+
+        Names are read in pages; after each one, the rest of the folder in which it ends is skipped.
+        """
+        folders: set[str] = set()
+        files: set[str] = set()
+        after = below
+        while rows := await self._engine.rows(self._queries.pages[False], after=self._bound(after), size=size):
+            found = [row[0].removeprefix(below) for row in rows if isinstance(row[0], str) and row[0].startswith(below)]
+            folders.update(name.partition("/")[0] for name in found if "/" in name)
+            files.update(name for name in found if "/" not in name)
+            if len(found) < size:
+                break
+            folder, slash, _ = found[-1].partition("/")
+            after = max(below + found[-1], f"{below}{folder}/{_LAST}" if slash else "", key=os.fsencode)
+        return folders, files
 
     async def key_ranges(self, size: int) -> AsyncGenerator[KeyRange, None]:
         """Yield ranges that cover all names; each has at most `size` records, and those that are saved meanwhile."""

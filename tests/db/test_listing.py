@@ -40,6 +40,31 @@ async def test_pages(images: ImageStorage, size: int) -> None:
     assert {record.name: record for record in got} == await images.catalogue.find(SIMILAR_NAMES)
 
 
+@pytest.mark.parametrize("size", [1, 2, 1000])
+async def test_children(images: ImageStorage, size: int) -> None:
+    """The folders and files right below a folder are found, with names before and after those of its neighbours."""
+    stored = [
+        "a.png",
+        "cat",
+        "cats!/x",
+        "cats/a",
+        "cats/b/c/d",
+        "cats/b0",
+        "cats/\U0010ffff",
+        "cats0",
+        "cats.png",
+        "é/x",
+    ]
+    await images.store_many([small_file(name, name.encode()) for name in (*stored, "cats/gone", "gone/x")])
+    for name in ("cats/gone", "gone/x"):
+        await images.bury(name)
+    children = images.catalogue.children
+    assert await children("", size) == ({"cats!", "cats", "é"}, {"a.png", "cat", "cats0", "cats.png"})
+    assert await children("cats/", size) == ({"b"}, {"a", "b0", "\U0010ffff"})
+    assert await children("cats/b/", size) == ({"c"}, set())
+    assert await children("none/", size) == (set(), set())
+
+
 async def test_pages_of_text_that_is_no_utf8(directory: Path, sqlite_url: str) -> None:
     """Pages have names that are not UTF-8, which SQLite may store, once, and the names after them."""
     async with UploadStore(directory, sqlite_url) as store:

@@ -230,9 +230,9 @@ def test_no_new_migrations(site: Path) -> None:
     call_command("makemigrations", check=True, dry_run=True, verbosity=0)
 
 
-def manage(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def manage(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `django-admin` with the settings of the example."""
-    environ = {"GALLERY_HOME": str(home), "DJANGO_SETTINGS_MODULE": "examples.django_app.settings"}
+    environ = {"GALLERY_HOME": str(home), "DJANGO_SETTINGS_MODULE": "examples.django_app.settings", **more}
     command = [sys.executable, "-W", "always", "-m", "django", *arguments]
     return subprocess.run(command, env=os.environ | environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -250,3 +250,21 @@ def test_commands(tmp_path: Path) -> None:
     assert (tmp_path / "media" / "tom.jpg").read_bytes() == b"old"
     assert "verify" in manage(tmp_path, "selfheal", "--help").stdout
     assert manage(tmp_path, "selfheal", "verify", "--no-such-flag").returncode == 2
+
+
+def test_commands_for_another_storage(tmp_path: Path) -> None:
+    """`manage.py selfheal … --storage ALIAS` is for that storage; one line says what is wrong with an alias."""
+    (tmp_path / "two.py").write_text(
+        "from examples.django_app.settings import *\n"
+        "private = {'directory': HOME / 'private', 'prefix': '/private/', 'table_prefix': 'private_'}\n"
+        "STORAGES['private'] = {'BACKEND': 'selfheal.django.SelfHealStorage', 'OPTIONS': private}\n"
+    )
+    environ = {"DJANGO_SETTINGS_MODULE": "two", "PYTHONPATH": str(tmp_path)}
+    assert manage(tmp_path, "migrate", **environ).returncode == 0
+    (tmp_path / "private" / "cv.pdf").write_bytes(b"cv")
+    migrated = manage(tmp_path, "selfheal", "migrate", "--storage", "private", "--json", **environ)
+    assert '"migrated": 1' in migrated.stdout
+    assert manage(tmp_path, "selfheal", "list", **environ).stdout == ""
+    refused = manage(tmp_path, "selfheal", "verify", "--storage=none", **environ)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("error: Could not find config for 'none' in settings.STORAGES.")
