@@ -5,7 +5,9 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from ..aio.home import HomeLoop
+from ..events import logger
 
+AGAIN_AFTER = 60.0  # seconds until work is begun again that an unexpected error ended
 Work = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -39,7 +41,16 @@ class Upkeep:
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work()) for work in self._works]
+        self._tasks = [loop.create_task(_run(work)) for work in self._works]
 
     def _forget(self) -> None:
         self._is_started, self._tasks = False, []
+
+
+async def _run(work: Work) -> None:
+    while True:
+        try:
+            await work()
+        except Exception:  # noqa: BLE001 - of any kind: nobody else begins it again
+            logger.exception("the upkeep of the uploads failed; it begins again in %g s", AGAIN_AFTER)
+        await asyncio.sleep(AGAIN_AFTER)

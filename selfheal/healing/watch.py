@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import names
@@ -56,26 +57,31 @@ class Watch:
         while True:
             try:
                 await self._watch()
-            except (OSError, RuntimeError) as error:  # such as the system's limit of watches
-                logger.warning("%s cannot be watched, tried again in %g s: %s", self.disk.path, LONGEST_RETRY, error)
+            except* (OSError, RuntimeError) as errors:  # such as the system's limit of watches; `awatch` raises groups
+                why = errors.exceptions[0]
+                logger.warning("%s cannot be watched, tried again in %g s: %s", self.disk.path, LONGEST_RETRY, why)
                 self.vanished.lose("as the watch ended")
                 await asyncio.sleep(LONGEST_RETRY)
             else:
                 self.vanished.lose("with the uploads directory")
                 await asyncio.sleep(RESTART_AFTER)
-                self.rescan()
+            self.rescan()
 
     async def _watch(self) -> None:
         """Watch the root for as long as it is the same one."""
         life = await self.disk.threads.run(_life, self.disk)
         if not life:
             return
-        changes = self._changes(self.disk.path, watch_filter=None, rust_timeout=TICK, yield_on_timeout=True)
         with contextlib.suppress(FileNotFoundError):  # it is lost already
-            await self._follow(changes, life)
+            try:
+                await self._follow([self.disk.path], life)
+            except PermissionError:  # for a folder, such as `lost+found`: the others are named one by one
+                await self._follow(await self.disk.threads.run(_readable_folders, self.disk.path), life)
 
-    async def _follow(self, changes: Any, life: Life) -> None:
-        async with aclosing(changes):
+    async def _follow(self, folders: list[Path], life: Life) -> None:
+        is_partial = len(folders) > 1
+        options = {"watch_filter": None, "rust_timeout": TICK, "yield_on_timeout": True}
+        async with aclosing(self._changes(*folders, ignore_permission_denied=is_partial, **options)) as changes:
             async for batch in changes:
                 if await self.disk.threads.run(_life, self.disk) != life:
                     return
@@ -130,6 +136,11 @@ def _names(disk: UploadsDirectory, paths: Iterable[str]) -> list[str]:
 
 def _files_below(folder: str) -> list[str]:
     return [os.path.join(above, file) for above, _, files in os.walk(folder) for file in files]
+
+
+def _readable_folders(root: Path) -> list[Path]:
+    """Return all directories of which this user may list the entries."""
+    return [Path(folder) for folder, _, _ in os.walk(root)]
 
 
 def _life(disk: UploadsDirectory) -> Life:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import watchfiles  # noqa: F401 - a test as another user may not import it later
 
 from selfheal import MissingExtra, UploadStore
 from tests.support import environment
@@ -465,6 +466,54 @@ async def test_a_directory_that_cannot_be_watched(
         await eventually(lambda: "cannot be watched" in caplog.text)
         watch._changes = real
         await watches(store)
+
+
+async def test_a_watch_that_fails_while_it_runs(
+    watching: UploadStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A watch that fails while it runs is one log line, and begins again: what the app writes and deletes holds."""
+    set_constants(monkeypatch, LONGEST_RETRY=0.2)
+    with open(os.fsencode(watching.disk.path) + b"/\xff.jpg", "wb"):  # the watch cannot tell of such a name
+        await eventually(lambda: "cannot be watched" in caplog.text)
+    await asyncio.sleep(0.5)
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await eventually(lambda: _is_deleted(watching, NAME))
+
+
+async def test_work_that_fails_begins_again(watching: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody expected ends neither the watch nor the sweep for good."""
+    set_constants(monkeypatch, AGAIN_AFTER=0.2)
+
+    async def fails(*_: object) -> None:
+        raise ValueError("nobody expected this")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(watching.upkeep._works[-1].__self__.vanished, "decide", fails)  # type: ignore[attr-defined]
+        await asyncio.sleep(0.5)
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await eventually(lambda: _is_deleted(watching, NAME))
+
+
+async def test_a_folder_that_may_not_be_watched(ordinary_directory: Path) -> None:
+    """A directory that this user may not read, such as `lost+found` of a volume, keeps no other from being watched."""
+    for folder in ("a", "lost+found", "z/below"):
+        (ordinary_directory / "uploads" / folder).mkdir(parents=True)
+    (ordinary_directory / "uploads/lost+found").chmod(0o000)
+    url = f"sqlite+aiosqlite:///{ordinary_directory}/catalogue.db"
+    async with UploadStore(ordinary_directory / "uploads", url, watch=True, settled_after=0.1) as store:
+        await store.database.create_tables()
+        store.upkeep.start()
+        await watches(store)
+        for name in ("a/1.jpg", "z/below/1.jpg", "new/1.jpg", "1.jpg"):
+            write_file(store.disk.path_of(name), NEW)
+            await eventually(lambda name=name: _has(store, name, NEW))  # type: ignore[misc]
+            store.disk.path_of(name).unlink()
+            await eventually(lambda name=name: _is_deleted(store, name))  # type: ignore[misc]
+    (ordinary_directory / "uploads/lost+found").chmod(0o700)
 
 
 async def test_closing_ends_the_watch(directory: Path, sqlite_url: str) -> None:
