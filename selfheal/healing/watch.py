@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..disk.mark import MARK
 from ..errors import DatabaseUnavailable, MissingExtra
 from ..events import logger
 from .background import BackgroundChecks
+from .evidence import NEVER
 from .pace import Pace
 from .vanished import VanishedFiles
 
@@ -81,12 +83,17 @@ class Watch:
     async def _follow(self, folders: list[Path], life: Life) -> None:
         is_partial = len(folders) > 1
         options = {"watch_filter": None, "rust_timeout": TICK, "yield_on_timeout": True}
-        async with aclosing(self._changes(*folders, ignore_permission_denied=is_partial, **options)) as changes:
-            async for batch in changes:
-                if await self.disk.threads.run(_life, self.disk) != life:
-                    return
-                await self._note(batch)
-                await self.vanished.decide()
+        evidence = self.background.reconciler.evidence
+        evidence.watching_from_ns = time.time_ns()
+        try:
+            async with aclosing(self._changes(*folders, ignore_permission_denied=is_partial, **options)) as changes:
+                async for batch in changes:
+                    if await self.disk.threads.run(_life, self.disk) != life:
+                        return
+                    await self._note(batch)
+                    await self.vanished.decide()
+        finally:
+            evidence.watching_from_ns = NEVER
 
     async def _note(self, changes: Iterable[Change]) -> None:
         vanished = {path for kind, path in changes if kind == DELETED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -161,6 +162,20 @@ async def test_a_torn_file_is_no_overwrite(store: UploadStore, torn: Callable[[i
         await hit_and_settle(next_process, NAME)
         assert await on_disk_and_in_database(next_process, NAME) == noise(size)
     assert await set_aside(store, NAME) == [torn(size)]
+
+
+async def test_an_overwrite_that_has_just_begun(recorded: UploadStore, next_process: UploadStore) -> None:
+    """A file that the app has emptied, and is about to write, is not taken for torn: the app's bytes win."""
+    next_process.reconciler.settled_after = 0.5
+    with recorded.disk.path_of(NAME).open("wb", buffering=0) as file:
+        hit = asyncio.create_task(hit_and_settle(next_process, NAME))
+        await asyncio.sleep(0.2)
+        file.write(NEW)
+        await hit
+    assert on_disk(recorded, NAME) == NEW
+    await asyncio.sleep(1.2)  # it failed, and is due again
+    await hit_and_settle(next_process, NAME)
+    assert await on_disk_and_in_database(next_process, NAME) == NEW
 
 
 # -- what loses is not lost -------------------------------------------------------------------------------------------

@@ -313,6 +313,61 @@ async def test_a_directory_that_is_moved_in(watching: UploadStore, tmp_path: Pat
     await eventually(lambda: _has(watching, "made/x/a.jpg", NEW))
 
 
+@pytest.mark.parametrize("data", [OLD, NEW], ids=["the same bytes", "other bytes"])
+@pytest.mark.parametrize("is_asked", [False, True])
+async def test_a_name_that_is_written_anew(watching: UploadStore, data: bytes, is_asked: bool) -> None:
+    """A name that the app deleted, and later writes again, is a new file: it stays, whether visitors ask or not."""
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await eventually(lambda: _is_deleted(watching, NAME))
+    path.write_bytes(data)
+    for _ in range(5 if is_asked else 0):
+        assert (await ask(wrapping(watching, True), f"{PREFIX}/{NAME}")).body == data
+        await asyncio.sleep(0.05)
+    await eventually(lambda: _has(watching, NAME, data))
+    await settled(watching)
+    assert await on_disk_and_in_database(watching, NAME) == data
+
+
+async def test_an_old_copy_of_a_deleted_name(watching: UploadStore, other_store: UploadStore) -> None:
+    """A copy that was there before its name was deleted elsewhere goes, though the app writes its files itself."""
+    watching.disk.path_of(NAME).parent.mkdir(parents=True)
+    path = write_file(watching.disk.path_of(NAME), OLD)
+    await eventually(lambda: _has(watching, NAME, OLD))
+    await settled(watching)
+    await other_store.delete(NAME)
+    path.chmod(0o640)  # an event, but nothing that the app has written
+    await eventually(lambda: on_disk(watching, NAME) is None)
+    assert await _is_deleted(watching, NAME)
+
+
+async def test_an_earlier_picture_again(watching: UploadStore) -> None:
+    """Bytes that a name had before, and that the app writes again while it runs, are its newest ones."""
+    path = watching.disk.path_of("tom.jpg")
+    for data in (OLD, NEW, OLD):
+        path.write_bytes(data)
+        await eventually(lambda data=data: _has(watching, "tom.jpg", data))  # type: ignore[misc]
+        await settled(watching)
+    assert await on_disk_and_in_database(watching, "tom.jpg") == OLD
+    assert await history_of(watching, "tom.jpg") == [NEW, OLD]
+
+
+async def test_a_file_that_is_moved_over_another(watching: UploadStore) -> None:
+    """An older picture that the app moves over another one replaces it: neither is undone, nor lost."""
+    path = (await watching.save(NAME, OLD)).path
+    os.utime(path, ns=(10**18, 10**18))
+    await watching.save(OTHER_NAME, NEW)
+    await execute(watching, f"UPDATE image_storage SET modified_ns = {10**18} WHERE name = '{NAME}'")
+    await settled(watching)
+    path.rename(watching.disk.path_of(OTHER_NAME))
+    (watching.disk.path / "cats").mkdir(exist_ok=True)
+    await eventually(lambda: _has(watching, OTHER_NAME, OLD))
+    await settled(watching)
+    assert await on_disk_and_in_database(watching, OTHER_NAME) == OLD
+    assert await _is_deleted(watching, NAME)
+
+
 @pytest.mark.parametrize("way", ["replace", "in place", "delete and write"])
 async def test_a_file_that_the_app_overwrites(watching: UploadStore, way: str) -> None:
     """An overwrite is a new version of the name, however the app writes it; it is no deletion."""
