@@ -12,11 +12,14 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Upkeep:
-    """Runs work that has no end, where the store lives, until it is stopped. `Tasks.drain` does not wait for it."""
+    """Runs work that has no end, where the store lives, until it is stopped. `Tasks.drain` does not wait for it.
 
-    def __init__(self, home: HomeLoop, works: Iterable[Work]) -> None:
+    `before_stop` is awaited first: it finishes what nobody could do later.
+    """
+
+    def __init__(self, home: HomeLoop, works: Iterable[Work], before_stop: Iterable[Work] = ()) -> None:
         self._home = home
-        self._works = list(works)
+        self._works, self._before_stop = list(works), list(before_stop)
         self._is_started = False
         self._tasks: list[asyncio.Task[None]] = []
         home.on_new_loop(self._forget)
@@ -33,6 +36,8 @@ class Upkeep:
 
     async def stop(self) -> None:
         """Cancel the work, and wait for that; a later `start` starts it anew."""
+        for finish in self._before_stop if self._tasks else ():
+            await finish()
         tasks = self._tasks
         self._forget()
         for task in tasks:

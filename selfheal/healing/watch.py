@@ -23,10 +23,11 @@ from ..events import logger
 from .background import BackgroundChecks
 from .evidence import NEVER
 from .pace import Pace
-from .vanished import VanishedFiles
+from .vanished import QUIET, VanishedFiles
 
 TICK = 500  # milliseconds between two looks at what is to be decided
 RESTART_AFTER = 1.0  # seconds until a directory is watched again that was lost, or could not be watched
+LAST_EVENTS, DECIDED_AFTER = 0.5, 1.5  # seconds, at the end, that events take, and a decision that is due
 WRITTEN_AT_MOST = 10_000  # names to be compared; with more, the whole disk is
 WORKERS = 4  # files compared at once
 FIRST_RETRY, LONGEST_RETRY = 2.0, 60.0  # seconds until a file is compared again that changed meanwhile, or failed
@@ -68,6 +69,11 @@ class Watch:
                 self.vanished.lose("with the uploads directory")
                 await asyncio.sleep(RESTART_AFTER)
             self.rescan()
+
+    async def finish(self) -> None:
+        """Wait until what vanished just now is decided: it would come back, for nobody knows of it after the end."""
+        await asyncio.sleep(LAST_EVENTS)
+        await self.vanished.decided(QUIET + DECIDED_AFTER)
 
     async def _watch(self) -> None:
         """Watch the root for as long as it is the same one."""
@@ -152,8 +158,9 @@ def _readable_folders(root: Path) -> list[Path]:
 
 def _life(disk: UploadsDirectory) -> Life:
     """Return what changes when the directory is lost, also if another one is at its path by now; empty without one."""
-    disk.marked_ns()  # makes a mark if there is none
     life: list[int] = []
+    if not disk.path_of(MARK).exists():  # a look at it by the root would keep the root open
+        disk.marked_ns()  # makes it
     for path in (disk.path, disk.path_of(MARK)):
         try:
             found = os.stat(path)

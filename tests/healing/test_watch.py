@@ -571,6 +571,34 @@ async def test_a_folder_that_may_not_be_watched(ordinary_directory: Path) -> Non
     (ordinary_directory / "uploads/lost+found").chmod(0o700)
 
 
+@pytest.mark.parametrize("after", [0.0, 0.4])
+async def test_a_deletion_just_before_the_end(watching: UploadStore, other_store: UploadStore, after: float) -> None:
+    """A file that the app deletes just before the server stops is deleted, and does not come back."""
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await asyncio.sleep(after)
+    await watching.close()
+    assert await _is_deleted(other_store, NAME)
+
+
+async def test_a_loss_just_before_the_end(watching: UploadStore, other_store: UploadStore) -> None:
+    """Files that go one after the other while the server stops are a loss, as at any other time."""
+    names = await save_many(watching, 10)
+    closing = asyncio.create_task(watching.close())
+    for name in names:
+        watching.disk.path_of(name).unlink()
+        await asyncio.sleep(0.05)
+    await closing
+    assert await alive(other_store, names) == 10
+
+
+async def test_an_idle_watch_keeps_nothing_open(watching: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watched directory that nobody uses is closed: its file system can be unmounted."""
+    monkeypatch.setattr("selfheal.disk.root.CLOSED_AFTER", 0.5)
+    await eventually(lambda: watching.disk._root._open is None)
+
+
 async def test_closing_ends_the_watch(directory: Path, sqlite_url: str) -> None:
     """A store that is closed watches no more, and closing takes no time."""
     before = asyncio.all_tasks()
