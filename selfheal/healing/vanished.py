@@ -102,7 +102,8 @@ class VanishedFiles:
             logger.warning("%r vanished with its directory: lost, not deleted", name)
         elif await self._is_set_aside(record, age):
             logger.warning("%r is not on the disk: selfheal set its copy aside; it is restored", name)
-        elif await self.saver.delete(name):
+        else:
+            await self.saver.delete_vanished(name)
             logger.warning("%r was deleted by the app, and so in the database; `selfheal undo` brings it back", name)
 
     async def _is_restored(self, name: str, identity: Identity, age: float) -> bool:
