@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pwd
+import shutil
 import signal
 import socket
 import tempfile
@@ -20,7 +23,7 @@ from selfheal.sql.table_names import TableClaim
 from tests.support.faults import BrokenDisk
 from tests.support.middleware import TRANSPORTS, Wrapping
 from tests.support.postgres import PostgresServer, start_postgres
-from tests.support.requirements import NOT_INSTALLED
+from tests.support.requirements import NOT_INSTALLED, needs
 from tests.support.waiting import eventually
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -115,6 +118,26 @@ def limited_url(postgres: PostgresServer, postgres_database: str, postgres_url: 
     yield postgres_url.replace("postgres@", "few@")
     postgres.empty(postgres_database)
     postgres.sql(f"REVOKE ALL ON DATABASE {postgres_database} FROM few; DROP ROLE few")
+
+
+@pytest.fixture
+def ordinary_directory() -> Iterator[Path]:
+    """A directory of an ordinary user, as whom the test runs: root may read and write everything."""
+    path = Path(tempfile.mkdtemp(prefix="selfheal-test-"))
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            nobody = pwd.getpwnam("nobody").pw_uid
+            try:
+                os.chown(path, nobody, -1)
+                os.seteuid(nobody)
+            except OSError:
+                needs("a second user", "the tests as an ordinary user, or as the real root")
+        yield path
+    finally:
+        if is_root:
+            os.seteuid(0)
+        shutil.rmtree(path)
 
 
 @pytest.fixture

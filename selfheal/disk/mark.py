@@ -2,7 +2,8 @@
 how far its sweep is.
 
 A copy of a disk (a container's image, a backup) brings the mark with it: it holds its own inode number, which a copy
-does not have.
+does not have. It also holds the time by this machine's clock: a mark that a wrong clock dated in the future is made
+anew once the clock is right. The disk's own clock (a server of files) may differ from it for ever.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ MARK = f"{OWN_PREFIX}-disk"
 FOLLOWED = f"{OWN_PREFIX}-followed"
 SWEPT = f"{OWN_PREFIX}-swept"
 
+AHEAD_NS = 2 * 10**9  # a clock that was ahead by less was right
 _STARTED_NS = time.time_ns()
 
 
@@ -90,7 +92,9 @@ def _read_mark(root: int) -> int | None:
         text, found = _read(root, MARK)
     except FileNotFoundError:
         return None
-    return found.st_mtime_ns if text == str(found.st_ino) else None
+    inode, _, made_ns = text.partition(" ")
+    is_of_the_future = made_ns.isdecimal() and int(made_ns) > time.time_ns() + AHEAD_NS
+    return found.st_mtime_ns if inode == str(found.st_ino) and not is_of_the_future else None
 
 
 def _make_mark(root: int) -> int:
@@ -107,13 +111,13 @@ def _read(root: int, name: str) -> tuple[str, os.stat_result]:
 
 
 def _write(root: int, name: str, text: str | None) -> None:
-    """Write a file of ours and give it its name; without a text, its inode number."""
+    """Write a file of ours and give it its name; without a text, its inode number and the time."""
     with Directory(os.dup(root)) as top, Temporary(top) as temporary:
         fd = temporary.create()
         try:
             with contextlib.suppress(OSError):  # a disk without modes
                 os.fchmod(fd, 0o644)
-            os.write(fd, (str(os.fstat(fd).st_ino) if text is None else text).encode())
+            os.write(fd, (f"{os.fstat(fd).st_ino} {time.time_ns()}" if text is None else text).encode())
         finally:
             os.close(fd)
         temporary.rename(root, name)

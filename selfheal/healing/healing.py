@@ -44,8 +44,10 @@ class Healing:
         self.saver = Saver(*both, publisher, copies, restorer, reconciler, background, events, tasks)
         self.reader = Reader(*both, restorer, reconciler, background)
         sweep = Sweep(disk, reconciler, background, events, sweep_every)
-        works = [sweep.run] if sweep_every else []
+        works, before_stop = [sweep.run] if sweep_every else [], []
         if watch:
             vanished = VanishedFiles(*both, restorer, reconciler, self.saver)
-            works.append(Watch(disk, background, vanished, tasks, sweep.hurry).run)
-        self.upkeep = Upkeep(tasks.home, works)
+            watching = Watch(disk, background, vanished, tasks, sweep.hurry)
+            works.append(watching.run)
+            before_stop.append(watching.finish)
+        self.upkeep = Upkeep(tasks.home, works, before_stop)

@@ -88,7 +88,7 @@ class Reader:
         with contextlib.suppress(DatabaseUnavailable):  # the disk serves without the database
             agreed = await self.reconciler.agrees(name, file.identity)
             record = await self.database.find(name) if agreed is None else None
-            if record is not None and (record.is_deleted or not await self.reconciler.is_newer_on_disk(record)):
+            if record is not None and not await self.reconciler.is_newer_on_disk(record):
                 return True
         self.background.hit(name, file.identity, adopt=True)
         return False

@@ -55,7 +55,7 @@ class Reconciler:
 
     def __post_init__(self) -> None:
         self._threads = self.disk.threads
-        self._evidence = Evidence(self.disk, self.database)
+        self.evidence = Evidence(self.disk, self.database)
         self._records: Batcher[str, Record] = Batcher(self.database.catalogue.find, self.tasks, size=256, limit=1)
         self._large = LoopSemaphore(LARGE_UPLOADS_AT_ONCE)
         self._overwrites = Pace(OVERWRITES_FROM, OVERWRITES_EVERY)
@@ -86,9 +86,8 @@ class Reconciler:
             await self._hold_still(name, identity)
             record = await self.adopt(name)
             return _judged(identity, record) if self._matches(identity, record) else None
-        if record.is_deleted:
-            await self.copies.clear(name, "it is deleted")
-            self.events.emit(Kind.REMOVED, name)
+        if record.is_deleted and not self.evidence.is_watched(identity):
+            await self._clear(record)
             return None
         return _judged(identity, record) if self._matches(identity, record) else await self._compare(name, record)
 
@@ -134,7 +133,7 @@ class Reconciler:
         if file is None:
             return False
         with file:
-            return await self._evidence.is_overwrite(file, await file.digest(), record)
+            return await self.evidence.is_overwrite(file, await file.digest(), record)
 
     async def _compare(self, name: str, record: Record) -> Judged | None:
         file = await self._threads.run(self.disk.open_distrusted, name)
@@ -145,13 +144,28 @@ class Reconciler:
             now = await self.database.find(name)
             if now is None or now.generation != record.generation:
                 pass  # these bytes may be those of a save that was committed meanwhile
-            elif digest == record.sha256:
+            elif digest == record.sha256 and not record.is_deleted:
                 return await self._threads.run(self._set_time, file, record)
-            elif await self._evidence.is_overwrite(file, digest, record):
+            elif await self._is_overwrite(file, digest, record):
                 return await self._adopt_overwrite(file, digest, record)
+            elif record.is_deleted:
+                await self._clear(record)
             else:
                 await self.heal(record)
         return await self.check(name)
+
+    async def _is_overwrite(self, file: OpenFile, digest: str, record: Record) -> bool:
+        if not await self.evidence.is_newer(file, digest, record):
+            return False
+        if not await self.evidence.is_torn(file, digest, record):
+            return True
+        await self._hold_still(record.name, file.identity)  # the app may just have begun to write it
+        return False
+
+    async def _clear(self, record: Record) -> None:
+        """Remove the copy of a deleted name."""
+        await self.copies.clear(record.name, "it is deleted")
+        self.events.emit(Kind.REMOVED, record.name)
 
     def _set_time(self, file: OpenFile, record: Record) -> Judged:
         """Give a file that was read the recorded time; another one may have its name by now."""

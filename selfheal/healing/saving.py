@@ -54,6 +54,13 @@ class Saver:
         self.events.emit(Kind.DELETED, name)
         return True
 
+    async def delete_vanished(self, name: str) -> None:
+        """Delete a name whose file the app has deleted; what the app has written there since then stays."""
+        await self.database.bury(name)
+        self.forget(name)
+        self.tasks.start(self._check(name))
+        self.events.emit(Kind.DELETED, name)
+
     async def undo(self, name: str, generation: int | None) -> Record:
         """Undo the last overwrite or deletion, or go back to `generation`. Raises `NotStored`, `CorruptBlob`."""
         record = await self.tasks.finish(self._undo(name, generation))

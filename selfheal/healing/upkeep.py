@@ -5,16 +5,21 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from ..aio.home import HomeLoop
+from ..events import logger
 
+AGAIN_AFTER = 60.0  # seconds until work is begun again that an unexpected error ended
 Work = Callable[[], Coroutine[Any, Any, None]]
 
 
 class Upkeep:
-    """Runs work that has no end, where the store lives, until it is stopped. `Tasks.drain` does not wait for it."""
+    """Runs work that has no end, where the store lives, until it is stopped. `Tasks.drain` does not wait for it.
 
-    def __init__(self, home: HomeLoop, works: Iterable[Work]) -> None:
+    `before_stop` is awaited first: it finishes what nobody could do later.
+    """
+
+    def __init__(self, home: HomeLoop, works: Iterable[Work], before_stop: Iterable[Work] = ()) -> None:
         self._home = home
-        self._works = list(works)
+        self._works, self._before_stop = list(works), list(before_stop)
         self._is_started = False
         self._tasks: list[asyncio.Task[None]] = []
         home.on_new_loop(self._forget)
@@ -31,6 +36,8 @@ class Upkeep:
 
     async def stop(self) -> None:
         """Cancel the work, and wait for that; a later `start` starts it anew."""
+        for finish in self._before_stop if self._tasks else ():
+            await finish()
         tasks = self._tasks
         self._forget()
         for task in tasks:
@@ -39,7 +46,16 @@ class Upkeep:
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work()) for work in self._works]
+        self._tasks = [loop.create_task(_run(work)) for work in self._works]
 
     def _forget(self) -> None:
         self._is_started, self._tasks = False, []
+
+
+async def _run(work: Work) -> None:
+    while True:
+        try:
+            await work()
+        except Exception:  # noqa: BLE001 - of any kind: nobody else begins it again
+            logger.exception("the upkeep of the uploads failed; it begins again in %g s", AGAIN_AFTER)
+        await asyncio.sleep(AGAIN_AFTER)

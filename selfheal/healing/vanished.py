@@ -1,5 +1,6 @@
 """Vanished files: whether the app deleted them, which holds for the database too, or they were lost, and come back."""
 
+import asyncio
 import os
 import time
 from collections.abc import Iterable
@@ -38,6 +39,11 @@ class VanishedFiles:
         self._vanished: dict[str, float] = {}
         self._deleted: dict[str, float] = {}
         self._lost_until = self._asked_from = 0.0
+
+    async def decided(self, seconds: float) -> None:
+        """Wait until it is decided what became of the files that have vanished so far, up to `seconds`."""
+        undecided = self.restorer.undecided
+        await asyncio.gather(*(undecided.decided(name, seconds) for name in (*self._vanished, *self._deleted)))
 
     async def note(self, gone: Iterable[str], back: Iterable[str]) -> None:
         """Files or directories vanished: see whether more follow. What has no record is not counted.
@@ -96,7 +102,8 @@ class VanishedFiles:
             logger.warning("%r vanished with its directory: lost, not deleted", name)
         elif await self._is_set_aside(record, age):
             logger.warning("%r is not on the disk: selfheal set its copy aside; it is restored", name)
-        elif await self.saver.delete(name):
+        else:
+            await self.saver.delete_vanished(name)
             logger.warning("%r was deleted by the app, and so in the database; `selfheal undo` brings it back", name)
 
     async def _is_restored(self, name: str, identity: Identity, age: float) -> bool:

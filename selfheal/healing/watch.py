@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import names
@@ -19,11 +21,13 @@ from ..disk.mark import MARK
 from ..errors import DatabaseUnavailable, MissingExtra
 from ..events import logger
 from .background import BackgroundChecks
+from .evidence import NEVER
 from .pace import Pace
-from .vanished import VanishedFiles
+from .vanished import QUIET, VanishedFiles
 
 TICK = 500  # milliseconds between two looks at what is to be decided
 RESTART_AFTER = 1.0  # seconds until a directory is watched again that was lost, or could not be watched
+LAST_EVENTS, DECIDED_AFTER = 0.5, 1.5  # seconds, at the end, that events take, and a decision that is due
 WRITTEN_AT_MOST = 10_000  # names to be compared; with more, the whole disk is
 WORKERS = 4  # files compared at once
 FIRST_RETRY, LONGEST_RETRY = 2.0, 60.0  # seconds until a file is compared again that changed meanwhile, or failed
@@ -56,31 +60,46 @@ class Watch:
         while True:
             try:
                 await self._watch()
-            except (OSError, RuntimeError) as error:  # such as the system's limit of watches
-                logger.warning("%s cannot be watched, tried again in %g s: %s", self.disk.path, LONGEST_RETRY, error)
+            except* (OSError, RuntimeError) as errors:  # such as the system's limit of watches; `awatch` raises groups
+                why = errors.exceptions[0]
+                logger.warning("%s cannot be watched, tried again in %g s: %s", self.disk.path, LONGEST_RETRY, why)
                 self.vanished.lose("as the watch ended")
                 await asyncio.sleep(LONGEST_RETRY)
             else:
                 self.vanished.lose("with the uploads directory")
                 await asyncio.sleep(RESTART_AFTER)
-                self.rescan()
+            self.rescan()
+
+    async def finish(self) -> None:
+        """Wait until what vanished just now is decided: it would come back, for nobody knows of it after the end."""
+        await asyncio.sleep(LAST_EVENTS)
+        await self.vanished.decided(QUIET + DECIDED_AFTER)
 
     async def _watch(self) -> None:
         """Watch the root for as long as it is the same one."""
         life = await self.disk.threads.run(_life, self.disk)
         if not life:
             return
-        changes = self._changes(self.disk.path, watch_filter=None, rust_timeout=TICK, yield_on_timeout=True)
         with contextlib.suppress(FileNotFoundError):  # it is lost already
-            await self._follow(changes, life)
+            try:
+                await self._follow([self.disk.path], life)
+            except PermissionError:  # for a folder, such as `lost+found`: the others are named one by one
+                await self._follow(await self.disk.threads.run(_readable_folders, self.disk.path), life)
 
-    async def _follow(self, changes: Any, life: Life) -> None:
-        async with aclosing(changes):
-            async for batch in changes:
-                if await self.disk.threads.run(_life, self.disk) != life:
-                    return
-                await self._note(batch)
-                await self.vanished.decide()
+    async def _follow(self, folders: list[Path], life: Life) -> None:
+        is_partial = len(folders) > 1
+        options = {"watch_filter": None, "rust_timeout": TICK, "yield_on_timeout": True}
+        evidence = self.background.reconciler.evidence
+        evidence.watching_from_ns = time.time_ns()
+        try:
+            async with aclosing(self._changes(*folders, ignore_permission_denied=is_partial, **options)) as changes:
+                async for batch in changes:
+                    if await self.disk.threads.run(_life, self.disk) != life:
+                        return
+                    await self._note(batch)
+                    await self.vanished.decide()
+        finally:
+            evidence.watching_from_ns = NEVER
 
     async def _note(self, changes: Iterable[Change]) -> None:
         vanished = {path for kind, path in changes if kind == DELETED}
@@ -132,10 +151,16 @@ def _files_below(folder: str) -> list[str]:
     return [os.path.join(above, file) for above, _, files in os.walk(folder) for file in files]
 
 
+def _readable_folders(root: Path) -> list[Path]:
+    """Return all directories of which this user may list the entries."""
+    return [Path(folder) for folder, _, _ in os.walk(root)]
+
+
 def _life(disk: UploadsDirectory) -> Life:
     """Return what changes when the directory is lost, also if another one is at its path by now; empty without one."""
-    disk.marked_ns()  # makes a mark if there is none
     life: list[int] = []
+    if not disk.path_of(MARK).exists():  # a look at it by the root would keep the root open
+        disk.marked_ns()  # makes it
     for path in (disk.path, disk.path_of(MARK)):
         try:
             found = os.stat(path)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,23 +116,3 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for module in (root_module, refusals_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
-
-
-@pytest.fixture
-def ordinary_directory() -> Iterator[Path]:
-    """A directory of an ordinary user, as whom the test runs: root may read and write everything."""
-    path = Path(tempfile.mkdtemp(prefix="selfheal-test-"))
-    is_root = os.geteuid() == 0
-    try:
-        if is_root:
-            nobody = pwd.getpwnam("nobody").pw_uid
-            try:
-                os.chown(path, nobody, -1)
-                os.seteuid(nobody)
-            except OSError:
-                needs("a second user", "the tests as an ordinary user, or as the real root")
-        yield path
-    finally:
-        if is_root:
-            os.seteuid(0)
-        shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -94,6 +95,32 @@ async def test_a_node_whose_clock_is_behind(recorded: UploadStore, monkeypatch: 
     assert await on_disk_and_in_database(recorded, NAME) == NEW
 
 
+async def test_a_mark_that_was_made_while_the_clock_was_ahead(recorded: UploadStore) -> None:
+    """A clock that was ahead when the disk's mark was made, and is right since, makes no overwrite an old file."""
+    mark = recorded.disk.path / ".selfheal-disk"
+    mark.unlink()
+    with pytest.MonkeyPatch.context() as ahead:
+        wrong = time.time_ns() + A_DAY_NS
+        ahead.setattr("selfheal.disk.mark.time.time_ns", lambda: wrong)
+        recorded.disk.marked_ns()
+    os.utime(mark, ns=(wrong, wrong))
+    async with UploadStore(recorded.disk.path, recorded.database.url) as next_process:
+        await asyncio.sleep(0.05)
+        write_live(recorded, NEW)
+        await hit_and_settle(next_process, NAME)
+        assert await on_disk_and_in_database(next_process, NAME) == NEW
+
+
+async def test_a_mark_of_a_disk_with_another_clock(recorded: UploadStore) -> None:
+    """A mark is kept whose disk has a clock that is ahead of this machine's, as a server of files can have."""
+    mark = recorded.disk.path / ".selfheal-disk"
+    ahead = time.time_ns() + A_DAY_NS
+    os.utime(mark, ns=(ahead, ahead))
+    before = mark.stat().st_ino
+    assert recorded.disk.marked_ns() == ahead
+    assert mark.stat().st_ino == before
+
+
 # -- the database is right --------------------------------------------------------------------------------------------
 
 
@@ -161,6 +188,20 @@ async def test_a_torn_file_is_no_overwrite(store: UploadStore, torn: Callable[[i
         await hit_and_settle(next_process, NAME)
         assert await on_disk_and_in_database(next_process, NAME) == noise(size)
     assert await set_aside(store, NAME) == [torn(size)]
+
+
+async def test_an_overwrite_that_has_just_begun(recorded: UploadStore, next_process: UploadStore) -> None:
+    """A file that the app has emptied, and is about to write, is not taken for torn: the app's bytes win."""
+    next_process.reconciler.settled_after = 0.5
+    with recorded.disk.path_of(NAME).open("wb", buffering=0) as file:
+        hit = asyncio.create_task(hit_and_settle(next_process, NAME))
+        await asyncio.sleep(0.2)
+        file.write(NEW)
+        await hit
+    assert on_disk(recorded, NAME) == NEW
+    await asyncio.sleep(1.2)  # it failed, and is due again
+    await hit_and_settle(next_process, NAME)
+    assert await on_disk_and_in_database(next_process, NAME) == NEW
 
 
 # -- what loses is not lost -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import watchfiles  # noqa: F401 - a test as another user may not import it later
 
 from selfheal import MissingExtra, UploadStore
 from tests.support import environment
@@ -312,6 +313,61 @@ async def test_a_directory_that_is_moved_in(watching: UploadStore, tmp_path: Pat
     await eventually(lambda: _has(watching, "made/x/a.jpg", NEW))
 
 
+@pytest.mark.parametrize("data", [OLD, NEW], ids=["the same bytes", "other bytes"])
+@pytest.mark.parametrize("is_asked", [False, True])
+async def test_a_name_that_is_written_anew(watching: UploadStore, data: bytes, is_asked: bool) -> None:
+    """A name that the app deleted, and later writes again, is a new file: it stays, whether visitors ask or not."""
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await eventually(lambda: _is_deleted(watching, NAME))
+    path.write_bytes(data)
+    for _ in range(5 if is_asked else 0):
+        assert (await ask(wrapping(watching, True), f"{PREFIX}/{NAME}")).body == data
+        await asyncio.sleep(0.05)
+    await eventually(lambda: _has(watching, NAME, data))
+    await settled(watching)
+    assert await on_disk_and_in_database(watching, NAME) == data
+
+
+async def test_an_old_copy_of_a_deleted_name(watching: UploadStore, other_store: UploadStore) -> None:
+    """A copy that was there before its name was deleted elsewhere goes, though the app writes its files itself."""
+    watching.disk.path_of(NAME).parent.mkdir(parents=True)
+    path = write_file(watching.disk.path_of(NAME), OLD)
+    await eventually(lambda: _has(watching, NAME, OLD))
+    await settled(watching)
+    await other_store.delete(NAME)
+    path.chmod(0o640)  # an event, but nothing that the app has written
+    await eventually(lambda: on_disk(watching, NAME) is None)
+    assert await _is_deleted(watching, NAME)
+
+
+async def test_an_earlier_picture_again(watching: UploadStore) -> None:
+    """Bytes that a name had before, and that the app writes again while it runs, are its newest ones."""
+    path = watching.disk.path_of("tom.jpg")
+    for data in (OLD, NEW, OLD):
+        path.write_bytes(data)
+        await eventually(lambda data=data: _has(watching, "tom.jpg", data))  # type: ignore[misc]
+        await settled(watching)
+    assert await on_disk_and_in_database(watching, "tom.jpg") == OLD
+    assert await history_of(watching, "tom.jpg") == [NEW, OLD]
+
+
+async def test_a_file_that_is_moved_over_another(watching: UploadStore) -> None:
+    """An older picture that the app moves over another one replaces it: neither is undone, nor lost."""
+    path = (await watching.save(NAME, OLD)).path
+    os.utime(path, ns=(10**18, 10**18))
+    await watching.save(OTHER_NAME, NEW)
+    await execute(watching, f"UPDATE image_storage SET modified_ns = {10**18} WHERE name = '{NAME}'")
+    await settled(watching)
+    path.rename(watching.disk.path_of(OTHER_NAME))
+    (watching.disk.path / "cats").mkdir(exist_ok=True)
+    await eventually(lambda: _has(watching, OTHER_NAME, OLD))
+    await settled(watching)
+    assert await on_disk_and_in_database(watching, OTHER_NAME) == OLD
+    assert await _is_deleted(watching, NAME)
+
+
 @pytest.mark.parametrize("way", ["replace", "in place", "delete and write"])
 async def test_a_file_that_the_app_overwrites(watching: UploadStore, way: str) -> None:
     """An overwrite is a new version of the name, however the app writes it; it is no deletion."""
@@ -465,6 +521,82 @@ async def test_a_directory_that_cannot_be_watched(
         await eventually(lambda: "cannot be watched" in caplog.text)
         watch._changes = real
         await watches(store)
+
+
+async def test_a_watch_that_fails_while_it_runs(
+    watching: UploadStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A watch that fails while it runs is one log line, and begins again: what the app writes and deletes holds."""
+    set_constants(monkeypatch, LONGEST_RETRY=0.2)
+    with open(os.fsencode(watching.disk.path) + b"/\xff.jpg", "wb"):  # the watch cannot tell of such a name
+        await eventually(lambda: "cannot be watched" in caplog.text)
+    await asyncio.sleep(0.5)
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await eventually(lambda: _is_deleted(watching, NAME))
+
+
+async def test_work_that_fails_begins_again(watching: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody expected ends neither the watch nor the sweep for good."""
+    set_constants(monkeypatch, AGAIN_AFTER=0.2)
+
+    async def fails(*_: object) -> None:
+        raise ValueError("nobody expected this")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(watching.upkeep._works[-1].__self__.vanished, "decide", fails)  # type: ignore[attr-defined]
+        await asyncio.sleep(0.5)
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await eventually(lambda: _is_deleted(watching, NAME))
+
+
+async def test_a_folder_that_may_not_be_watched(ordinary_directory: Path) -> None:
+    """A directory that this user may not read, such as `lost+found` of a volume, keeps no other from being watched."""
+    for folder in ("a", "lost+found", "z/below"):
+        (ordinary_directory / "uploads" / folder).mkdir(parents=True)
+    (ordinary_directory / "uploads/lost+found").chmod(0o000)
+    url = f"sqlite+aiosqlite:///{ordinary_directory}/catalogue.db"
+    async with UploadStore(ordinary_directory / "uploads", url, watch=True, settled_after=0.1) as store:
+        await store.database.create_tables()
+        store.upkeep.start()
+        await watches(store)
+        for name in ("a/1.jpg", "z/below/1.jpg", "new/1.jpg", "1.jpg"):
+            write_file(store.disk.path_of(name), NEW)
+            await eventually(lambda name=name: _has(store, name, NEW))  # type: ignore[misc]
+            store.disk.path_of(name).unlink()
+            await eventually(lambda name=name: _is_deleted(store, name))  # type: ignore[misc]
+    (ordinary_directory / "uploads/lost+found").chmod(0o700)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.4])
+async def test_a_deletion_just_before_the_end(watching: UploadStore, other_store: UploadStore, after: float) -> None:
+    """A file that the app deletes just before the server stops is deleted, and does not come back."""
+    path = (await watching.save(NAME, OLD)).path
+    await settled(watching)
+    path.unlink()
+    await asyncio.sleep(after)
+    await watching.close()
+    assert await _is_deleted(other_store, NAME)
+
+
+async def test_a_loss_just_before_the_end(watching: UploadStore, other_store: UploadStore) -> None:
+    """Files that go one after the other while the server stops are a loss, as at any other time."""
+    names = await save_many(watching, 10)
+    closing = asyncio.create_task(watching.close())
+    for name in names:
+        watching.disk.path_of(name).unlink()
+        await asyncio.sleep(0.05)
+    await closing
+    assert await alive(other_store, names) == 10
+
+
+async def test_an_idle_watch_keeps_nothing_open(watching: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watched directory that nobody uses is closed: its file system can be unmounted."""
+    monkeypatch.setattr("selfheal.disk.root.CLOSED_AFTER", 0.5)
+    await eventually(lambda: watching.disk._root._open is None)
 
 
 async def test_closing_ends_the_watch(directory: Path, sqlite_url: str) -> None:
