@@ -3,6 +3,7 @@ its locks for ever, and read without any: a fork waits until SQLite is idle.
 """
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - see the end
 import contextlib
 import os
 import threading
@@ -97,5 +98,5 @@ def _in_child() -> None:
     _USES.forget()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # hooks run in reverse: that of thread pools takes a lock that the others need
     os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,3 +103,31 @@ async def test_a_fork_on_the_loop_of_a_transaction(sqlite_store: UploadStore) ->
     await sqlite_store.save("parent.png", b"two")
     assert exit_code_in_child(lambda: asyncio.run(sqlite_store.save("child.png", b"one"))) == 0
     assert await sqlite_store.database.count() == 2
+
+
+THREAD_POOLS = """if True:
+    import asyncio, os, threading
+    from selfheal.sql.forks import check_not_torn, no_fork
+    import concurrent.futures.thread
+
+    async def use():
+        async with no_fork():
+            begun.set()
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(int)
+
+    begun = threading.Event()
+    user = threading.Thread(target=asyncio.run, args=(use(),))
+    user.start()
+    begun.wait()
+    if os.fork() == 0:
+        check_not_torn()
+        os._exit(0)
+    user.join()
+    raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_fork_takes_no_lock_before_it_waits() -> None:
+    """What uses SQLite may need a thread to come to its end, and a fork holds the lock of Python's thread pools."""
+    subprocess.run([sys.executable, "-c", THREAD_POOLS], check=True, timeout=20)
