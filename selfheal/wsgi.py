@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from .aio.home import HomeLoop, refuse_green_threads
+from .aio.home import HomeLoop
+from .aio.loop_thread import refuse_green_threads
 from .disk.open_file import PIECE, OpenFile
 from .events import Kind
 from .healing.bodies import Body

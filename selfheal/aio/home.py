@@ -4,7 +4,6 @@ import asyncio
 import atexit
 import contextlib
 import os
-import sys
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -12,6 +11,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, ParamSpec, TypeVar
 
 from .callers import context_of_work, waiting_callers
+from .loop_thread import LoopThread
 from .streams import next_item
 
 P = ParamSpec("P")
@@ -21,10 +21,6 @@ EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the int
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
 NO_ASYNCIO = "a store needs asyncio's event loop here; elsewhere (trio) call `uploads.sync` in a thread"
-GREEN_THREADS = (
-    ("gevent.monkey", "is_module_patched", "threading"),
-    ("eventlet.patcher", "is_monkey_patched", "thread"),
-)
 _HOMES: "weakref.WeakSet[HomeLoop]" = weakref.WeakSet()
 
 
@@ -38,7 +34,7 @@ class HomeLoop:
         self._resets: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: _LoopThread | None = None
+        self._thread: LoopThread | None = None
         self._closing: Callable[[], Coroutine[Any, Any, object]] = _nothing
         _HOMES.add(self)
 
@@ -140,7 +136,7 @@ class HomeLoop:
         if thread is not None and thread.loop.is_running():
             asyncio.run_coroutine_threadsafe(thread.end_after(self._closing), thread.loop)
 
-    def _leave(self) -> "_LoopThread | None":
+    def _leave(self) -> "LoopThread | None":
         with self._lock:
             thread, self._thread, self._loop = self._thread, None, None
         return thread
@@ -165,7 +161,7 @@ class HomeLoop:
         self._loop = loop
 
     def _start_thread(self) -> asyncio.AbstractEventLoop:
-        self._thread = _LoopThread()
+        self._thread = LoopThread()
         return self._thread.loop
 
     def _reset(self) -> None:
@@ -177,59 +173,6 @@ class HomeLoop:
         self._lock = threading.Lock()
         self._loop = self._thread = None
         self._reset()
-
-
-def refuse_green_threads() -> None:
-    """Raise `RuntimeError` if gevent or eventlet has replaced the threads: an event loop in one would stop all."""
-    for module, question, threads in GREEN_THREADS:
-        is_patched = getattr(sys.modules.get(module), question, None)
-        if is_patched is not None and is_patched(threads):
-            library = module.partition(".")[0]
-            raise RuntimeError(
-                f"{library} has replaced Python's threads, and an event loop cannot run in one of its own: use workers "
-                "with real threads (gunicorn --worker-class gthread --threads 16)"
-            )
-
-
-class _LoopThread:
-    """An event loop in a daemon thread.
-
-    anyio's portal is one too, but where nobody closes it, its generator waits for the loop when it is collected: at the
-    exit of the interpreter, or of a forked child, for ever.
-    """
-
-    def __init__(self) -> None:
-        refuse_green_threads()
-        started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-        self._thread = threading.Thread(target=_run_loop, args=(started,), name="selfheal-loop", daemon=True)
-        self._thread.start()
-        self.loop, self._stopped = started.result()
-
-    def stop(self) -> None:
-        """Cancel what still runs, close the loop, and wait for the end of the thread."""
-        self.loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join()
-
-    async def end_after(self, closing: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """As `stop`, in the thread itself."""
-        try:
-            await closing()
-        finally:
-            self._stopped.set()
-
-
-def _run_loop(started: "Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]") -> None:
-    async def stay() -> None:
-        started.set_result((asyncio.get_running_loop(), stopped := asyncio.Event()))
-        await stopped.wait()
-
-    try:
-        with asyncio.Runner() as runner:
-            runner.run(stay())
-    except OSError as error:  # no descriptors: who waits for the start must hear of it
-        if started.done():
-            raise
-        started.set_exception(error)
 
 
 async def _nothing() -> None:
