@@ -73,7 +73,7 @@ class DirectoryArchive(Archive):
         file = os.fdopen(open_file(self._root.fd, path), "rb")
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
-            raise NotAFile(path)
+            raise NotAFile(f"{path!r} is no file")
         return file
 
     def has_folder(self, name: str) -> bool:

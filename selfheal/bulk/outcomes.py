@@ -72,7 +72,7 @@ def of_error(name: str, error: Exception) -> Result:
         raise error
     if isinstance(error, CorruptBlob):
         return problem(name, Outcome.CORRUPT_IN_DATABASE, error.why)
-    if isinstance(error, NotAFile):
+    if isinstance(error, NotAFile) and str(error) == name:  # it is on disk; else the error says what has the name
         return problem(name, Outcome.FAILED, "the name is taken by something that is not a file; move it away")
     if isinstance(error, PermissionError):
         user = f"this user (uid {os.geteuid()})"

@@ -30,13 +30,13 @@ class RecordCopies:
         """
         if await self._records.lock(connection, record.name) != over:
             return False
+        if not record.is_deleted and (over is None or over.is_deleted):
+            await self._records.refuse_conflict(connection, record.name)
         values = asdict(record) | {"sequence": NOT_NUMBERED}
         if over is not None:
             await connection.execute(update(self._table).where(self._table.c.name == record.name).values(values))
         elif not (await connection.execute(self._put_new.values(values))).rowcount:
             return False
-        elif not record.is_deleted:
-            await self._records.refuse_conflict(connection, record.name)
         for version in versions:
             await connection.execute(self._put_version.values(asdict(version)))
         return True

@@ -56,7 +56,11 @@ class RecordWriter:
         insert = self._backend.insert(self._records).values(values)
         if not (await connection.execute(insert.on_conflict_do_nothing())).rowcount:
             return False
-        await self.refuse_conflict(connection, values["name"])
+        try:
+            await self.refuse_conflict(connection, values["name"])
+        except NotAFile:  # the caller may go on and commit
+            await connection.execute(delete(self._records).where(self._records.c.name == values["name"]))
+            raise
         return True
 
     async def _lock_existing(self, connection: AsyncConnection, name: str) -> Record:
@@ -66,14 +70,13 @@ class RecordWriter:
         return record
 
     async def refuse_conflict(self, connection: AsyncConnection, name: str) -> None:
-        """Raise `NotAFile` if a new name is the directory of another one, or has another one for a directory."""
+        """Raise `NotAFile` if a name is the directory of a living one, or has a living one for a directory."""
         records, parts = self._records, name.split("/")
         above = ["/".join(parts[:count]) for count in range(1, len(parts))]
         below = and_(records.c.name > f"{name}/", records.c.name < f"{name}0")  # 0 is the character after /
         other = select(records.c.name).where(records.c.deleted_at.is_(None), or_(records.c.name.in_(above), below))
         taken = (await connection.execute(other.limit(1))).scalar()
         if taken is not None:
-            await connection.execute(delete(records).where(records.c.name == name))  # the caller may go on and commit
             raise NotAFile(f"{name!r} cannot be saved: {taken!r} is, and a name cannot be a file and a directory")
 
     async def refuse_conflicts(self, connection: AsyncConnection, names: Sequence[str]) -> None:
@@ -103,9 +106,11 @@ class RecordWriter:
         """Overwrite a locked record with a version; the old one goes to the history.
 
         With other bytes the time moves to a later second: clients that know only the time ask for newer bytes than
-        theirs (RFC 9110, section 13.1.3), and get them after an undo too.
+        theirs (RFC 9110, section 13.1.3), and get them after an undo too. Raises `NotAFile`, and changes nothing.
         """
-        if not record.is_deleted:
+        if record.is_deleted:
+            await self.refuse_conflict(connection, record.name)
+        else:
             await self._add_version(connection, record, record.generation)
         values = contents(to) | {"deleted_at": None}
         if to.sha256 != record.sha256:

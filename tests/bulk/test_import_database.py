@@ -231,7 +231,10 @@ async def test_a_file_and_a_directory(source: ImageStorage, target: ImageStorage
     await target.store_image("a/b.png", b"b")
     await source.store_image("a", b"a")
     await source.store_image("c.png", b"c")
-    assert (await copied(source, target)).outcomes == {"a": "failed", "c.png": "migrated"}
+    report = await copied(source, target)
+    assert report.outcomes == {"a": "failed", "c.png": "migrated"}
+    (detail,) = (result.detail for result in report.results if result.is_problem)
+    assert "'a/b.png' is, and a name cannot be a file and a directory" in detail
     assert set(await state_of(target)) == {"a/b.png", "c.png"}
 
 
