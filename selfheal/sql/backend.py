@@ -120,6 +120,21 @@ class Backend:
         """Return what tells the rows of a table with these `columns`, but no primary key, apart, in an order."""
         raise NotImplementedError
 
+    async def place_of_bytes(
+        self, connection: AsyncConnection, data: sa.ColumnClause[Any], columns: Iterable[str]
+    ) -> sa.ColumnElement[Any]:
+        """Return what `read_part` finds the bytes of a row by; NULL where SQL reads a part of them as fast."""
+        return sa.null()
+
+    def read_part(
+        self, url: URL, data: sa.ColumnClause[Any], place: Any, start: int, size: int
+    ) -> tuple[bytes, int] | None:
+        """Return a part of the bytes in a row, and the number of all; None if SQL is to be asked.
+
+        The calling thread waits for the disk.
+        """
+        return None
+
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Rows:
         """Ask a connection of the driver: one hop or round trip instead of five. Raises `DeadConnection`."""
         raise NotImplementedError

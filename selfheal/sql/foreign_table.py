@@ -1,8 +1,9 @@
 """A table of another app: its rows are read in pages by their key, and the bytes of each row in pieces."""
 
+import asyncio
 import warnings
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,13 @@ class ForeignColumns:
 
 @dataclass(frozen=True, slots=True)
 class ForeignRow:
-    """A row, with its bytes as `data` if they are few. `size` is None if the row has no bytes."""
+    """A row, with its bytes as `data` if they are few; `place` is where the backend finds them otherwise.
+
+    `size` is None if the row has no bytes.
+    """
 
     key: Sequence[Any]
+    place: Any
     name: Any
     type: Any
     size: Any
@@ -59,6 +64,7 @@ class ForeignTable:
         self._length = sa.func.length(self._data)
         self._errors: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *self._backend.driver_errors())
         self._keys: list[sa.ColumnElement[Any]] = []
+        self._place: sa.ColumnElement[Any] = sa.null()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -66,12 +72,13 @@ class ForeignTable:
 
     async def rows(self) -> AsyncGenerator[ForeignRow, None]:
         """Yield all rows, in the order of their key. Raises `SettingsError` if the table or a column is not there."""
-        keys = self._keys = await self._find_keys()
+        await self._find_keys()
+        keys = self._keys
         page, after = self._page(keys), None
         while True:
             found = await self._ask(page if after is None else page.where(_compared(keys, ">", after)))
-            for *key, name, kind, size, data in found:
-                yield ForeignRow(key, name, kind, size, data)
+            for *key, place, name, kind, size, data in found:
+                yield ForeignRow(key, place, name, kind, size, data)
             if len(found) < ROWS_AT_ONCE:
                 return
             after = found[-1][: len(keys)]
@@ -81,37 +88,47 @@ class ForeignTable:
 
         Raises `FileChanged` if it has another number of bytes now: what was read of it is the start of another value.
         """
-        is_row = _compared(self._keys, "=", row.key)
         pieces = range(0, row.size, PIECE) if row.data is None else ()
         if row.data is not None:
             yield _bytes(row.data)
         for start in pieces:
-            piece = sa.func.substr(self._data, start + 1, min(PIECE, row.size - start))
-            query = sa.select(piece, self._length).select_from(self._table).where(is_row)
-            found, size = next(iter(await self._ask(query)), (None, row.size))
+            found, size = await self._piece(row, start, min(PIECE, row.size - start))
             if size != row.size:
                 raise FileChanged("its row was changed while it was read; run again")
             yield _bytes(found)
+
+    async def _piece(self, row: ForeignRow, start: int, size: int) -> tuple[Any, int]:
+        """Return a part of the bytes of a row, and how many it has now."""
+        if row.place is not None:
+            read = self._backend.read_part
+            with self._named_errors():
+                part = await asyncio.to_thread(read, self._engine.url, self._data, row.place, start, size)
+            if part is not None:
+                return part
+        piece = sa.func.substr(self._data, start + 1, size)
+        query = sa.select(piece, self._length).select_from(self._table).where(_compared(self._keys, "=", row.key))
+        return next(iter(await self._ask(query)), (None, row.size))
 
     def _page(self, keys: Sequence[sa.ColumnElement[Any]]) -> sa.Select[Any]:
         table, columns = self._table.c, self._columns
         kind = sa.null() if columns.type is None else table[columns.type]
         named = [key.label(_KEY(number)) for number, key in enumerate(keys)]
         data = sa.case((self._length <= READ_WITH_ROW, self._data))
-        page = sa.select(*named, table[columns.name], kind, self._length, data).select_from(self._table)
+        page = sa.select(*named, self._place, table[columns.name], kind, self._length, data).select_from(self._table)
         if columns.where is not None:
             page = page.where(sa.literal_column(f"({columns.where}\n)"))
         return page.order_by(*keys).limit(ROWS_AT_ONCE)
 
-    async def _find_keys(self) -> list[sa.ColumnElement[Any]]:
-        """Return the columns of the primary key; without one, where the database keeps the row."""
+    async def _find_keys(self) -> None:
+        """Find the columns of the primary key; without one, where the database keeps the row."""
         async with self._connection() as connection:
             try:
                 key, columns = await connection.run_sync(_primary_key, self._columns)
             except NoSuchTableError as error:
                 why = f"there is no table {self._table.fullname} to import from; check --table and --from-schema"
                 raise SettingsError(why) from error
-        return [sa.column(name) for name in key] or [*self._backend.place_of_row(columns)]
+            self._place = await self._backend.place_of_bytes(connection, self._data, columns)
+        self._keys = [sa.column(name) for name in key] or [*self._backend.place_of_row(columns)]
 
     async def _ask(self, query: sa.Select[Any]) -> Sequence[Any]:
         async with self._connection() as connection:
@@ -120,9 +137,14 @@ class ForeignTable:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncGenerator[AsyncConnection, None]:
-        try:
+        with self._named_errors():
             async with self._engine.connect() as connection:
                 yield connection
+
+    @contextmanager
+    def _named_errors(self) -> Generator[None, None, None]:
+        try:
+            yield
         except self._errors as error:
             cause = getattr(error, "orig", None) or error
             message = str(cause).partition("\n")[0]

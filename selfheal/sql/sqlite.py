@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
@@ -24,7 +24,7 @@ from .backend import Backend, Values
 from .own_transactions import changed_rows, own_transactions
 from .pool_limit import PoolLimit
 from .sqlite_file import keep_to_file
-from .sqlite_reader import SQLiteReader
+from .sqlite_reader import SQLiteReader, read_part
 from .statements import compiled
 
 SYNCHRONOUS = "FULL"  # each commit waits for the disk
@@ -127,6 +127,25 @@ class SQLite(Backend):
     def place_of_row(self, columns: Iterable[str]) -> Sequence[sa.ColumnElement[Any]]:
         taken = {column.lower() for column in columns}  # a column of that name hides the number of the row
         return [sa.literal_column(name) for name in ("rowid", "_rowid_", "oid") if name not in taken][:1]
+
+    async def place_of_bytes(
+        self, connection: AsyncConnection, data: sa.ColumnClause[Any], columns: Iterable[str]
+    ) -> sa.ColumnElement[Any]:
+        """Return the number of the row: SQL would read the whole value for each part of it."""
+        url, number, table = connection.engine.url, self.place_of_row(columns), cast("sa.TableClause", data.table)
+        if not number or self.is_in_memory(url) or url.query:
+            return sa.null()
+        try:
+            await connection.execute(sa.select(*number).select_from(table).limit(0))
+        except sa.exc.OperationalError:  # WITHOUT ROWID
+            return sa.null()
+        return sa.case((sa.func.typeof(data) == "blob", number[0]))
+
+    def read_part(
+        self, url: URL, data: sa.ColumnClause[Any], place: Any, start: int, size: int
+    ) -> tuple[bytes, int] | None:
+        file, table = self.file(url), cast("sa.TableClause", data.table)
+        return None if file is None else read_part(file, table.schema, table.name, data.name, place, start, size)
 
     async def fetch(self, driver: Any, text: str, values: Sequence[Any]) -> Any:
         try:

@@ -61,3 +61,19 @@ class SQLiteReader(Reader):
         if len(self._idle) > KEPT_AT_MOST:
             with contextlib.suppress(IndexError):  # other threads have taken all of them meanwhile
                 self._idle.pop().close()
+
+
+def read_part(
+    path: Path, schema: str | None, table: str, column: str, rowid: int, start: int, size: int
+) -> tuple[bytes, int] | None:
+    """Return a part of a value, and the number of all its bytes; None if it cannot be opened, or is not there."""
+    with contextlib.closing(sqlite3.connect(existing(path), uri=True)) as connection:
+        try:
+            blob = connection.blobopen(table, column, rowid, readonly=True, name=schema or "main")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # also a virtual table
+                return None
+            raise
+        with blob:
+            blob.seek(start)
+            return blob.read(size), len(blob)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import tracemalloc
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -406,6 +409,54 @@ async def test_memory_does_not_grow_with_a_value(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 32 * 1024 * 1024
+
+
+READ_ONE = """
+import asyncio, re, sys
+from pathlib import Path
+from selfheal.sql.foreign_table import ForeignColumns, ForeignTable
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+async def main(url):
+    table = ForeignTable(url, ForeignColumns("image_storage", "filename", "image_data"), timeout=10.0)
+    rows = [row async for row in table.rows()]
+    sizes = [[len(piece) async for piece in table.read(row)] for row in rows[:1]]
+    before = peak()
+    sizes += [[len(piece) async for piece in table.read(row)] for row in rows[1:]]
+    await table.close()
+    print(*map(sum, sizes), peak() - before)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("key", ["id INTEGER PRIMARY KEY, ", "id TEXT PRIMARY KEY, ", ""])
+async def test_memory_of_sqlite_does_not_grow_with_a_value(sqlite_url: str, key: str) -> None:
+    """SQLite itself does not load a value of 96 MiB either, whatever the key of its row is."""
+    mib = 1024 * 1024
+    await make_table(sqlite_url, [("small.bin", bytes(5 * mib), None)], key)
+    await sql(
+        sqlite_url, "INSERT INTO image_storage (filename, image_data) VALUES ('z.bin', zeroblob(96 * 1024 * 1024))"
+    )
+    if "TEXT" in key:
+        await sql(sqlite_url, "UPDATE image_storage SET id = 'z' WHERE id IS NULL")
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", READ_ONE, sqlite_url, stdout=PIPE)
+    printed, _ = await process.communicate()
+    small, large, grown = map(int, printed.split())
+    assert (small, large) == (5 * mib, 96 * mib)
+    assert grown < 24 * mib
+
+
+async def test_a_value_that_sqlite_does_not_open(take: Any, target: ImageStorage, sqlite_url: str) -> None:
+    """Large bytes in a column that is generated are read too; large text is no upload."""
+    columns = "id INTEGER PRIMARY KEY, filename TEXT, mimetype TEXT, kept BLOB, image_data BLOB AS (kept)"
+    await sql(sqlite_url, f"CREATE TABLE image_storage ({columns})")
+    for name, data in {"a.png": noise(3 * CHUNK), "b.png": "text" * CHUNK}.items():
+        await sql(sqlite_url, "INSERT INTO image_storage (filename, kept) VALUES (:name, :data)", name=name, data=data)
+    assert outcomes(await take(url=sqlite_url)) == {"a.png": "migrated", "b.png": "failed"}
+    assert await bytes_of(target, "a.png") == noise(3 * CHUNK)
 
 
 async def test_another_apps_sqlite_file_is_not_changed(take: Any, tmp_path: Any) -> None:
