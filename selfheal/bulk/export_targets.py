@@ -13,6 +13,7 @@ from typing import IO, Protocol
 from ..aio.threads import Threads
 from ..content.sources import CHUNK
 from ..disk.directory import UploadsDirectory
+from ..disk.file_lock import try_lock
 from ..errors import SettingsError
 from ..healing.publish import Publisher
 from ..sql.models import Contents, Record
@@ -30,7 +31,7 @@ class ExportTarget(Protocol):
         """Raise `SettingsError` if there is something else."""
 
     def begin(self) -> None:
-        """Begin an export, or go on with one."""
+        """Begin an export, or go on with one. Raises `SettingsError` while another one is writing there."""
 
     async def put(self, record: Record, chunks: Chunks) -> bool:
         """Write a file; False if it is there."""
@@ -65,6 +66,7 @@ class DirectoryTarget(ExportTarget):
         self._threads = Threads()
         self._files = UploadsDirectory(path, threads=self._threads)
         self._blobs = UploadsDirectory(self._own / BLOBS, threads=self._threads)
+        self._folder = -1
         self._manifest: IO[bytes] = BytesIO()
 
     def check(self) -> None:
@@ -76,6 +78,9 @@ class DirectoryTarget(ExportTarget):
     def begin(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
         self._own.mkdir(0o700, exist_ok=True)
+        self._folder = os.open(self._own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not try_lock(self._folder):
+            raise _in_use(self._path)
         (self._own / BLOBS).mkdir(exist_ok=True)
         self._files.sweep()
         # an earlier manifest stays until this one is whole: its database may be lost now
@@ -105,6 +110,8 @@ class DirectoryTarget(ExportTarget):
         self._manifest.close()
         self._files.close()
         self._blobs.close()
+        if self._folder >= 0:
+            os.close(self._folder)
 
     async def _put(self, disk: UploadsDirectory, record: Record, chunks: Chunks) -> bool:
         if await self._threads.run(_is_there, disk, record):
@@ -139,7 +146,13 @@ class TarTarget(ExportTarget):
             raise SettingsError(f"there is no directory {self._path.parent} for {self._path.name}")
 
     def begin(self) -> None:
-        self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not (try_lock(fd) and _has_name(fd, self._partial)):
+            os.close(fd)
+            raise _in_use(self._path)
+        self._file = fd
+        self.check()  # another export may have ended since
+        os.ftruncate(fd, 0)
         self._manifest = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - closed in `close`
 
     async def put(self, record: Record, chunks: Chunks) -> bool:
@@ -172,8 +185,9 @@ class TarTarget(ExportTarget):
     def close(self) -> None:
         """Remove what was not finished: it may fill a disk."""
         if self._file >= 0:
+            if _has_name(self._file, self._partial):
+                self._partial.unlink()
             os.close(self._file)
-            self._partial.unlink(missing_ok=True)
         self._file = -1
         with suppress(OSError):  # of a full disk, which was reported when it was met
             self._manifest.close()
@@ -246,6 +260,16 @@ def _is_there(disk: UploadsDirectory, record: Record) -> bool:
         if file.modified_ns != disk.kept_ns(record.modified_ns):
             disk.set_time(file, record.modified_ns)
         return True
+
+
+def _in_use(path: Path) -> SettingsError:
+    return SettingsError(f"another export is writing to {path}; wait until it has ended, or name another place")
+
+
+def _has_name(fd: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    return False
 
 
 def _header(path: str, size: int, seconds: float) -> bytes:

@@ -7,12 +7,12 @@ anew once the clock is right. The disk's own clock (a server of files) may diffe
 """
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 
 from ..names import OWN_PREFIX
+from .file_lock import try_lock
 from .syscalls import Directory
 from .temporary import Temporary
 
@@ -72,16 +72,10 @@ def only_process(root: int, lock: str = MARK) -> Iterator[bool]:
     """Yield whether no other process is in this block for the same disk and lock; true on a disk without locks."""
     fd = -1
     try:
-        try:
+        with contextlib.suppress(OSError):
             flags = os.O_RDONLY | (0 if lock == MARK else os.O_CREAT)
             fd = os.open(lock, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=root)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
+        yield fd < 0 or try_lock(fd)
     finally:
         if fd >= 0:
             os.close(fd)

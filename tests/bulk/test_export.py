@@ -156,6 +156,34 @@ async def test_an_export_that_is_not_brought_up_to_date(
     assert await state_of(target) == await state_of(source)
 
 
+async def test_two_exports_at_once(source: ImageStorage, target: ImageStorage, place: Path) -> None:
+    """A second export into one place is refused while the first one runs, which is whole; afterwards it may run."""
+    run = bulk.export(source, target_of(place))
+    await anext(run)
+    with pytest.raises(SettingsError, match="another export is writing to"):
+        await exported(source, place)
+    async for _ in run:
+        pass
+    assert not (await imported(target, place)).problems
+    assert await state_of(target) == await state_of(source)
+    assert sorted(path.name for path in place.parent.glob("out*")) == [place.name]
+    if place.suffix != ".tar":
+        assert (await exported(source, place)).counts == {"ok": NAMES}
+
+
+async def test_an_export_that_began_as_another_one_ended(source: ImageStorage, tmp_path: Path) -> None:
+    """A tar file that another export finished in the meantime is not overwritten."""
+    late = target_of(tmp_path / "out.tar")
+    late.check()
+    await exported(source, tmp_path / "out.tar")
+    before = (tmp_path / "out.tar").read_bytes()
+    with pytest.raises(SettingsError, match="is there"):
+        late.begin()
+    late.close()
+    assert (tmp_path / "out.tar").read_bytes() == before
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.tar"]
+
+
 async def test_what_is_there_is_not_overwritten(source: ImageStorage, tmp_path: Path) -> None:
     """A directory with other files, a file, and a tar file that is there are refused; an empty directory is taken."""
     write_file(tmp_path / "full" / "mine.txt", b"mine")

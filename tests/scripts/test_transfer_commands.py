@@ -111,6 +111,9 @@ def test_problems(full_site: Site, tmp_path: Path) -> None:
         ("import out --table t --name n --data d", "two sources"),
         ("import --table t --name n", "needs --name and --data"),
         ("import --from sqlite:///x.db --where 1=1", "belong to --table"),
+        ("import --table t --name n --data d --from-table-prefix x_", "belongs to --from"),
+        ("import out --from-table-prefix x_", "belong to --from URL"),
+        ("import out --from-schema x", "belong to --from URL"),
         ("import nowhere", "no directory or tar file"),
         ("import .", "it would be an upload"),
         ("import --from {database}", "is the database that is imported into"),
@@ -128,6 +131,20 @@ def test_bad_usage(full_site: Site, arguments: str, message: str) -> None:
     assert (done.code, done.out) == (2, "")
     assert message in done.error_line
     assert snapshot_of(full_site.directory) == before
+
+
+def test_a_source_without_tables(full_site: Site, postgres_url: str) -> None:
+    """A database without tables of selfheal is no source: one line that says so, exit 2, and nothing is made there."""
+    with closing(sqlite3.connect(full_site.home / "other.db")) as connection:
+        connection.execute("CREATE TABLE other (id INTEGER)")
+    before = (full_site.home / "other.db").read_bytes()
+    for url in (f"sqlite:///{full_site.home}/other.db", postgres_url, f"{full_site.database} --from-table-prefix x_"):
+        for more in ([], ["--dry-run"]):
+            done = full_site.run("import", "--from", *url.split(), *more)
+            assert (done.code, done.out) == (2, "")
+            assert "has no tables of selfheal" in done.error_line
+            assert "migrate" not in done.error_line
+    assert (full_site.home / "other.db").read_bytes() == before
 
 
 def test_a_source_that_is_not_there(full_site: Site, dead_port: int) -> None:
