@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ..db import ImageStorage
+from ..errors import SchemaError, SettingsError
 from .importer import Incoming, Items
 
 
@@ -16,8 +17,22 @@ class DatabaseSource:
         self._database = database
 
     async def items(self) -> AsyncGenerator[Items, None]:
-        """Yield every record with its history as it was then; the next run takes what changes meanwhile."""
+        """Yield every record with its history as it was then; the next run takes what changes meanwhile.
+
+        Raises `SettingsError` if there are no tables.
+        """
         self._database.home.settle()
+        try:
+            async with aclosing(self._records()) as records:
+                async for record in records:
+                    yield record
+        except SchemaError as error:
+            if error.__cause__ is None:  # the version of the tables, or the file: the error says so
+                raise
+            detail = "check --from, --from-table-prefix and --from-schema; for a table of another app, use --table"
+            raise SettingsError(f"{self._database.where} has no tables of selfheal to import from; {detail}") from error
+
+    async def _records(self) -> AsyncGenerator[Items, None]:
         async with aclosing(self._database.pages(deleted=None)) as pages:
             async for page in pages:
                 for record in page:

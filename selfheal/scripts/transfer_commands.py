@@ -112,12 +112,16 @@ def _source(
             raise SettingsError("--table needs --name and --data: the columns of the names and of the bytes")
         if archive is not None:
             raise SettingsError("there are two sources: name a directory or tar file, or --table")
+        if from_table_prefix:
+            raise SettingsError("--from-table-prefix belongs to --from without --table; name the table as it is called")
         return _open_table(store, url, ForeignColumns(table, name, data, kind, where, from_schema))
     if any(one is not None for one in (name, data, kind, where)):
         raise SettingsError("--name, --data, --type and --where belong to --table; name the table too")
     if (archive is None) == (url is None):
         raise SettingsError("name one source: a directory or tar file, --from URL, or --table")
     if url is None:
+        if from_table_prefix or from_schema is not None:
+            raise SettingsError("--from-table-prefix and --from-schema belong to --from URL; files have neither")
         path, file = archive or Path(), store.database.backend.file(store.database.url)
         if file is not None and file.resolve().is_relative_to(path.resolve()):
             raise SettingsError(f"the database {file} is in {path}: it would be an upload; name another directory")
