@@ -42,6 +42,9 @@ class Archive(Protocol):
     def has_folder(self, name: str) -> bool:
         """Whether there is a folder of this name."""
 
+    def parent_of(self, name: str) -> str | None:
+        """Return a folder that has a folder of this name in it: a directory is looked through at its top only."""
+
     def close(self) -> None:
         """Close the archive."""
 
@@ -79,6 +82,9 @@ class DirectoryArchive(Archive):
     def has_folder(self, name: str) -> bool:
         return (self._path / name).is_dir()
 
+    def parent_of(self, name: str) -> str | None:
+        return next((path.parent.name for path in self._path.glob(f"*/{name}")), None)
+
     def close(self) -> None:
         self._root.close()
 
@@ -110,6 +116,10 @@ class TarArchive(Archive):
 
     def has_folder(self, name: str) -> bool:
         return any(path.startswith(f"{name}/") for path in self._places)
+
+    def parent_of(self, name: str) -> str | None:
+        parts = (path.partition(f"/{name}/") for path in self._places)
+        return next((folder for folder, found, _ in parts if found), None)
 
     def close(self) -> None:
         self._file.close()

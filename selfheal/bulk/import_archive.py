@@ -35,12 +35,16 @@ class ArchiveSource:
         self._threads = threads
 
     async def items(self) -> AsyncGenerator[Items, None]:
-        """Yield what is there. Raises `SettingsError` for an export that was not finished."""
+        """Yield what is there. Raises `SettingsError` for an export that was not finished, or is in a folder."""
         try:
             file = await self._threads.run(self._archive.open, f"{manifest.FOLDER}/{manifest.MANIFEST}")
         except FileNotFoundError as error:
             if await self._threads.run(self._archive.has_folder, manifest.FOLDER):
                 raise SettingsError("this export was not finished; run `selfheal export` again") from error
+            folder = await self._threads.run(self._archive.parent_of, manifest.FOLDER)
+            if folder is not None:
+                how = f"import the folder {folder!r} (of a tar file: extract it, and import the folder {folder!r})"
+                raise SettingsError(f"the export in it is in a folder, which is no part of its names; {how}") from error
             items = in_groups(self._files())
         else:
             items = self._records(file)

@@ -269,6 +269,22 @@ async def test_a_full_disk(source: ImageStorage, place: Path, monkeypatch: pytes
     assert not (await exported(source, place)).problems
 
 
+@pytest.mark.parametrize("kind", ["tar", "above"])
+@pytest.mark.parametrize("is_finished", [True, False])
+async def test_an_export_inside_its_folder(
+    source: ImageStorage, target: ImageStorage, tmp_path: Path, kind: str, *, is_finished: bool
+) -> None:
+    """An archive that has an export in a folder is refused, and the error says what to do: its names would be wrong."""
+    await exported(source, tmp_path / "above" / "out")
+    if not is_finished:
+        (tmp_path / "above" / "out" / OWN / "manifest.jsonl").unlink()
+    with tarfile.open(tmp_path / "tar", "w") as tar:
+        tar.add(tmp_path / "above" / "out", "out")
+    with pytest.raises(SettingsError, match="import the folder 'out'"):
+        await imported(target, tmp_path / kind)
+    assert await state_of(target) == {}
+
+
 # -- archives of other origin -----------------------------------------------------------------------------------------
 
 FILES = {"a.png": b"a", "cats/tom.jpg": LARGE, "empty.gif": b""}
