@@ -7,7 +7,7 @@ from contextlib import aclosing
 from .. import names
 from ..content.digests import update_all
 from ..db import ImageStorage
-from ..errors import CorruptBlob
+from ..errors import CorruptBlob, NotAFile
 from ..sql.models import Contents, Record, Version
 from . import manifest
 from .export_targets import ExportTarget
@@ -23,10 +23,9 @@ async def export(database: ImageStorage, target: ExportTarget) -> AsyncGenerator
         target.begin()
         target.add_line(manifest.first_line())
         exporter = _Exporter(database, target)
-        async with aclosing(database.pages(deleted=None)) as pages:
-            async for page in pages:
-                for record in page:
-                    yield await exporter.write(record)
+        async with aclosing(exporter.write_all()) as results:
+            async for result in results:
+                yield result
         target.add_line(manifest.last_line(exporter.lines))
         target.finish()
     finally:
@@ -41,13 +40,34 @@ class _Exporter:
         self._target = target
         self.lines = 0
 
-    async def write(self, record: Record) -> Result:
-        """Write a record with its history, again if it is changed meanwhile."""
+    async def write_all(self) -> AsyncGenerator[Result, None]:
+        """Write every record; last, those in whose place files lie that were deleted since an earlier export."""
+        taken: list[str] = []
+        async with aclosing(self._database.pages(deleted=None)) as pages:
+            async for page in pages:
+                for record in page:
+                    try:
+                        result = await self._write_current(record)
+                    except NotAFile:
+                        taken.append(record.name)
+                    else:
+                        yield result
+        for record in (await self._database.catalogue.find(taken)).values():
+            try:
+                result = await self._write_current(record)
+            except NotAFile as error:
+                result = of_error(record.name, error)
+            yield result
+
+    async def _write_current(self, record: Record) -> Result:
+        """Write a record with its history, again if it is changed meanwhile. Raises `NotAFile`."""
         if not names.is_valid(record.name):
             return problem(record.name, Outcome.INVALID_NAME, names.fault(record.name))
         while True:
             try:
                 result = await self._write(record)
+            except NotAFile:
+                raise
             except FAILURES as error:
                 result = of_error(record.name, error)
             now = await self._database.find(record.name) if result.is_problem else None
@@ -63,11 +83,15 @@ class _Exporter:
             is_new = False
         else:
             is_new = await self._target.put(record, self._read(record))
-        damaged = [why for one in versions if (why := await self._write_version(record, one))]
+        damaged = {one: why for one in versions if (why := await self._write_version(record, one))}
+        if damaged:
+            kept = await self._database.history(record.name)  # others were purged meanwhile
+            versions = [one for one in versions if one not in damaged or one in kept]
+            damaged = {one: why for one, why in damaged.items() if one in kept}
         self._target.add_line(manifest.to_line(record, versions))
         self.lines += 1
         if damaged:
-            return problem(record.name, Outcome.CORRUPT_IN_DATABASE, "; ".join(damaged), record.size)
+            return problem(record.name, Outcome.CORRUPT_IN_DATABASE, "; ".join(damaged.values()), record.size)
         return Result(record.name, Outcome.RESTORED if is_new else Outcome.OK, 0 if record.is_deleted else record.size)
 
     async def _write_version(self, record: Record, version: Version) -> str:

@@ -9,6 +9,7 @@ import os
 import tarfile
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from selfheal.bulk.archives import open_archive
 from selfheal.bulk.export_targets import DryRun, TarTarget, target_of
 from selfheal.bulk.import_archive import ArchiveSource
 from selfheal.disk.staged_file import StagedFile
+from selfheal.sql.models import Version
 from tests.support.files import snapshot_of, write_file
+from tests.support.raw_sql import sql
 from tests.support.runs import Report, report_of
-from tests.support.transfers import LARGE, NAMES, damage, fill, state_of
+from tests.support.transfers import LARGE, NAMES, bytes_of, damage, fill, state_of
 
 OWN = ".selfheal-export"
 
@@ -117,6 +120,52 @@ async def test_a_second_export_goes_on(source: ImageStorage, target: ImageStorag
     record = await source.find("empty.gif")
     assert record is not None
     assert (out / "empty.gif").stat().st_mtime_ns == record.modified_ns
+
+
+@pytest.mark.parametrize(("before", "after"), [(["a/b", "a/c/d"], "a"), (["a"], "a/b"), (["a"], "a/b/c")])
+async def test_a_file_where_a_directory_was(
+    source: ImageStorage, target: ImageStorage, place: Path, before: list[str], after: str
+) -> None:
+    """A second export writes a file where an earlier one has a directory whose files were deleted since, and back."""
+    for name in before:
+        await source.store_image(name, b"before")
+    await exported(source, place)
+    for name in before:
+        await source.bury(name)
+    await source.store_image(after, b"after")
+    place.unlink() if place.suffix == ".tar" else None
+    assert not (await exported(source, place)).problems
+    assert not (await imported(target, place)).problems
+    assert await state_of(target) == await state_of(source)
+    assert place.suffix == ".tar" or (place / after).read_bytes() == b"after"
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+async def test_a_purge_during_an_export(
+    source: ImageStorage, target: ImageStorage, place: Path, monkeypatch: pytest.MonkeyPatch, *, is_dry: bool
+) -> None:
+    """Versions that are purged after their history was read are left out, and are no damage; others still are."""
+    await source.store_image("a.png", b"three")
+    history = source.history
+    purged: list[str] = []
+
+    async def and_purge(name: str) -> list[Version]:
+        versions = await history(name)
+        if name == "a.png" and not purged:
+            purged.append(name)
+            await sql(source.url, "DELETE FROM image_history WHERE name = 'a.png' AND generation = 1")
+            await source.purge(timedelta(days=99), grace=timedelta(0))
+        return versions
+
+    monkeypatch.setattr(source, "history", and_purge)
+    await damage(source, "image_chunk", b"aside")
+    to = target_of(place)
+    report = await report_of(bulk.export(source, DryRun(to) if is_dry else to))
+    assert report.problems == {"aside.png": "corrupt_in_database"}
+    if not is_dry:
+        await imported(target, place)
+        (version,) = await target.history("a.png")
+        assert await bytes_of(target, version) == b"two"
 
 
 async def test_an_export_that_was_broken_off(source: ImageStorage, target: ImageStorage, place: Path) -> None:
