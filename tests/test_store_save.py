@@ -267,6 +267,26 @@ async def test_a_name_below_a_file_is_refused(store: UploadStore, first: str, se
     assert await on_disk_and_in_database(store, second) == NEW
 
 
+@pytest.mark.parametrize("how", ["save", "create", "undo"])
+@pytest.mark.parametrize(("deleted", "living"), [("album", "album/1.png"), ("album/1.png", "album")])
+@pytest.mark.parametrize("is_on_disk", [True, False])
+async def test_a_deleted_name_beside_a_later_one(
+    store: UploadStore, deleted: str, living: str, how: str, *, is_on_disk: bool
+) -> None:
+    """A deleted name does not come back beside a name that is its directory now, or its file: nothing changes."""
+    await store.save(deleted, OLD)
+    await store.delete(deleted)
+    await store.save(living, NEW)
+    if not is_on_disk:
+        (store.disk.path / living).unlink()
+    before = await store.database.find(deleted)
+    with pytest.raises(NotAFile, match="cannot be saved"):
+        await (store.undo(deleted) if how == "undo" else getattr(store, how)(deleted, OLD))
+    assert await store.database.find(deleted) == before
+    assert (await store.restore(living)).path.read_bytes() == NEW
+    assert files_below(store.disk.path) == [living]
+
+
 # -- names that must be free ------------------------------------------------------------------------------------------
 
 
