@@ -212,9 +212,9 @@ class ImageStorage:
             )
         return await self.home.run(self._writer.store, name, portable(data, self._threads, self.home), **how)
 
-    async def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
-        """Store files under new names; return the names that have these bytes now: not those it cannot hold."""
-        return await self.home.run(self._writer.store_many, files, refuse_conflicts=refuse_conflicts)
+    async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
+        """Store files under new names, or none (`NotAFile`); return the names that have these bytes now."""
+        return await self.home.run(self._writer.store_many, files)
 
     async def bury(self, name: str, *, connection: AnyConnection | None = None) -> Record | None:
         """Delete a name: its record becomes a tombstone, its bytes stay for `undo`. None if it has no record.

@@ -141,9 +141,9 @@ class SyncImageStorage:
         """Store bytes under a name; see `ImageStorage.store_image`."""
         return _call(self._home, self._database.store_image, name, data, connection=connection, **more)
 
-    def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
+    def store_many(self, files: Sequence[SmallFile]) -> set[str]:
         """Store files under new names; see `ImageStorage.store_many`."""
-        return self._home.call(self._database.store_many, files, refuse_conflicts=refuse_conflicts)
+        return self._home.call(self._database.store_many, files)
 
     def bury(self, name: str, *, connection: AnyConnection | None = None) -> Record | None:
         """Make the record of a name a tombstone; see `ImageStorage.bury`."""

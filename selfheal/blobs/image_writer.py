@@ -1,7 +1,6 @@
 """Images: a record with the bytes behind it, written in one transaction, or in several with the record last."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -59,11 +58,8 @@ class ImageWriter:
         record: Record = await (write or self._engine.write)(work)
         return record
 
-    async def store_many(self, files: Sequence[SmallFile], *, refuse_conflicts: bool = False) -> set[str]:
-        """Store files under new names; see `ImageStorage.store_many`.
-
-        With `refuse_conflicts`, nothing is stored if one of them is a directory of another name (`NotAFile`).
-        """
+    async def store_many(self, files: Sequence[SmallFile]) -> set[str]:
+        """Store files under new names; see `ImageStorage.store_many`."""
         if not files:
             return set()
         by_name = {names.check(file.name): file for file in files}
@@ -71,8 +67,7 @@ class ImageWriter:
 
         async def work(connection: AsyncConnection) -> None:
             await self._records.put_new(connection, values)
-            if refuse_conflicts:
-                await self._records.refuse_conflicts(connection, list(by_name))
+            await self._records.refuse_conflicts(connection, list(by_name))
             await self._engine.backend.limit_lock_waits(connection)
             await self._blobs.put_files(connection, files)
 
@@ -80,8 +75,7 @@ class ImageWriter:
             await self._engine.write(work)
         except UnstorableName:
             half = len(files) // 2  # the others are stored without the name that does not fit
-            store = partial(self.store_many, refuse_conflicts=refuse_conflicts)
-            return await store(files[:half]) | await store(files[half:]) if half else set()
+            return await self.store_many(files[:half]) | await self.store_many(files[half:]) if half else set()
         stored = await self._catalogue.digests(by_name)
         return {name for name, file in by_name.items() if stored.get(name) == file.digests.whole}
 

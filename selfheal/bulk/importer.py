@@ -95,7 +95,7 @@ class Importer:
             return {}
         found, good = await self._look(files)
         new = {name: file for name, file in files.items() if name not in found}
-        await in_halves(partial(self._database.store_many, refuse_conflicts=True), list(new.values()))
+        await in_halves(self._database.store_many, list(new.values()))
         _, stored = await self._look(new)
         results = {name: Result(name, Outcome.OK, files[name].size) for name in good}
         return results | {name: Result(name, Outcome.MIGRATED, new[name].size) for name in stored}

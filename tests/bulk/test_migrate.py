@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from selfheal import SchemaError, UploadStore, bulk
+from selfheal.content.sources import CHUNK
 from tests.support.damage import (
     BYTES_DAMAGED,
     DELETED,
@@ -132,3 +133,21 @@ async def test_a_dry_migration_needs_no_tables(directory: Path, database_url: st
         with pytest.raises(Exception, match="image_storage"):
             await sql("SELECT 1 FROM image_storage")
         assert (await report_of(bulk.migrate(store))).counts == {"migrated": 2}
+
+
+@pytest.mark.parametrize(("living", "new"), [("album/1.png", "album"), ("album", "album/1.png")])
+@pytest.mark.parametrize("size", [9, 3 * CHUNK])
+async def test_migrate_beside_a_name_of_the_database(
+    store: UploadStore, directory: Path, living: str, new: str, size: int
+) -> None:
+    """A file where the database has a directory, or the reverse, is refused alone: no disk could hold both names."""
+    await store.save(living, b"living")
+    await store.disk.threads.run(store.disk.remove, living)
+    for name in (new, "b.png", "c.png"):
+        write_file(directory / name, noise(size))
+    report = await report_of(bulk.migrate(store))
+    assert report.outcomes == {new: "failed", "b.png": "migrated", "c.png": "migrated"}
+    (detail,) = (result.detail for result in report.results if result.is_problem)
+    assert "a name cannot be a file and a directory" in detail
+    assert await store.database.find(new) is None
+    assert (directory / new).read_bytes() == noise(size)
