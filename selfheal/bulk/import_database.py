@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ..db import ImageStorage
-from ..errors import SchemaError, SettingsError
+from ..errors import CorruptBlob, NotStored, SchemaError, SettingsError
+from ..sql.models import Contents
 from .importer import Incoming, Items
 
 
@@ -38,4 +39,16 @@ class DatabaseSource:
                 for record in page:
                     versions = await self._database.history(record.name)
                     before = [one for one in versions if one.generation < record.generation]
-                    yield [Incoming(record, before, self._database.read)]
+                    yield [Incoming(record, before, self._read)]
+
+    async def _read(self, one: Contents) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a record or a version. Raises `NotStored` if it is not in the source any more."""
+        try:
+            async with aclosing(self._database.read(one)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except CorruptBlob as error:
+            now = [await self._database.find(one.name), *await self._database.history(one.name)]
+            if one in now:
+                raise
+            raise NotStored(f"{one.name!r} was changed or purged in the source meanwhile; run again") from error

@@ -10,7 +10,7 @@ from .. import names
 from ..content.digests import Digests
 from ..content.sources import Source
 from ..db import ImageStorage
-from ..errors import CorruptBlob, NewerTables, SchemaError
+from ..errors import CorruptBlob, NewerTables, NotStored, SchemaError
 from ..sql.models import Contents, Record, SmallFile, Version
 from .lineage import continues, is_same
 from .one_by_one import FAILURES, in_halves
@@ -131,7 +131,7 @@ class Importer:
             return await self._set_aside(incoming, found)
         if self._dry_run:
             return Result(record.name, Outcome.MIGRATED, record.size, "it would be imported")
-        damaged = await self._put_versions(incoming)
+        incoming, damaged = await self._put_versions(incoming)
         if not await self._put(incoming, found):
             return None
         return self._checked(Outcome.MIGRATED, incoming, damaged, await self._unreadable(incoming))
@@ -158,22 +158,24 @@ class Importer:
         )
         return stored.sha256 == record.sha256 and not stored.is_deleted
 
-    async def _put_versions(self, incoming: Incoming) -> str:
-        """Store the bytes of the history; return which ones are damaged in the source."""
-        damaged = ""
+    async def _put_versions(self, incoming: Incoming) -> tuple[Incoming, str]:
+        """Store the bytes of the history; return it without what was purged, and what is damaged in the source."""
+        damaged, purged = "", list[Version]()
         for version in incoming.versions:
             try:
                 await self._database.copies.put_bytes(version, incoming.read(version))
             except CorruptBlob as error:
                 damaged = f"generation {version.generation} is damaged in the source: {error.why}"
-        return damaged
+            except NotStored:
+                purged.append(version)
+        return replace(incoming, versions=[one for one in incoming.versions if one not in purged]), damaged
 
     async def _mend(self, incoming: Incoming) -> Result:
         """Compare every byte of a name that was copied before; bytes that are damaged are stored again."""
         damaged = await self._unreadable(incoming)
         if not damaged or self._dry_run:
             return self._checked(Outcome.OK, incoming, "", damaged)
-        missing = await self._put_versions(incoming)
+        incoming, missing = await self._put_versions(incoming)
         if not _is_tombstone(incoming.record):
             await self._database.copies.put_bytes(incoming.record, incoming.read(incoming.record))
         return self._checked(Outcome.MIGRATED, incoming, missing, await self._unreadable(incoming))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from selfheal import ImageStorage, UploadStore, bulk
 from selfheal.bulk.import_database import DatabaseSource
+from selfheal.sql.models import Version
 from tests.healing.test_changes import follow_until
 from tests.support.asgi import ask
 from tests.support.constants import set_constants
@@ -257,6 +259,48 @@ async def test_damage_in_the_source(source: ImageStorage, target: ImageStorage) 
     assert record == state["a.png"][0]
     assert await bytes_of(target, record) == b"two"
     assert len(await target.history("a.png")) == 1
+
+
+async def test_a_deletion_and_a_purge_meanwhile(
+    source: ImageStorage, target: ImageStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is deleted and purged in the source after it was read is no damage, and is for the next run."""
+    await fill(source)
+    history = source.history
+
+    async def and_purge(name: str) -> list[Version]:
+        versions = await history(name)
+        monkeypatch.undo()
+        await source.bury("a.png")
+        await sql(source.url, "DELETE FROM image_history WHERE name = 'a.png'")
+        await source.purge(timedelta(days=99), grace=timedelta(0))
+        return versions
+
+    monkeypatch.setattr(source, "history", and_purge)
+    report = await copied(source, target)
+    assert report.problems == {"a.png": "failed"}
+    again = await copied(source, target)
+    assert (again.problems, again.outcomes["a.png"]) == ({}, "migrated")
+    assert await state_of(target) == await state_of(source)
+
+
+async def test_a_purge_of_versions_meanwhile(
+    source: ImageStorage, target: ImageStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions that are purged from the source after its history was read are left out, and are no damage."""
+    await fill(source)
+    history = source.history
+
+    async def and_purge(name: str) -> list[Version]:
+        versions = await history(name)
+        monkeypatch.undo()
+        await sql(source.url, "DELETE FROM image_history WHERE name = 'a.png'")
+        await source.purge(timedelta(days=99), grace=timedelta(0))
+        return versions
+
+    monkeypatch.setattr(source, "history", and_purge)
+    assert not (await copied(source, target)).problems
+    assert await state_of(target) == await state_of(source)
 
 
 async def test_damage_in_the_target_is_mended(source: ImageStorage, target: ImageStorage) -> None:
