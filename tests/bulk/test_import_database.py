@@ -310,7 +310,8 @@ async def test_damage_in_the_target_is_mended(source: ImageStorage, target: Imag
     await damage(target, "copy_image_chunk", LARGE)
     await damage(target, "copy_image_chunk", b"gone")
     report = await copied(source, target)
-    assert (report.counts, report.problems) == ({"migrated": 3, "ok": NAMES - 3}, {})
+    mended = report.counts["migrated"]  # two names have the same bytes: they are mended by one of them, or by both
+    assert (mended in (2, 3), report.counts["ok"], report.problems) == (True, NAMES - mended, {})
     assert await state_of(target) == await state_of(source)
 
 
