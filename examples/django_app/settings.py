@@ -15,4 +15,5 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 ROOT_URLCONF = "examples.django_app.urls"
 SECRET_KEY = "an example keeps no secrets"
 TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates"}]
+TIME_ZONE = "UTC"
 USE_TZ = True
