@@ -13,7 +13,6 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import names
-from .addresses import Addresses
 from .aio.home import HomeLoop
 from .aio.tasks import Tasks
 from .aio.threads import Threads
@@ -21,11 +20,12 @@ from .content.policy import UploadPolicy
 from .content.sources import Readable, Source, portable, read_chunks, rewind
 from .db import DatabaseOptions, ImageStorage
 from .disk.directory import UploadsDirectory
+from .disk.exclusions import Exclusions
 from .events import Events, Kind, Listener, logger
-from .exclusions import Exclusions
 from .healing.healing import Healing
 from .healing.reading import Opening
 from .healing.upkeep import Upkeep
+from .http.addresses import Addresses
 from .settings import (
     DEFAULT_PREFIX,
     SETTLED_AFTER,

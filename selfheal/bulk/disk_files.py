@@ -11,10 +11,10 @@ from .. import names
 from ..content.digests import Digests
 from ..content.sources import CHUNK
 from ..disk.directory import UploadsDirectory
+from ..disk.exclusions import Exclusions
 from ..disk.listing import Entry, walk
 from ..disk.open_file import OpenFile, identity_of
 from ..errors import FileChanged, NotStored, SelfHealError
-from ..exclusions import Exclusions
 from ..healing.batch_restore import LARGE_AT_ONCE, SMALL_AT_ONCE
 from ..sql.models import Record, SmallFile
 from ..store import UploadStore

@@ -9,8 +9,8 @@ from typing import IO, TypeVar
 from .. import names
 from ..aio.threads import Threads
 from ..content.sources import read_chunks
+from ..disk.exclusions import Exclusions
 from ..errors import CorruptBlob, SettingsError
-from ..exclusions import Exclusions
 from ..sql.models import Contents, Record
 from . import manifest
 from .archives import Archive, Member

@@ -5,9 +5,9 @@ from contextlib import aclosing
 from functools import partial
 
 from ..aio.streams import run_unordered
+from ..disk.exclusions import Exclusions
 from ..disk.listing import Entry
 from ..errors import NewerTables, NotStored, SchemaError
-from ..exclusions import Exclusions
 from ..sql.models import Found
 from ..store import UploadStore
 from .disk_files import (

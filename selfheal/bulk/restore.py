@@ -10,9 +10,9 @@ from typing import Any
 
 from ..aio.streams import prefetch, run_in_order, run_unordered
 from ..disk.directory import UploadsDirectory
+from ..disk.exclusions import Exclusions
 from ..disk.listing import Listing
 from ..errors import FileChanged, NotStored, SelfHealError
-from ..exclusions import Exclusions
 from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import KeyRange, Record, Summary
 from ..store import UploadStore

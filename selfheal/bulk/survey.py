@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .. import names
+from ..disk.exclusions import Exclusions
 from ..disk.listing import Listing
-from ..exclusions import Exclusions
 from ..healing.batch_restore import Wanted
 from ..sql.models import Summary
 from .outcomes import Outcome, Result, of_error, problem

@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from ..disk.directory import UploadsDirectory
+from ..disk.exclusions import Exclusions
 from ..disk.listing import Entry
 from ..errors import CorruptBlob, NotStored
-from ..exclusions import Exclusions
 from ..healing.batch_restore import LARGE_AT_ONCE, BatchRestorer, Restored, Wanted, in_batches
 from ..sql.models import Found
 from ..store import UploadStore

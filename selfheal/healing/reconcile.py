@@ -15,10 +15,10 @@ from ..blobs.database import LARGE_FROM, LARGE_UPLOADS_AT_ONCE
 from ..content.sources import CHUNK
 from ..db import ImageStorage
 from ..disk.directory import UploadsDirectory
+from ..disk.exclusions import Exclusions
 from ..disk.open_file import Identity, OpenFile, identity_of
 from ..errors import CorruptBlob, FileChanged, NotStored
 from ..events import Events, Kind
-from ..exclusions import Exclusions
 from ..sql.models import Record
 from .disk_copies import DiskCopies
 from .evidence import Evidence

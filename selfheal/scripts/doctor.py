@@ -13,12 +13,12 @@ from itertools import islice
 from ..bulk.disk_files import ENTRIES_AT_ONCE, find_records, sort_entries
 from ..bulk.survey import survey
 from ..bulk.verify import NAMES_AT_ONCE
+from ..disk.exclusions import Exclusions
 from ..disk.listing import Entry, Listing, walk
 from ..disk.mark import MARK
 from ..disk.mount_points import file_system_of
 from ..distribution import DISTRIBUTION
 from ..errors import DatabaseUnavailable, SelfHealError
-from ..exclusions import Exclusions
 from ..sql.schema import SCHEMA_VERSION
 from ..store import UploadStore
 from .options import refuse_missing_database

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import translate
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # of file managers, in any case
 LITTER_PREFIX = "~$"  # locks of offices

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from selfheal import SettingsError, UploadStore
-from selfheal.exclusions import Exclusions, is_litter
+from selfheal.disk.exclusions import Exclusions, is_litter
 
 LITTER = (
     ".htaccess",

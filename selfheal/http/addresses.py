@@ -5,12 +5,12 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from . import names
-from .db import ImageStorage
-from .errors import DatabaseUnavailable
-from .healing.reading import Reader
-from .http.urls import url_of
-from .settings import DEFAULT_PREFIX, check_prefix
+from .. import names
+from ..db import ImageStorage
+from ..errors import DatabaseUnavailable
+from ..healing.reading import Reader
+from ..settings import DEFAULT_PREFIX, check_prefix
+from .urls import url_of
 
 
 class Addresses:
