@@ -18,11 +18,11 @@ HOUR = 3600
 
 async def test_a_file_that_differs(store: UploadStore, directory: Path) -> None:
     """Both say which side is newer and which command keeps it, in the same words; a dry migration does, too."""
-    now = time.time()
     for name, ago in (("old.png", 9 * HOUR), ("new.png", -1)):
         await store.save(name, b"recorded")
         write_file(directory / name, b"other bytes")
-        os.utime(directory / name, (now - ago, now - ago))
+        modified = time.time() - ago
+        os.utime(directory / name, (modified, modified))
     runs = (bulk.verify(store), bulk.migrate(store, dry_run=True), bulk.migrate(store))
     verified, dry, migrated = [
         {one.name: (one.outcome.value, one.detail) for one in (await report_of(run)).results} for run in runs
