@@ -610,7 +610,7 @@ class TwoNodes(RuleBasedStateMachine):
         if state.is_deleted:
             return Outcome.DELETED
         is_damaged = state.data in self.catalogue.damaged
-        if copy.data == state.data or (here.has_recorded_size_and_time(name, state) and not is_damaged):
+        if copy.data == state.data:
             self.catalogue.damaged.pop(state.data, None)
             return Outcome.MIGRATED if is_damaged else Outcome.OK
         if not prefer_disk:
