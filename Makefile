@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CAMPAIGN := tests/campaigns
-# tests wait for servers and processes, but their time limits hold only on a machine that is not crowded
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 16))')
+# tests wait for servers and processes most of the time
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(2 * os.cpu_count(), 16))')
 READY := $(VENV)/.ready
 LOWEST := .venv-lowest
 
