@@ -2,8 +2,8 @@
 how far its sweep is.
 
 A copy of a disk (a container's image, a backup) brings the mark with it: it holds its own inode number, which a copy
-does not have. It also holds the time by this machine's clock: a mark that a wrong clock dated in the future is made
-anew once the clock is right. The disk's own clock (a server of files) may differ from it for ever.
+does not have. It also holds the time by this machine's clock: a mark that a wrong clock dated in the future is
+replaced once the clock is right. The disk's own clock (a server of files) may always differ from it.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 class Upkeep:
     """Runs work that has no end, where the store lives, until it is stopped. `Tasks.drain` does not wait for it.
 
-    `before_stop` is awaited first: it finishes what nobody could do later.
+    `before_stop` is awaited first: it finishes what the next process could not do.
     """
 
     def __init__(self, home: HomeLoop, works: Iterable[Work], before_stop: Iterable[Work] = ()) -> None:
@@ -56,6 +56,6 @@ async def _run(work: Work) -> None:
     while True:
         try:
             await work()
-        except Exception:  # noqa: BLE001 - of any kind: nobody else begins it again
+        except Exception:  # noqa: BLE001 - of any kind: the work must begin again
             logger.exception("the upkeep of the uploads failed; it begins again in %g s", AGAIN_AFTER)
         await asyncio.sleep(AGAIN_AFTER)

@@ -71,7 +71,7 @@ class Watch:
             self.rescan()
 
     async def finish(self) -> None:
-        """Wait until what vanished just now is decided: it would come back, for nobody knows of it after the end."""
+        """Wait until what vanished just now is decided: the next process does not know of it."""
         await asyncio.sleep(LAST_EVENTS)
         await self.vanished.decided(QUIET + DECIDED_AFTER)
 
