@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from selfheal import DatabaseUnavailable, UploadStore
 
@@ -158,7 +159,8 @@ async def test_a_row_that_the_caller_has_locked(engine: AsyncEngine, database_ur
 
 async def test_a_pool_that_the_caller_has_emptied(database_url: str, directory: Path, engine: AsyncEngine) -> None:
     """A caller who holds the only connection of the app's engine gets the same advice."""
-    small = create_async_engine(database_url, pool_size=1, max_overflow=0, pool_timeout=0.5)
+    one = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.5}
+    small = create_async_engine(database_url, **one)
     async with UploadStore(directory, engine) as store:
         await store.database.create_tables()
     async with UploadStore(directory, small, deadline=2.0) as store, AsyncSession(small) as session:
