@@ -26,7 +26,7 @@ class _Uses:
         self.forget()
 
     def forget(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler may fork inside of `change`
         self.numbers: Counter[asyncio.AbstractEventLoop | None] = Counter()
         self.is_fork_pending = False
 
