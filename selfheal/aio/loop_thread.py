@@ -29,8 +29,8 @@ def refuse_green_threads() -> None:
 class LoopThread:
     """An event loop in a daemon thread.
 
-    anyio's portal is one too, but where nobody closes it, its generator waits for the loop when it is collected: at the
-    exit of the interpreter, or of a forked child, for ever.
+    anyio's portal is one too. A portal that is not closed waits for its loop when its generator is collected: at the
+    exit of the interpreter, or of a forked child, it waits for ever.
     """
 
     def __init__(self) -> None:
