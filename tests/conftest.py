@@ -31,6 +31,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+PATIENCE = 30.0
+"""Seconds that stores of tests wait for their database: a machine that runs many tests stands still at times."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--campaign`: tests of faults, damage and random input run for as long as in `make campaign`."""
     parser.addoption("--campaign", action="store_true", help="run the long campaigns, not their quick versions")
@@ -73,12 +77,15 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files count as complete at once, and SQLite waits for no disk, as the PostgreSQL of the tests does not.
+def _settings_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as complete at once, SQLite waits for no disk, busy machines are waited for, and nothing is swept.
 
     Tests about that choose a value of their own.
     """
+    for method, name in ((UploadStore.__init__, "deadline"), (ImageStorage.__init__, "timeout")):
+        monkeypatch.setitem(method.__kwdefaults__, name, PATIENCE)
     monkeypatch.setattr("selfheal.sql.sqlite.SYNCHRONOUS", "OFF")
+    monkeypatch.setattr("selfheal.healing.sweep.START_AFTER", 86_400.0)  # it would begin in tests that take long
     monkeypatch.setattr("selfheal.store.SETTLED_AFTER", 0.0)
     monkeypatch.setenv("SELFHEAL_SETTLED_AFTER", "0")
 

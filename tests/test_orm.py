@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from selfheal import InvalidName, UploadStore
 from selfheal.orm import UploadName, delete_with_rows
-from tests.support.files import contents_of
+from tests.support.disk_files import contents_below
 from tests.support.waiting import eventually, wait_until
 
 
@@ -115,7 +115,7 @@ def test_deleted_with_the_row(uploads: UploadStore, session: Session, models: Mo
     session.commit()
     assert is_deleted(uploads, "big.png")
     assert is_deleted(uploads, "small.png")
-    wait_until(lambda: contents_of(uploads.disk.path) == {})
+    wait_until(lambda: contents_below(uploads.disk.path) == {})
     assert uploads.sync.undo("big.png").path.read_bytes() == b"big.png"
 
 
@@ -128,7 +128,7 @@ def test_a_row_that_stays(uploads: UploadStore, session: Session, models: Models
     row.age = 3
     session.commit()
     assert not is_deleted(uploads, "big.png")
-    assert contents_of(uploads.disk.path) == {"big.png": b"big.png", "small.png": b"small.png"}
+    assert contents_below(uploads.disk.path) == {"big.png": b"big.png", "small.png": b"small.png"}
 
 
 @pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "expired"])
@@ -224,9 +224,9 @@ def test_deleted_within_a_savepoint(uploads: UploadStore, session: Session, mode
     row = add(uploads, session, models.cat)
     with session.begin_nested():
         session.delete(row)
-    assert set(contents_of(uploads.disk.path)) == {"big.png", "small.png"}
+    assert set(contents_below(uploads.disk.path)) == {"big.png", "small.png"}
     session.commit()
-    wait_until(lambda: contents_of(uploads.disk.path) == {})
+    wait_until(lambda: contents_below(uploads.disk.path) == {})
 
 
 def test_many_commits_of_one_session(uploads: UploadStore, session: Session, models: Models) -> None:
@@ -262,7 +262,7 @@ async def test_an_async_session(store: UploadStore, models: Models) -> None:
     record = await store.database.find("a.png")
     assert record is not None
     assert record.is_deleted
-    await eventually(lambda: contents_of(store.disk.path) == {})
+    await eventually(lambda: contents_below(store.disk.path) == {})
     async with engine.begin() as connection:
         await connection.run_sync(models.base.metadata.drop_all)
     await engine.dispose()

@@ -89,10 +89,10 @@ async def test_no_such_name(store: UploadStore, reading: Reading) -> None:
 async def test_a_file_that_is_only_on_disk(store: UploadStore, reading: Reading) -> None:
     """What the app has just written is read at once, and stored in the background."""
     write_file(store.disk.path_of(NAME), NEW)
-    store.reconciler.settled_after = 0.5
+    store.reconciler.settled_after = 2.0
     started = time.monotonic()
     assert await reading(store, NAME) == NEW
-    assert time.monotonic() - started < 0.4
+    assert time.monotonic() - started < 1.8
     await store.tasks.drain(10)
     assert await in_database(store, NAME) == NEW
 

@@ -25,7 +25,8 @@ from selfheal.wsgi import SelfHealMiddleware as WsgiMiddleware
 from tests.support.asgi import Wrapped, ask, scope_of
 from tests.support.command_line import SECONDS, Done, environment
 from tests.support.descriptors import open_descriptors
-from tests.support.files import contents_of, noise
+from tests.support.disk_files import contents_below
+from tests.support.files import noise
 from tests.support.waiting import wait_until
 from tests.support.wsgi import environ_of
 
@@ -70,7 +71,7 @@ def test_many_threads_and_loops(thread_store: UploadStore, times: Callable[[int,
         # the callers, the threads for the disk, and those of the connections
         assert threading.active_count() <= others + THREADS + WORKERS + POOL_SIZE
     assert thread_store.sync.database.count() == calls
-    assert contents_of(thread_store.disk.path) == {f"{n % 100}/{n}.png": b"%d" % n for n in range(calls)}
+    assert contents_below(thread_store.disk.path) == {f"{n % 100}/{n}.png": b"%d" % n for n in range(calls)}
 
 
 async def test_another_loop_beside_the_servers(store: UploadStore) -> None:
@@ -90,9 +91,9 @@ async def test_another_loop_beside_the_servers(store: UploadStore) -> None:
         await store.undo("a/b.png")
 
     await anyio.to_thread.run_sync(asyncio.run, use())
-    assert contents_of(store.disk.path) == {"a/b.png": noise(3 * CHUNK)}
+    assert contents_below(store.disk.path) == {"a/b.png": noise(3 * CHUNK)}
     assert await anyio.to_thread.run_sync(store.sync.delete, "a/b.png")
-    assert contents_of(store.disk.path) == {}
+    assert contents_below(store.disk.path) == {}
     assert store.home.is_here
 
 
@@ -132,7 +133,7 @@ def test_sources_of_the_callers_loop(thread_store: UploadStore) -> None:
         await thread_store.database.store_image("database.bin", pieces_of(data))
 
     asyncio.run(use())
-    assert contents_of(thread_store.disk.path) == {"iterator.bin": data, "upload.bin": data}
+    assert contents_below(thread_store.disk.path) == {"iterator.bin": data, "upload.bin": data}
     record = thread_store.sync.database.find("database.bin")
     assert record is not None
     assert b"".join(thread_store.sync.database.read(record)) == data
@@ -151,7 +152,7 @@ def test_a_source_that_fails_elsewhere(thread_store: UploadStore) -> None:
 
     asyncio.run(use())
     assert thread_store.sync.database.count() == 0
-    assert contents_of(thread_store.disk.path) == {}
+    assert contents_below(thread_store.disk.path) == {}
 
 
 async def test_no_synchronous_call_on_the_home_loop(store: UploadStore) -> None:
@@ -178,7 +179,7 @@ def test_requests_on_other_loops(thread_store: UploadStore, size: int) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(visit, range(24)))
-    assert len(contents_of(thread_store.disk.path)) == 8
+    assert len(contents_below(thread_store.disk.path)) == 8
 
 
 # -- where it lives ----------------------------------------------------------------------------------------------------

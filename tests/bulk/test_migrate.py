@@ -22,7 +22,8 @@ from tests.support.damage import (
     damage_of,
     sha256_of,
 )
-from tests.support.files import MODIFIED_NS, contents_of, flip_a_bit, noise, snapshot_of, write_file
+from tests.support.disk_files import contents_below
+from tests.support.files import MODIFIED_NS, flip_a_bit, noise, snapshot_of, write_file
 from tests.support.runs import SQL, outcomes, remove_tree, report_of, rows
 
 
@@ -53,11 +54,11 @@ async def test_migrate_adopts_and_guesses_nothing(
 
 async def test_migrate_prefers_disk(damaged_disk: DamagedDisk, store: UploadStore, directory: Path, sql: SQL) -> None:
     """`--prefer disk` makes the file's bytes the next generation and keeps the old ones in the history, once."""
-    before = contents_of(directory.parent)
+    before = contents_below(directory.parent)
     report = await report_of(bulk.migrate(store, prefer_disk=True))
     assert report.problems == NO_UPLOADS | outcomes(deleted=DELETED, failed=("linked.png", "fifo.png"))
     assert report.counts["migrated"] == len(NOT_RECORDED) + len(DIFFERENT)
-    assert contents_of(directory.parent) == before
+    assert contents_below(directory.parent) == before
     for name in DIFFERENT:
         record = await store.database.find(name)
         assert record is not None
@@ -106,7 +107,7 @@ async def test_migrate_does_not_mend_from_bad_files(
     damaged = {name: data for name, data in damaged_database.items() if damage_of(name) in BYTES_DAMAGED}
     for name in damaged:
         flip_a_bit(directory / name)
-    files, contents = snapshot_of(directory.parent), contents_of(directory.parent)
+    files, contents = snapshot_of(directory.parent), contents_below(directory.parent)
     report = await report_of(bulk.migrate(store))
     assert report.problems.keys() >= damaged.keys()
     assert {report.outcomes[name] for name in damaged} == {"corrupt_in_database"}
@@ -117,7 +118,7 @@ async def test_migrate_does_not_mend_from_bad_files(
     preferred = await report_of(bulk.migrate(store, prefer_disk=True))
     assert {preferred.outcomes[name] for name in damaged} == {"migrated"}
     assert (await report_of(bulk.verify(store))).problems.keys() & damaged.keys() == set()
-    assert contents_of(directory.parent) == contents
+    assert contents_below(directory.parent) == contents
 
 
 async def test_a_dry_migration_needs_no_tables(directory: Path, database_url: str, sql: SQL) -> None:

@@ -25,7 +25,8 @@ from tests.support.damage import (
     DamagedDisk,
     damage_of,
 )
-from tests.support.files import MODIFIED_NS, contents_of, flip_a_bit, noise, own_files_below, snapshot_of
+from tests.support.disk_files import contents_below
+from tests.support.files import MODIFIED_NS, flip_a_bit, noise, own_files_below, snapshot_of
 from tests.support.runs import SQL, after_listing, all_set_aside, outcomes, quarantine_of, remove_tree, report_of, rows
 from tests.support.store_state import files_below
 
@@ -117,7 +118,7 @@ async def test_restore_writes_no_damaged_byte(
     report = await report_of(bulk.restore(store))
     assert report.problems == dict.fromkeys(damaged_database.keys() - whole, "corrupt_in_database")
     assert {name for name, outcome in report.outcomes.items() if outcome == "restored"} == whole | {"good.png"}
-    assert contents_of(directory) == {name: damaged_database[name] for name in whole} | {"good.png": noise(7)}
+    assert contents_below(directory) == {name: damaged_database[name] for name in whole} | {"good.png": noise(7)}
     assert await rows(sql) == database
 
     before = snapshot_of(directory)

@@ -18,7 +18,7 @@ import pytest
 from examples import demo
 from tests.support import ROOT
 
-COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "examples.demo"]
+COMMAND = [sys.executable, "-W", "error", "-m", "examples.demo"]
 ENVIRON = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"PYTHONPATH": str(ROOT)}
 ORIGINALS = 12
 

@@ -8,7 +8,8 @@ import stat
 import pytest
 
 from tests.support.command_line import IMAGES, Site
-from tests.support.files import contents_of, noise, snapshot_of, write_file
+from tests.support.disk_files import contents_below
+from tests.support.files import noise, snapshot_of, write_file
 
 MODULE = """
 print("importing")
@@ -83,7 +84,7 @@ def test_every_command_takes_it(app_site: Site) -> None:
     for arguments in (("save", "x.png", "-"), ("history", "x.png"), ("delete", "x.png"), ("undo", "x.png"), ("purge",)):
         done = app_site.run_without_flags(*arguments, *app, stdin=b"x")
         assert done.code == 0, done
-    assert contents_of(app_site.directory)["x.png"] == b"x"
+    assert contents_below(app_site.directory)["x.png"] == b"x"
 
 
 def test_flags_that_agree(app_site: Site) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from selfheal.content.sources import CHUNK
 from tests.support.command_line import IMAGES, MODULES, PASSWORD, Done, Site
-from tests.support.files import contents_of, flip_a_bit, noise, own_files_below, snapshot_of, write_file
+from tests.support.disk_files import contents_below
+from tests.support.files import flip_a_bit, noise, own_files_below, snapshot_of, write_file
 
 KEYS = {"command", "ok", "examined", "counts", "skipped", "bytes", "seconds", "problems"}
 
@@ -41,7 +42,7 @@ def test_the_three_modules(site: Site, database_url: str) -> None:
     done = site.execute("restore", *flags, "--json")
     assert (done.code, done.err, set(done.json)) == (0, "", KEYS)
     assert done.json | {"seconds": 0} == everything | {"command": "restore", "counts": {"restored": 4}, "seconds": 0}
-    assert contents_of(site.directory) == IMAGES
+    assert contents_below(site.directory) == IMAGES
     for command in MODULES:
         again = site.run_without_flags(*flags, "--json", command=command)
         assert (again.code, again.json["counts"], again.json["bytes"]) == (0, {"ok": 4}, everything["bytes"])
@@ -106,10 +107,10 @@ def test_restore_with_verify(full_site: Site) -> None:
     """`restore --verify` heals differing files: exit 0, their bytes are a version; in a second run all is ok."""
     write_file(full_site.directory / "a.png", b"bad")
     plain = full_site.run("restore", "--json")
-    assert contents_of(full_site.directory) == IMAGES | {"a.png": b"bad"}, plain
+    assert contents_below(full_site.directory) == IMAGES | {"a.png": b"bad"}, plain
     done = full_site.run("restore", "--verify", "--json")
     assert (done.code, done.json["counts"]) == (0, {"ok": 3, "restored": 1})
-    assert contents_of(full_site.directory) == IMAGES
+    assert contents_below(full_site.directory) == IMAGES
     (version,) = full_site.run("history", "a.png", "--json").json["versions"]
     assert (version["size"], version["reason"]) == (3, "other bytes than the recorded ones")
     assert full_site.run("restore", "--verify", "--json").json["counts"] == {"ok": 4}
@@ -210,7 +211,7 @@ def test_restore_makes_the_directory_and_sweeps(full_site: Site) -> None:
     assert full_site.run("verify").code == 1
     assert not (full_site.home / "app").exists()
     assert full_site.run("restore").code == 0
-    assert contents_of(full_site.directory) == IMAGES
+    assert contents_below(full_site.directory) == IMAGES
     write_file(full_site.directory / f".selfheal-tmp/{'0' * 32}", b"left by a process that was killed")
     assert full_site.run("restore").code == 0
     assert own_files_below(full_site.directory) == []
@@ -222,7 +223,9 @@ def test_a_disk_that_takes_no_large_file(full_site: Site) -> None:
     done = full_site.run("restore", "--json", limits={"RLIMIT_FSIZE": CHUNK})
     assert (done.code, done.json["counts"]) == (1, {"restored": 3, "failed": 1})
     assert [problem["name"] for problem in done.json["problems"]] == ["cats/tom.jpg"]
-    assert contents_of(full_site.directory) == {name: data for name, data in IMAGES.items() if name != "cats/tom.jpg"}
+    assert contents_below(full_site.directory) == {
+        name: data for name, data in IMAGES.items() if name != "cats/tom.jpg"
+    }
     assert full_site.run("restore", "--json").json["counts"] == {"ok": 3, "restored": 1}
 
 

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from tests.support.command_line import IMAGES, SECONDS, Done, Site
-from tests.support.files import contents_of
+from tests.support.disk_files import contents_below
 from tests.support.sockets import free_port
 from tests.support.waiting import wait_until
 
@@ -84,7 +84,7 @@ def test_serving_the_uploads_alone(full_site: Site) -> None:
         assert server.get("/static/uploads/cats/tom.jpg") == (200, IMAGES["cats/tom.jpg"])
         assert server.get("/static/uploads/nope.png")[0] == 404
         assert server.get("/")[0] == 404
-    assert contents_of(full_site.directory) == {"cats/tom.jpg": IMAGES["cats/tom.jpg"]}
+    assert contents_below(full_site.directory) == {"cats/tom.jpg": IMAGES["cats/tom.jpg"]}
 
 
 def test_serving_an_app(full_site: Site) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import IMAGES, SECONDS, Site
-from tests.support.files import contents_of, noise, snapshot_of, write_file
+from tests.support.disk_files import contents_below
+from tests.support.files import noise, snapshot_of, write_file
 from tests.support.waiting import wait_until
 
 SIZE = sum(map(len, IMAGES.values()))
@@ -46,7 +47,7 @@ def test_from_sqlite_to_postgresql_and_back(full_site: Site, tmp_path: Path, pos
     assert (done.code, done.json["counts"]) == (0, {"migrated": 4})
     shutil.rmtree(full_site.directory)
     assert full_site.run_without_flags("restore", *back).code == 0
-    assert contents_of(full_site.directory) == IMAGES
+    assert contents_below(full_site.directory) == IMAGES
     again = full_site.run_without_flags("import", *back, "--from", flags[3])
     assert (again.code, again.err) == (0, "")
     assert again.out.startswith("import: 4 already imported · ")
@@ -69,7 +70,7 @@ def test_the_way_from_a_table_of_ones_own(others_site: Site) -> None:
     assert done.out.startswith("import: 1 already imported · ")
     assert others_site.run("import", *prefix, *TABLE, "--quiet").err == ""
     assert others_site.run("restore", *prefix).code == 0
-    assert contents_of(others_site.directory) == {"x.png": OTHERS["../x.png"], "good/a.png": OTHERS["good/a.png"]}
+    assert contents_below(others_site.directory) == {"x.png": OTHERS["../x.png"], "good/a.png": OTHERS["good/a.png"]}
 
 
 @pytest.mark.parametrize("place", ["out", "out.tar"])
@@ -84,13 +85,13 @@ def test_out_and_in(full_site: Site, tmp_path: Path, place: str) -> None:
     assert done.json["counts"] == {"restored": 4}
     assert snapshot_of(full_site.directory) == before
     if place == "out":
-        files = contents_of(tmp_path / place)
+        files = contents_below(tmp_path / place)
         assert {name: data for name, data in files.items() if not name.startswith(".selfheal-export/")} == IMAGES
     new = ["--directory", str(tmp_path / "new"), "--database", f"sqlite:///{tmp_path}/new.db"]
     done = full_site.run_without_flags("import", *new, place, "--json")
     assert (done.code, done.json["counts"]) == (0, {"migrated": 4})
     assert full_site.run_without_flags("restore", *new).code == 0
-    assert contents_of(tmp_path / "new") == IMAGES
+    assert contents_below(tmp_path / "new") == IMAGES
 
 
 def test_problems(full_site: Site, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_source_that_is_not_there(full_site: Site, dead_port: int) -> None:
 
 # -- runs that are killed ---------------------------------------------------------------------------------------------
 
-CROWD = {f"{index % 10}/{index}.png": noise(40 + index, index) for index in range(300)}
+CROWD = {f"{index % 10}/{index}.png": noise(40 + index, index) for index in range(150)}
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_an_import_that_is_killed(crowded_site: Site, tmp_path: Path, source: st
     assert set(done.json["counts"]) == {"migrated", "ok"}
     assert site.run("import", *arguments, "--json").json["counts"] == {"ok": len(CROWD)}
     assert site.run("restore").code == 0
-    assert contents_of(site.directory) == CROWD
+    assert contents_below(site.directory) == CROWD
 
 
 def test_an_export_that_is_killed(crowded_site: Site, tmp_path: Path) -> None:
@@ -214,5 +215,5 @@ def test_an_export_that_is_killed(crowded_site: Site, tmp_path: Path) -> None:
     done = crowded_site.run("export", "out", "--json")
     assert (done.code, set(done.json["counts"])) == (0, {"ok", "restored"})
     assert crowded_site.run_without_flags("import", *new, "out", "--json").json["counts"] == {"migrated": len(CROWD)}
-    files = contents_of(out)
+    files = contents_below(out)
     assert {name for name in files if not name.startswith(".selfheal-export/")} == set(CROWD)

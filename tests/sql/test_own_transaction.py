@@ -63,7 +63,7 @@ async def test_a_write_that_waits_for_its_own_caller(uploads: UploadStore, engin
         began = time.monotonic()
         with pytest.raises(DatabaseUnavailable, match="pass connection="):
             await CALLS[call](uploads)  # type: ignore[misc]
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         await session.commit()
         await CALLS[call](uploads)  # type: ignore[misc]
         await session.execute(WRITE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from selfheal.disk.directory import UploadsDirectory
@@ -55,10 +57,19 @@ def write_file(path: Path, data: bytes = PICTURE) -> Path:
     return path
 
 
-def contents_below(path: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a path, by its relative path, but not the mark of the disk."""
-    files = (file for file in path.rglob("*") if file.is_file() and file.name not in MARKS)
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+def paths_below(top: Path) -> list[Path]:
+    """Return every path below a directory, sorted; what another process removes meanwhile may be missing."""
+    return sorted(Path(path, name) for path, folders, files in os.walk(top) for name in (*folders, *files))
+
+
+def contents_below(top: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a directory, by its relative path, but not the mark of the disk."""
+    found = {}
+    for path in paths_below(top):
+        if path.is_file() and path.name not in MARKS:
+            with suppress(FileNotFoundError):  # removed meanwhile
+                found[str(path.relative_to(top))] = path.read_bytes()
+    return found
 
 
 def names_in(path: Path) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.support.disk_files import MARKS
+from selfheal.names import OWN_PREFIX
+from tests.support.disk_files import MARKS, paths_below
 
 MODIFIED_NS = 1_500_000_000_123_456_789
 """The mtime in ns that `write_file` gives: older than every process and every record."""
@@ -44,7 +45,7 @@ def snapshot_of(base: Path) -> dict[str, tuple[Any, ...]]:
     Links are not followed; the mtime of a directory says no more than the names in it.
     """
     found: dict[str, tuple[Any, ...]] = {}
-    for path in [base, *sorted(base.rglob("*"))] if base.exists() else []:
+    for path in [base, *paths_below(base)] if base.exists() else []:
         if path.name in MARKS:
             continue
         measured = path.lstat()
@@ -57,12 +58,6 @@ def snapshot_of(base: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def contents_of(directory: Path) -> dict[str, bytes]:
-    """Return the bytes of all files below a directory, by name."""
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name not in MARKS]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
 def own_files_below(directory: Path) -> list[str]:
     """Return the files of selfheal itself below a directory, for instance temporary files that a run left."""
-    return [str(path) for path in directory.rglob(".selfheal*") if path.name not in MARKS]
+    return [str(path) for path in paths_below(directory) if path.name.startswith(OWN_PREFIX) and path.name not in MARKS]

@@ -13,6 +13,7 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.bulk.outcomes import Result
+from tests.support.disk_files import paths_below
 from tests.support.store_state import set_aside
 
 SQL = Callable[..., Awaitable[list[Any]]]
@@ -88,12 +89,12 @@ async def all_set_aside(store: UploadStore) -> list[tuple[str, bytes]]:
 def quarantine_of(store: UploadStore) -> list[tuple[str, bytes]]:
     """Return the names and bytes of the files in quarantine."""
     base = store.disk.quarantine_path
-    found = [path for path in base.rglob("*") if path.is_file()]
+    found = [path for path in paths_below(base) if path.is_file()]
     return sorted((str(Path(*path.relative_to(base).parts[1:])), path.read_bytes()) for path in found)
 
 
 def remove_tree(directory: Path) -> None:
     """Remove a directory with everything below it; `shutil.rmtree` fails on names of 512 bytes."""
-    for path in sorted(directory.rglob("*"), key=lambda path: len(path.parts), reverse=True):
+    for path in sorted(paths_below(directory), key=lambda path: len(path.parts), reverse=True):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     directory.rmdir()

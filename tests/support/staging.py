@@ -17,6 +17,7 @@ from selfheal.disk.root import OpenRoot
 from selfheal.disk.staged_file import StagedFile
 from selfheal.disk.syscalls import Directory
 from tests.support import environment
+from tests.support.disk_files import paths_below
 from tests.support.os_errors import no_unnamed_files
 
 OLD = b"old " * 5000
@@ -57,7 +58,7 @@ class Root:
 
     def entries(self) -> list[str]:
         """Return every path below the directory, temporary files too."""
-        return sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*"))
+        return [str(path.relative_to(self.path)) for path in paths_below(self.path)]
 
     def names(self) -> list[str]:
         """Return the paths that a request or a walk can find."""

@@ -56,7 +56,7 @@ def run_in_forks(work: str, url: str) -> None:
 
 async def in_processes(work: str, url: str) -> None:
     """Run one of the works in several processes at once; fail with the output of those that fail."""
-    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.support.storage_processes", work, url]
+    command = [sys.executable, "-W", "error", "-m", "tests.support.storage_processes", work, url]
     done = await anyio.run_process(command, check=False, env=environment())
     errors = done.stderr.decode()
     assert done.returncode == 0, errors

@@ -6,14 +6,13 @@ from hashlib import sha256
 from pathlib import Path
 
 from selfheal import UploadStore
-
-OF_THE_DISK = (".selfheal-disk", ".selfheal-followed", ".selfheal-swept")
+from tests.support.disk_files import MARKS, contents_below, paths_below
 
 
 def files_below(directory: Path) -> list[str]:
     """Return the relative path of every file below a directory, temporary files included, but not the disk's mark."""
-    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
-    return [file for file in files if not file.rpartition("/")[2].startswith(OF_THE_DISK)]
+    files = (path for path in paths_below(directory) if not path.is_dir() and not path.name.startswith(MARKS))
+    return [str(file.relative_to(directory)) for file in files]
 
 
 async def set_aside(store: UploadStore, name: str) -> list[bytes]:
@@ -25,12 +24,15 @@ async def set_aside(store: UploadStore, name: str) -> list[bytes]:
 def on_disk(store: UploadStore, name: str) -> bytes | None:
     """Return the bytes of a name's file, or None if there is no file."""
     path = store.disk.path_of(name)
-    return path.read_bytes() if path.exists() else None
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def in_quarantine(store: UploadStore) -> list[bytes]:
     """Return the bytes of every file that was set aside."""
-    return [path.read_bytes() for path in store.disk.quarantine_path.rglob("*") if path.is_file()]
+    return list(contents_below(store.disk.quarantine_path).values())
 
 
 async def in_database(store: UploadStore, name: str) -> bytes | None:

@@ -7,12 +7,13 @@ history must be what the model says, and nothing may wait in quarantine. Sizes a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -71,7 +72,9 @@ def step(**given: st.SearchStrategy[Any]) -> Callable[[Any], Any]:
 
     def make(do: Callable[..., None]) -> Any:
         def run_step(self: TwoNodes, visits: list[tuple[int, str, bool]], **drawn: Any) -> None:
-            do(self, **drawn)
+            self.log(do.__name__, drawn)
+            with self.log_in_failures():
+                do(self, **drawn)
             for node, name, part in visits:
                 self.everything_is_as_the_model_says()
                 self.get(node, drawn.get("name", name), part)
@@ -91,6 +94,7 @@ class TwoNodes(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        self._log: list[str] = []
         self.base = Path(tempfile.mkdtemp(prefix="selfheal-model-"))
         self.runner = asyncio.Runner()
         self.run = self.runner.run
@@ -104,6 +108,19 @@ class TwoNodes(RuleBasedStateMachine):
         for here in self.nodes:
             self.run(settle(here.store))
             self._first_request(here)
+
+    def log(self, what: str, given: dict[str, Any]) -> None:
+        """Remember a step: what depends on time happens once, and Hypothesis cannot replay it."""
+        self._log.append(f"{time.time():.3f} {what} {given}")
+
+    @contextlib.contextmanager
+    def log_in_failures(self) -> Iterator[None]:
+        """Add the steps so far to an error."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note("\n".join(self._log))
+            raise
 
     def teardown(self) -> None:
         if not hasattr(self, "runner"):
@@ -334,7 +351,11 @@ class TwoNodes(RuleBasedStateMachine):
 
         A file that this process has seen is not checked again, even if another node has changed the name since.
         """
-        here = self.nodes[node]
+        self.log("get", {"node": node, "name": name, "part": part})
+        with self.log_in_failures():
+            self._get(self.nodes[node], name, part=part)
+
+    def _get(self, here: Node, name: str, *, part: bool) -> None:
         copy, state = here.copies.get(name), self.catalogue.alive(name)
         if copy is not None:
             identity = here.identity(name)
@@ -455,6 +476,10 @@ class TwoNodes(RuleBasedStateMachine):
     def everything_is_as_the_model_says(self) -> None:
         """Compare files and times of both nodes, records and history; there are no other files."""
         TwoNodes.steps += 1
+        with self.log_in_failures():
+            self._compare_all()
+
+    def _compare_all(self) -> None:
         for number, node in enumerate(self.nodes):
             assert self.marks[number] in (None, node.mark())
             self.marks[number] = node.mark()
