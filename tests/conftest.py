@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import pwd
 import shutil
@@ -24,20 +25,21 @@ from tests.support.faults import BrokenDisk
 from tests.support.middleware import TRANSPORTS, Wrapping
 from tests.support.postgres import PostgresServer, start_postgres
 from tests.support.requirements import NOT_INSTALLED, needs
-from tests.support.waiting import eventually
+from tests.support.waiting import PATIENCE, eventually
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore SIGINT, and child processes inherit that; some tests interrupt theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-PATIENCE = 30.0
-"""Seconds that stores of tests wait for their database: a machine that runs many tests stands still at times."""
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--campaign`: tests of faults, damage and random input run for as long as in `make campaign`."""
     parser.addoption("--campaign", action="store_true", help="run the long campaigns, not their quick versions")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the thousands of collected tests out of garbage collections, each of which takes half a second else."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

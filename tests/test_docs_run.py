@@ -143,11 +143,11 @@ async def test_the_readme(tmp_path: Path) -> None:
     """The app of the README saves an upload, and serves it after its file is deleted."""
 
     def visit(url: str) -> None:
-        answer = httpx.post(f"{url}/upload", files={"picture": ("tom.png", PICTURE)})
+        answer = httpx.post(f"{url}/upload", files={"picture": ("tom.png", PICTURE)}, timeout=60)
         assert answer.status_code == 200, answer.text
         (file,) = tmp_path.glob("app/static/uploads/*.png")
         file.unlink()
-        assert httpx.get(f"{url}{answer.json()}").content == PICTURE
+        assert httpx.get(f"{url}{answer.json()}", timeout=60).content == PICTURE
 
     await read("README.md", Reader(tmp_path), visit)
     assert len(list(tmp_path.glob("app/static/uploads/*.png"))) == 1
@@ -160,7 +160,7 @@ async def test_the_commands(tmp_path: Path, postgres_url: str) -> None:
 
     def visit(url: str) -> None:
         (tmp_path / "app/static/uploads/cats/tom.jpg").unlink()
-        assert httpx.get(f"{url}/static/uploads/cats/tom.jpg").content == PICTURE
+        assert httpx.get(f"{url}/static/uploads/cats/tom.jpg", timeout=60).content == PICTURE
 
     postgres = postgres_url.replace("+asyncpg", "")
     variables = {"DATABASE_URL": f"sqlite:///{tmp_path}/selfheal.db", "POSTGRES": postgres}

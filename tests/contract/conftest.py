@@ -19,7 +19,7 @@ from tests.support.small_disk import SmallDisk, mounted_disk
 @pytest.fixture
 def faults(directory: Path, sqlite_url: str) -> Faults:
     """The settings of a server without a fault, over the directory and the database of `sqlite_store`."""
-    return Faults(directory=str(directory), database=sqlite_url, deadline=5.0)
+    return Faults(directory=str(directory), database=sqlite_url)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ async def proxy(postgres: PostgresServer) -> AsyncIterator[Proxy]:
 def proxied_faults(directory: Path, postgres_url: str, proxy: Proxy) -> Faults:
     """The settings of a server without a fault, over the database of `postgres_store`, through the proxy."""
     url = make_url(postgres_url).set(port=proxy.port).render_as_string(hide_password=False)
-    return Faults(directory=str(directory), database=url, deadline=1.0)
+    return Faults(directory=str(directory), database=url)
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ async def test_sqlite_locked(tmp_path: Path, sqlite_store: UploadStore, faults: 
     at its start (`BEGIN IMMEDIATE`).
     """
     (name,) = await save_and_lose(sqlite_store, SMALL)
-    async with running_server(tmp_path, replace(faults, deadline=1.0)) as server:
+    async with running_server(tmp_path, replace(faults, deadline=2.0)) as server:
         async with locked_database(sqlite_store):
             assert is_unknown(await server.get(name))
             assert is_unknown(await server.get("never-was.jpg"))
@@ -340,7 +340,7 @@ async def test_commits_outcome_unknown(
     """If the connection breaks after the COMMIT, an upload is a 503, and the same upload again changes nothing."""
     async with CommitAnswerProxy(postgres.port) as proxy:
         url = make_url(proxied_faults.database).set(port=proxy.port).render_as_string(hide_password=False)
-        async with running_server(tmp_path, replace(proxied_faults, database=url, deadline=5.0)) as server:
+        async with running_server(tmp_path, replace(proxied_faults, database=url)) as server:
             proxy.is_active = True
             assert (await server.ask("POST", f"/upload/{NAME}", noise(size))).status == 503
             assert proxy.lost_answers == 1

@@ -132,7 +132,7 @@ async def test_two_processes_publish_one_name(
 async def test_engine_made_before_fork(tmp_path: Path, postgres_store: UploadStore, proxied_faults: Faults) -> None:
     """Workers that are forked after the engine was used make their own connections."""
     names = await save_and_lose(postgres_store, *range(SMALL, SMALL + 60))
-    async with running_server(tmp_path, replace(proxied_faults, workers=2, deadline=5.0)) as server:
+    async with running_server(tmp_path, replace(proxied_faults, workers=2)) as server:
         workers = set()
         for number, name in enumerate(names[:20]):
             assert is_image(await server.get(name), SMALL + number)
@@ -162,7 +162,7 @@ async def test_client_gone_while_restoring(tmp_path: Path, sqlite_store: UploadS
                 await visitor.read(much)
                 await asyncio.sleep(0.01)
 
-        await eventually(lambda: None not in (on_disk(sqlite_store, small), on_disk(sqlite_store, large)), 30)
+        await eventually(lambda: None not in (on_disk(sqlite_store, small), on_disk(sqlite_store, large)))
 
         async def nothing_is_open() -> bool:
             return (await server.state())["files"] == before
@@ -179,14 +179,14 @@ async def test_slow_client(tmp_path: Path, postgres_store: UploadStore, proxied_
     """A slow client is served; it holds a descriptor at most, and never a database connection."""
     (name,) = await save_and_lose(postgres_store, LARGE)
     broken = {"pwrite": "ENOSPC"} if case == "from the database" else {}
-    async with running_server(tmp_path, replace(proxied_faults, fail=broken, deadline=5.0)) as server:
+    async with running_server(tmp_path, replace(proxied_faults, fail=broken)) as server:
         if case == "a hit":
             assert is_image(await server.get(name), LARGE)
         async with server.visit(name, buffer=65536) as visitor:
             await visitor.read(2 * CHUNK)
 
             if case != "from the database":
-                await eventually(lambda: on_disk(postgres_store, name) is not None, 30)
+                await eventually(lambda: on_disk(postgres_store, name) is not None)
             for _ in range(10):
                 await wait_until_no_connection(server)
                 await asyncio.sleep(0.02)

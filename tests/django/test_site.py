@@ -133,7 +133,7 @@ def test_a_site(server: Server, database_url: str) -> None:
     assert shown(browser.get("/").text) == []
     with UploadStore(server.directory, database_url).sync as uploads:
         uploads.undo(url.removeprefix("/media/"))
-    assert httpx.get(browser.base_url.join(url), trust_env=False).content == png
+    assert httpx.get(browser.base_url.join(url), timeout=60, trust_env=False).content == png
 
 
 @pytest.mark.parametrize("name", ["asgi", "wsgi"])

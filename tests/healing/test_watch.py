@@ -446,7 +446,7 @@ async def test_more_files_than_are_remembered(watching: UploadStore, monkeypatch
     async def all_stored() -> bool:
         return await alive(watching, [f"many/{number}.jpg" for number in range(100)]) == 100
 
-    await eventually(all_stored, 30)
+    await eventually(all_stored)
 
 
 # -- what selfheal itself does is not the app's -----------------------------------------------------------------------
@@ -472,7 +472,7 @@ async def test_what_selfheal_does_itself(watching: UploadStore, other_store: Upl
 
 async def test_a_restore_by_another_process(watching: UploadStore) -> None:
     """A whole restore by the command, of lost and of damaged files, deletes none of them."""
-    names = await save_many(watching, 30)
+    names = await save_many(watching)
     for name in names[:20]:
         watching.disk.path_of(name).unlink()
     await settled(watching)

@@ -16,6 +16,8 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
+from tests.support.waiting import PATIENCE
+
 
 @dataclass(frozen=True)
 class Faults:
@@ -24,7 +26,7 @@ class Faults:
     directory: str = ""
     database: str = ""
     socket: int = -1
-    deadline: float = 5.0
+    deadline: float = PATIENCE
     require_marker: bool = False
     fail: dict[str, str] = field(default_factory=dict)
     """Call → the name of the error with which it always fails."""

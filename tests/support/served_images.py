@@ -45,7 +45,7 @@ async def wait_until_served(server: FaultyServer, name: str, size: int) -> None:
     async def is_served() -> bool:
         return is_image(await server.get(name), size)
 
-    await eventually(is_served, 30)
+    await eventually(is_served)
 
 
 async def wait_until_no_connection(server: FaultyServer) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+PATIENCE = 30.0
+"""Seconds to wait for what takes none on a quiet machine: one that runs many tests stands still at times."""
 
-async def eventually(holds: Callable[[], bool | Awaitable[bool]], seconds: float = 10.0) -> None:
+
+async def eventually(holds: Callable[[], bool | Awaitable[bool]], seconds: float = PATIENCE) -> None:
     """Return once `holds()` is true; fail the test if it is not within `seconds`."""
     end = time.monotonic() + seconds
     while True:
@@ -20,7 +23,7 @@ async def eventually(holds: Callable[[], bool | Awaitable[bool]], seconds: float
         await anyio.sleep(0.02)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 30.0, step: float = 0.01) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE, step: float = 0.01) -> None:
     """Return once `holds()` is true, in synchronous code; fail the test if it is not within `seconds`."""
     end = time.monotonic() + seconds
     while not holds():
