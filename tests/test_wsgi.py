@@ -22,6 +22,7 @@ from selfheal import Kind, SettingsError, UploadStore
 from selfheal.disk.open_file import PIECE
 from selfheal.wsgi import SelfHealMiddleware
 from tests.support.asgi import scope_of
+from tests.support.constants import set_constants
 from tests.support.faults import BrokenDisk
 from tests.support.files import noise, write_file
 from tests.support.middleware import PICTURE, PREFIX
@@ -331,8 +332,11 @@ def test_every_hit_is_counted(sync_store: UploadStore) -> None:
 
 
 @pytest.mark.parametrize("adopt", [True, False])
-def test_files_that_nobody_asks_for(directory: Path, sqlite_url: str, adopt: bool) -> None:
+def test_files_that_nobody_asks_for(
+    directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, adopt: bool
+) -> None:
     """Any request starts the sweep, which stores what is only on disk, unless nothing is to be adopted."""
+    set_constants(monkeypatch, START_AFTER=0.2)
     write_file(directory / "lonely.png", PICTURE)
     with UploadStore(directory, sqlite_url).sync as uploads:
         uploads.database.create_tables()

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -127,29 +128,30 @@ async def test_names_that_are_gone_hold_nobody_up(sqlite_store: UploadStore) -> 
 
 
 async def test_a_sweep_that_the_database_stops_begins_again(
-    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+    directory: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the database went back every file is stored, though it took no writes meanwhile and few are remembered."""
     set_constants(monkeypatch, CHECKS_AT_ONCE=8)
     monkeypatch.setattr("selfheal.healing.pace.NAMES_AT_MOST", 8)
-    await sqlite_store.database.create_tables()
-    await follow_until(sqlite_store, lambda: True)
-    changes = sqlite_store.database.changes
-    await changes.begin_epoch((await changes.position()).epoch)
-    for number in range(40):
-        replace_file(sqlite_store, b"%d" % number, time.time_ns(), f"{number}.jpg")
-    lock = sqlite3.connect(str(sqlite_store.database.url.database), isolation_level=None)
-    lock.execute("BEGIN IMMEDIATE")
-    sqlite_store.background.follow()
-    await sqlite_store.tasks.drain(60)
-    lock.close()
+    async with UploadStore(directory, sqlite_url, deadline=2.0) as store:
+        await store.database.create_tables()
+        await follow_until(store, lambda: True)
+        changes = store.database.changes
+        await changes.begin_epoch((await changes.position()).epoch)
+        for number in range(40):
+            replace_file(store, b"%d" % number, time.time_ns(), f"{number}.jpg")
+        lock = sqlite3.connect(str(store.database.url.database), isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        store.background.follow()
+        await store.tasks.drain(60)
+        lock.close()
 
-    async def are_stored() -> bool:
-        sqlite_store.background.follow()
-        await sqlite_store.tasks.drain(30)
-        return await sqlite_store.database.count() == 40
+        async def are_stored() -> bool:
+            store.background.follow()
+            await store.tasks.drain(30)
+            return await store.database.count() == 40
 
-    await eventually(are_stored)
+        await eventually(are_stored)
 
 
 async def test_a_sweep_of_a_process_that_died_is_done_by_another(sqlite_store: UploadStore) -> None:

@@ -472,7 +472,7 @@ async def test_what_selfheal_does_itself(watching: UploadStore, other_store: Upl
 
 async def test_a_restore_by_another_process(watching: UploadStore) -> None:
     """A whole restore by the command, of lost and of damaged files, deletes none of them."""
-    names = await save_many(watching)
+    names = await save_many(watching, 30)
     for name in names[:20]:
         watching.disk.path_of(name).unlink()
     await settled(watching)

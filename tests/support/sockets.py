@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import socket
 from pathlib import Path
+
+PORTS_EACH = 1_000
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 12
+_first = 20_000 + PORTS_EACH * _worker
+_ports = (_first + number % PORTS_EACH for number in itertools.count(os.getpid()))
 
 
 def make_socket(path: Path) -> None:
@@ -17,7 +24,13 @@ def make_socket(path: Path) -> None:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of the loopback interface that is free now.
+
+    It is below those that the system chooses by itself: one of them may be another's before a server has started.
+    """
+    for _ in range(PORTS_EACH):
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")

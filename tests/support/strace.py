@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.store_state import OF_THE_DISK
+from tests.support.disk_files import MARKS
 
 SECONDS = 40.0
 """The longest time that an operation may take before it counts as hung."""
@@ -126,7 +126,7 @@ def named_before_synced(calls: list[Call], directory: Path) -> list[Call]:
         elif call.name in ("linkat", "renameat", "renameat2"):
             first = call.arguments.split('"')[1]
             source = paths.get(first.rpartition("/")[2]) if first.startswith("/proc/self/fd/") else f"{path}/{first}"
-            if source in unsynced and not _last_path(call).startswith(OF_THE_DISK):
+            if source in unsynced and not _last_path(call).startswith(MARKS):
                 found.append(call)
     return found
 
