@@ -251,5 +251,5 @@ class ImageStorage:
 
 
 async def _close(tasks: Tasks, engine: Engine) -> None:
-    await tasks.drain(engine.timeout)
+    await tasks.end(engine.timeout)
     await engine.close()

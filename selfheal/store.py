@@ -180,7 +180,7 @@ class UploadStore(Addresses):
         await self.threads.run(_look_through, self.disk)
 
     async def close(self) -> None:
-        """Wait up to 20 s for running tasks, then close connections, threads and descriptors."""
+        """Wait up to 20 s for running calls and tasks, then close connections, threads and descriptors."""
         self.home.settle()
         await self.home.run(self.close_at_home)
         await self.home.leave()
@@ -258,7 +258,7 @@ async def _close(
     upkeep: Upkeep, tasks: Tasks, database: ImageStorage, disk: UploadsDirectory, claim: TableClaim
 ) -> None:
     await upkeep.stop()
-    await tasks.drain(CLOSING_GRACE)
+    await tasks.end(CLOSING_GRACE)
     await database.close()
     disk.close()
     claim.release()

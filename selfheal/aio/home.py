@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 EXITING_GRACE = 5.0  # seconds that a store that nobody closed gets when the interpreter exits
+POLL = 0.01  # seconds between two looks whether all calls have ended
 LOOK_EVERY = 1.0  # seconds between two looks whether the loop that was asked still runs
 ENDED = "the event loop of the store ended before it answered; close the store on the loop that opened it"
 NO_ASYNCIO = "a store needs asyncio's event loop here; elsewhere (trio) call `uploads.sync` in a thread"
@@ -36,6 +38,7 @@ class HomeLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: LoopThread | None = None
         self._closing: Callable[[], Coroutine[Any, Any, object]] = _nothing
+        self._calling: set[asyncio.Task[Any] | None] = set()
         _HOMES.add(self)
 
     @property
@@ -70,15 +73,15 @@ class HomeLoop:
         """Await `work` at home, from any loop; to cancel the caller cancels the work."""
         here, loop = _asyncio_loop(), self._find()
         if loop is here:
-            return await work(*args, **kwargs)
-        return await _ask(loop, work, *args, **kwargs)
+            return await self._call(work, *args, **kwargs)
+        return await _ask(loop, self._call, work, *args, **kwargs)
 
     def call(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `work` returns at home, to synchronous code. Raises `RuntimeError` in the thread of the home."""
         loop = self._find()
         if loop is _running_loop():
             raise RuntimeError("this thread runs the store's own event loop: await the method, or call it in a thread")
-        answer = _submit(loop, work(*args, **kwargs))
+        answer = _submit(loop, self._call(work, *args, **kwargs))
         try:
             return _wait(answer, loop)
         except CancelledError:
@@ -86,6 +89,23 @@ class HomeLoop:
         except BaseException:
             _give_up(answer)
             raise
+
+    async def wait_for_calls(self, seconds: float) -> None:
+        """Wait, at home, up to `seconds` for the end of the calls that other tasks and threads have begun."""
+        self._calling.discard(asyncio.current_task())
+        end = time.monotonic() + seconds
+        while self._calling and time.monotonic() < end:  # noqa: ASYNC110 - an event would cost every call
+            await asyncio.sleep(POLL)
+
+    async def _call(self, work: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        task = asyncio.current_task()
+        if task in self._calling:
+            return await work(*args, **kwargs)
+        self._calling.add(task)
+        try:
+            return await work(*args, **kwargs)
+        finally:
+            self._calling.discard(task)
 
     def soon(self, function: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `function` at home: now if this is it, else as soon as it can."""
@@ -165,6 +185,7 @@ class HomeLoop:
         return self._thread.loop
 
     def _reset(self) -> None:
+        self._calling = set()
         for reset in self._resets:
             reset()
 

@@ -35,6 +35,12 @@ class Tasks:
         """Return what `work` returns. If the caller is cancelled, `work` goes on in the background: no torn commit."""
         return await asyncio.shield(self._start(work, context_of_work(*waiting_callers())))
 
+    async def end(self, seconds: float) -> None:
+        """As `drain`, after the calls that others have begun at home."""
+        began = asyncio.get_running_loop().time()
+        await self.home.wait_for_calls(seconds)
+        await self.drain(began + seconds - asyncio.get_running_loop().time())
+
     async def drain(self, seconds: float) -> None:
         """Wait up to `seconds` for all running tasks, and for those that they start; then cancel the rest."""
         loop = asyncio.get_running_loop()
