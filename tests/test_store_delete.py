@@ -98,6 +98,14 @@ async def test_delete_compares_every_byte_before_it_removes_a_file(store: Upload
     assert await set_aside(store, NAME) == [OLD.upper()]
 
 
+async def test_an_error_that_passes_leaves_no_file(sqlite_store: UploadStore, broken_disk: BrokenDisk) -> None:
+    """A passing error after the commit of a deletion leaves no copy, which the next process would serve once."""
+    await sqlite_store.save(NAME, OLD)
+    broken_disk.fail("lstat", errno.EIO, once=True)
+    assert await sqlite_store.delete(NAME) is True
+    assert on_disk(sqlite_store, NAME) is None
+
+
 async def test_delete_of_a_file_that_vanishes(sqlite_store: UploadStore, broken_disk: BrokenDisk) -> None:
     """A file that another program removes during the deletion is no error; the name is deleted."""
     saved = await sqlite_store.save(NAME, OLD)

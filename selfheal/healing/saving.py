@@ -168,14 +168,21 @@ class Saver:
         await self._clear(record.name, OTHER_BYTES, unless=record)
 
     async def _clear(self, name: str, why: str, *, unless: Record | None = None) -> None:
-        """Clear a copy, unless it is a record's; one that cannot be moved away is not served."""
-        try:
-            there = await self.disk.threads.run(self.disk.stat, name)
-            if there is not None and not (unless and unless.matches(there.st_mtime_ns, there.st_size)):
-                await self.copies.clear(name, why)
-        except (DiskUnwritable, OSError) as error:
-            logger.error("%s", error)
-            self.background.retry(name)
+        """Clear a copy, unless it is a record's; one that cannot be moved away is not served.
+
+        It is tried twice: the next process does not know of a copy that an error left, and would serve it once.
+        """
+        for is_last in (False, True):
+            try:
+                there = await self.disk.threads.run(self.disk.stat, name)
+                if there is not None and not (unless and unless.matches(there.st_mtime_ns, there.st_size)):
+                    await self.copies.clear(name, why)
+            except (DiskUnwritable, OSError) as error:
+                if is_last:
+                    logger.error("%s", error)
+                    self.background.retry(name)
+            else:
+                return
 
     async def _delete(self, name: str) -> None:
         await self.database.bury(name)

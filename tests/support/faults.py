@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
@@ -42,10 +43,13 @@ class BrokenDisk:
 
         self._monkeypatch.setattr(os, "pwrite", pwrite)
 
-    def fail(self, call: str, number: int) -> None:
-        """Make every such call fail with an error number."""
+    def fail(self, call: str, number: int, *, once: bool = False) -> None:
+        """Make every such call fail with an error number, or the next one."""
+        real, failed = getattr(os, call), count()
 
-        def failing(*_: Any, **__: Any) -> None:
+        def failing(*arguments: Any, **named: Any) -> Any:
+            if once and next(failed):
+                return real(*arguments, **named)
             raise OSError(number, os.strerror(number))
 
         self._monkeypatch.setattr(os, call, failing)
