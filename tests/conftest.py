@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from selfheal import ImageStorage, UploadStore
@@ -29,6 +30,10 @@ from tests.support.requirements import NOT_INSTALLED, needs
 from tests.support.waiting import PATIENCE, eventually
 
 _finished = itertools.count(1)
+
+# an example may take long on a busy machine
+settings.register_profile("busy", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets its background jobs ignore SIGINT, and child processes inherit that; some tests interrupt theirs.

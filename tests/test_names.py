@@ -219,7 +219,7 @@ def test_every_control_character_is_refused(control: str) -> None:
 
 @given(st.one_of(valid, any_string))
 @example("a/../../etc/passwd")
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_every_valid_name_stays_inside(name: str) -> None:
     """A valid name, joined to a root and normalised, is unchanged and below the root."""
     assume(names.is_valid(name))
@@ -230,7 +230,7 @@ def test_every_valid_name_stays_inside(name: str) -> None:
 
 
 @given(any_string)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_all_functions_agree(name: str) -> None:
     """`fault`, `is_valid`, `check` and `from_path` agree on any string and raise nothing else."""
     good = names.is_valid(name)
@@ -243,14 +243,14 @@ def test_all_functions_agree(name: str) -> None:
 
 
 @given(st.from_regex(names._PLAIN, fullmatch=True))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_simple_names_obey_every_rule(name: str) -> None:
     """The regular expression for simple names accepts nothing that a rule refuses."""
     assert names.fault(name) == ""
 
 
 @given(valid)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_every_valid_name_can_be_a_file(name: str) -> None:
     """Every valid name can be a file, and a listing gives the same name."""
     with tempfile.TemporaryDirectory() as root:
@@ -262,7 +262,7 @@ def test_every_valid_name_can_be_a_file(name: str) -> None:
 
 
 @given(valid, st.sampled_from([PREFIX, "/u", "/bilder öffentlich"]))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_to_a_path_and_back(name: str, prefix: str) -> None:
     """The path of a name is ASCII and valid in a URL; decoded once, it gives the same name."""
     path = names.to_path(name, prefix)
@@ -271,7 +271,7 @@ def test_to_a_path_and_back(name: str, prefix: str) -> None:
 
 
 @given(st.text(st.sampled_from("/.%25efcEFC0aux\\:"), max_size=24))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_no_encoding_gives_a_step_upwards(raw: str) -> None:
     """However a target is encoded, its name has no `..`, even if it is decoded again."""
     name = requested(f"{PREFIX}/{raw}")

@@ -46,7 +46,7 @@ def test_random_bytes(target: Target, times: Callable[[int, int], int], caplog: 
     many = times(*TIMES[type(target)])
 
     @given(st.binary(max_size=40) | st.binary(min_size=40, max_size=200))
-    @settings(max_examples=many, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=many, suppress_health_check=list(HealthCheck))
     def check(data: bytes) -> None:
         target.check(data)
 

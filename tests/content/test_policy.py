@@ -203,7 +203,7 @@ def test_only_some_extensions() -> None:
 
 
 @given(st.text(max_size=40))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_file_name(filename: str) -> None:
     """Whatever the client's file name is, the extension is safe at the end of a file name."""
     assert re.fullmatch(r"[a-z0-9]{0,10}", ANY.check_extension(filename))

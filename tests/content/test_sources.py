@@ -129,7 +129,7 @@ async def test_every_source(make: Maker, size: int, threads: Threads, tmp_path: 
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3]), max_size=8))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_odd_pieces(sizes: list[int]) -> None:
     """A stream in pieces of any size, empty ones too, gives its whole data in read_chunks of one size."""
     data = data_of(sum(sizes))

@@ -195,7 +195,7 @@ async def test_past_the_end(files: ServedFiles, place: str, size: int) -> None:
 
 
 @given(first=st.integers(0, 3 * MB + 10), length=st.integers(1, 3 * MB), size=st.sampled_from(SIZES[1:-1]))
-@settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @pytest.mark.parametrize("place", PLACES)
 async def test_any_range(files: ServedFiles, place: str, first: int, length: int, size: int) -> None:
     """A range from any byte to any other, in a file of any size, gets its bytes or a 416."""
@@ -284,7 +284,7 @@ VALUES = st.one_of(
 @given(
     lines=st.lists(st.tuples(st.sampled_from(TEMPLATES), VALUES), max_size=4), method=st.sampled_from(["GET", "HEAD"])
 )
-@settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 async def test_any_headers(
     files: ServedFiles, like_starlette: dict[str, str], lines: list[tuple[str, str]], method: str
 ) -> None:

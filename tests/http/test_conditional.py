@@ -27,7 +27,7 @@ HEADERS = (b"range", b"if-range", b"if-match", b"if-none-match", b"if-modified-s
     zone=st.sampled_from([" GMT", "", " +0100", " PST", " -0000", " GMTX", ", GMT", " GMT GMT"]),
     pattern=st.sampled_from(["Tue, {0} {1} {2} {3}{4}", "Tuesday, {0}-{1}-{2} {3}{4}", "Tue {1} {0} {3} {2}{4}"]),
 )
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=500)
 def test_text_that_looks_like_a_date(day: str, month: str, year: str, clock: str, zone: str, pattern: str) -> None:
     """Text that looks like a date is a date or is ignored; it never raises."""
     date = pattern.format(day, month, year, clock, zone).encode()
@@ -47,7 +47,6 @@ def test_a_date_that_does_not_exist_is_ignored(date: str) -> None:
 
 
 @given(seconds=st.integers(-(2**31), 2**33), shift=st.integers(-3, 3))
-@settings(deadline=None, database=None)
 def test_dates_are_compared_in_seconds(seconds: int, shift: int) -> None:
     """If-Modified-Since and If-Unmodified-Since compare in seconds; If-Range needs the same second."""
     head = make_head("a.png", seconds * 10**9, 100)
@@ -143,7 +142,7 @@ def test_entity_tags_are_compared_strongly_or_weakly(tags: str, if_match: int, i
 
 
 @given(lines=st.lists(st.tuples(st.sampled_from(HEADERS), st.binary(max_size=60)), max_size=6), is_head=st.booleans())
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=500)
 def test_any_bytes_in_any_header(lines: list[tuple[bytes, bytes]], is_head: bool) -> None:
     """No bytes in any header make the plan raise; HEAD never gets 206 or 416."""
     planned = plan(make_head("a.png", MODIFIED_NS, 100), 100, *lines, is_head=is_head)

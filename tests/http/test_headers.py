@@ -7,7 +7,7 @@ import os
 from email.utils import parsedate_to_datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import FileResponse
 from starlette.types import Message
@@ -19,7 +19,6 @@ from tests.support.plans import MODIFIED_NS, plan
 
 
 @given(modified_ns=st.integers(-(2**31) * 10**9, 2**33 * 10**9), size=st.integers(0, 2**50))
-@settings(deadline=None, database=None)
 def test_validators_are_those_of_starlette(modified_ns: int, size: int) -> None:
     """For any size and mtime, ETag and Last-Modified are those of Starlette's `FileResponse`."""
     seconds, nanoseconds = divmod(modified_ns, 10**9)

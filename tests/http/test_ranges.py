@@ -11,7 +11,7 @@ from tests.support.plans import MODIFIED_NS, plan
 
 
 @given(size=st.integers(1, 2**40), first=st.integers(0, 2**41), last=st.integers(0, 2**41))
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300)
 def test_any_range(size: int, first: int, last: int) -> None:
     """`first-last`, `first-` and `-last` are cut to the size; one past the end is 416, a reversed one is ignored."""
     head = make_head("a.png", MODIFIED_NS, size)

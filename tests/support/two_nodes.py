@@ -700,8 +700,6 @@ def run_machine(url: str, steps: int) -> int:
             settings=settings(
                 max_examples=left,
                 stateful_step_count=40,
-                deadline=None,
-                database=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )
