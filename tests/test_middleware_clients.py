@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from starlette.types import Message
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from selfheal import SelfHealMiddleware, UploadStore
 from selfheal.content.sources import CHUNK
@@ -21,7 +22,6 @@ from tests.support.middleware import (
     open_below,
     put,
     restore_started,
-    static_over,
     wrapping,
 )
 from tests.support.waiting import eventually
@@ -59,7 +59,12 @@ async def test_cancelled_requests_leak_no_connection(store: UploadStore, serve: 
 
     A BaseHTTPMiddleware around the middleware cancels so when a client disconnects (SQLAlchemy 12077).
     """
-    app = wrapping(store, serve, static_over(store.disk.path))
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        """Send a file; `StaticFiles` would leave one open that it is cancelled at."""
+        await Response(store.disk.path_of(scope["path"].rpartition("/")[2]).read_bytes())(scope, receive, send)
+
+    app = wrapping(store, serve, wrapped)
     paths = [await put(store, f"{index}.png", LARGE, on_disk=False) for index in range(12)]
     store.upkeep.start()  # it goes on after all requests
     tasks = asyncio.all_tasks()
