@@ -126,6 +126,10 @@ class UploadsDirectory(ReadableDirectory):
         """Return the name and path of every file in quarantine for at least `age` seconds."""
         return list(self._quarantine.entries(age))
 
+    def sweep_quarantine(self, age: float) -> None:
+        """Remove what dead processes left in quarantine at least `age` seconds ago, except files."""
+        self._quarantine.sweep(age)
+
     def open_quarantined(self, path: Path) -> OpenFile:
         """Open a file in quarantine."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

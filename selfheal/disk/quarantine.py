@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import stat
@@ -12,8 +13,11 @@ from pathlib import Path
 
 from ..names import OWN_PREFIX
 from . import syscalls
+from .readable import ABSENT
 
 QUARANTINE = f"{OWN_PREFIX}-quarantine"
+PLACEHOLDER = f"{OWN_PREFIX}-nothing"  # the target of the link whose place a file takes
+TRIES = 100
 PUBLIC_DIRECTORIES = ("static", "public", "www", "html", "public_html", "htdocs", "assets", "media")
 
 
@@ -45,13 +49,37 @@ class Quarantine:
         _remove_empty(path.parent, base)
 
     def entries(self, age: float) -> Iterator[tuple[str, Path]]:
-        """Yield the name and the path of every file that was moved here at least `age` seconds ago."""
-        for base in (self.path, self._inside):
-            for own in sorted(base.iterdir()) if base.is_dir() and not base.is_symlink() else ():
-                if own.is_dir() and time.time() - own.stat().st_mtime >= age:
-                    for path in sorted(own.rglob("*")):
-                        if path.is_file() and not path.is_symlink():
-                            yield str(path.relative_to(own)), path
+        """Yield the name and the path of every file that was moved here at least `age` seconds ago.
+
+        Raises `OSError` if it cannot be read, after the files of the one below the uploads.
+        """
+        for _, own in self._moves(age):
+            for folder, _, files in _walk(own):
+                for path in (Path(folder, file) for file in sorted(files)):
+                    if path.is_file() and not path.is_symlink():
+                        yield str(path.relative_to(own)), path
+
+    def sweep(self, age: float) -> None:
+        """Remove what processes that died left here at least `age` seconds ago, except files. Raises as `entries`."""
+        for base, own in self._moves(age):
+            for folder, _, files in _walk(own, topdown=False):
+                for path in (Path(folder, file) for file in files):
+                    if path.is_symlink() and str(path.readlink()) == PLACEHOLDER:
+                        path.unlink(missing_ok=True)
+                _remove_empty(Path(folder), base)
+        for base in self._places():
+            _remove_empty(base, base)
+
+    def _places(self) -> tuple[Path, ...]:
+        return (self.path,) if self._inside.is_symlink() else (self._inside, self.path)
+
+    def _moves(self, age: float) -> Iterator[tuple[Path, Path]]:
+        """Yield the place and the directory of every move that was made at least `age` seconds ago."""
+        for base in self._places():
+            for _, folders, _ in itertools.islice(_walk(base), 1):
+                for own in (base / folder for folder in sorted(folders)):
+                    if not age or _age(own) >= age:  # the clock of the disk may be ahead
+                        yield base, own
 
 
 def default_path(uploads: Path) -> Path:
@@ -66,20 +94,49 @@ def default_path(uploads: Path) -> Path:
 
 
 def _move(parent: int, name: str, quarantine: Path) -> Path:
-    os.makedirs(quarantine, 0o700, exist_ok=True)
-    own = quarantine / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
-    own.mkdir(0o700)
-    target = own / name
+    target = _make_own(quarantine) / name
     try:
         os.makedirs(target.parent, exist_ok=True)
         with contextlib.suppress(OSError):  # a disk without links
-            target.symlink_to("nothing")  # a file takes its place; a directory that has just got the name does not
+            target.symlink_to(PLACEHOLDER)  # a file takes its place; a directory that has just got the name does not
         os.rename(name.rpartition("/")[2], target, src_dir_fd=parent)
     except OSError:
         target.unlink(missing_ok=True)
         _remove_empty(target.parent, quarantine)
         raise
     return target
+
+
+def _make_own(quarantine: Path) -> Path:
+    """Make a directory for one move. Others remove the quarantine whenever it is empty."""
+    for _ in range(TRIES):
+        own = quarantine / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+        try:
+            os.makedirs(quarantine, 0o700, exist_ok=True)
+            own.mkdir(0o700)
+        except (FileExistsError, FileNotFoundError) as error:
+            failure = error
+        else:
+            return own
+    raise failure
+
+
+def _walk(top: Path, *, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As `os.walk`; what another process removes meanwhile is left out. Raises `OSError` for what cannot be read."""
+
+    def fail(error: OSError) -> None:
+        if error.errno not in ABSENT:
+            raise error
+
+    return os.walk(top, topdown, fail)
+
+
+def _age(path: Path) -> float:
+    """Return how many seconds ago a directory was changed; -1.0 if another process removed it."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return -1.0
 
 
 def _remove_empty(directory: Path, base: Path) -> None:

@@ -1,6 +1,7 @@
 """Copies on disk that must go: each is moved aside first, then hashed, and removed once the database has its bytes."""
 
 import errno
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,14 @@ class DiskCopies:
             self._leave(name, moved, why)
 
     async def drain(self) -> None:
-        """Store what waits in quarantine: the database did not answer when it was moved there."""
-        for name, path in await self.disk.threads.run(self.disk.quarantined, DRAINED_AFTER):
-            if names.is_valid(name):
-                await self._keep(name, path, "it waited in quarantine")
+        """Store what waits in quarantine: the database did not answer, or the process died, when it was moved there."""
+        try:
+            for name, path in await self.disk.threads.run(self.disk.quarantined, DRAINED_AFTER):
+                if names.is_valid(name):
+                    await self._keep(name, path, "it waited in quarantine")
+            await self.disk.threads.run(self.disk.sweep_quarantine, DRAINED_AFTER)
+        except OSError as error:
+            self.events.log_once(logging.WARNING, "quarantine", f"the quarantine cannot be read: {error}")
 
     async def _move_away(self, name: str, why: str) -> Path | None:
         try:

@@ -28,6 +28,7 @@ from tests.support.served_images import (
     is_image,
     is_not_stored,
     save_and_lose,
+    wait_for_open_files,
 )
 from tests.support.small_disk import SmallDisk
 from tests.support.sockets import make_socket
@@ -227,7 +228,7 @@ async def test_disk_full_while_restoring_in_other_ways(
         for name, size in zip(names, (MEDIUM, LARGE), strict=True):
             assert is_image(await server.get(name), size)
         assert len(server.lines_with("WARNING")) == 1
-        assert (await server.state())["files"] == []
+        await wait_for_open_files(server, 0)
     assert files_below(sqlite_store.disk.path) == []
 
 
@@ -270,7 +271,7 @@ async def test_eio_on_fsync(tmp_path: Path, sqlite_store: UploadStore, faults: F
             before = len(syncs.read_text().split()) if syncs.exists() else 0
             assert is_image(await server.get(name), size)
             assert len(syncs.read_text().split()) == before + 1
-        assert (await server.state())["files"] == []
+        await wait_for_open_files(server, 0)
     assert files_below(sqlite_store.disk.path) == []
 
 

@@ -22,6 +22,7 @@ from tests.support.served_images import (
     is_image,
     is_not_stored,
     save_and_lose,
+    wait_for_open_files,
     wait_until_no_connection,
 )
 from tests.support.store_state import files_below, in_database, in_quarantine, on_disk, on_disk_and_in_database
@@ -124,7 +125,7 @@ async def test_two_processes_publish_one_name(
         assert all(is_image(answer, MEDIUM) for answer in await asyncio.gather(*asking))
         for server in (one, other):
             assert is_image(await server.get(name), MEDIUM)
-            assert (await server.state())["files"] == []
+            await wait_for_open_files(server, 0)
     assert files_below(sqlite_store.disk.path) == [name]
     assert in_quarantine(sqlite_store) == []
 
@@ -156,18 +157,13 @@ async def test_client_gone_while_restoring(tmp_path: Path, sqlite_store: UploadS
     first, small, large = await save_and_lose(sqlite_store, SMALL - 1, SMALL, LARGE)
     async with running_server(tmp_path, replace(faults, slow={"pwrite": 0.02})) as server:
         assert is_image(await server.get(first), SMALL - 1)
-        before = (await server.state())["files"]
         for name, much in ((small, 0), (large, 4 * CHUNK)):
             async with server.visit(name) as visitor:
                 await visitor.read(much)
                 await asyncio.sleep(0.01)
 
         await eventually(lambda: None not in (on_disk(sqlite_store, small), on_disk(sqlite_store, large)))
-
-        async def nothing_is_open() -> bool:
-            return (await server.state())["files"] == before
-
-        await eventually(nothing_is_open)
+        await wait_for_open_files(server, 0)
         await wait_until_no_connection(server)
     assert on_disk(sqlite_store, small) == noise(SMALL)
     assert on_disk(sqlite_store, large) == noise(LARGE)
@@ -190,7 +186,7 @@ async def test_slow_client(tmp_path: Path, postgres_store: UploadStore, proxied_
             for _ in range(10):
                 await wait_until_no_connection(server)
                 await asyncio.sleep(0.02)
-            assert len((await server.state())["files"]) == (0 if case == "from the database" else 1)
+            await wait_for_open_files(server, 0 if case == "from the database" else 1)
             assert is_image(await visitor.answer(), LARGE)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from selfheal.disk import quarantine as quarantine_module
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
-from selfheal.disk.quarantine import QUARANTINE
+from selfheal.disk.quarantine import QUARANTINE, Quarantine
 from tests.support.disk_files import MODIFIED, PICTURE, SECRET, contents_below, mode_of, names_in, put, read, write_file
 from tests.support.mounts import Mount
 from tests.support.os_errors import fails
@@ -138,6 +139,27 @@ def test_no_link_leads_out_of_quarantine(uploads: Uploads, directory: Path, tmp_
     assert contents_below(outside) == {"secret.png": SECRET}
 
 
+def move_and_remove(disk: UploadsDirectory, name: str) -> list[Path]:
+    """Move a file to the quarantine and remove it there, many times; return its paths there."""
+    paths = []
+    for _ in range(200):
+        put(disk, name)
+        path = disk.quarantine(name)
+        assert path is not None
+        disk.remove_quarantined(path)
+        paths.append(path)
+    return paths
+
+
+def test_many_use_the_quarantine_at_once(disk: UploadsDirectory) -> None:
+    """The quarantine, which goes with the last file in it, is made again: no copy goes to the one inside the root."""
+
+    with ThreadPoolExecutor(4) as pool:
+        moves = [pool.submit(move_and_remove, disk, f"{number}/tom.png") for number in range(4)]
+    assert [path for move in moves for path in move.result() if not path.is_relative_to(disk.quarantine_path)] == []
+    assert not disk.quarantine_path.exists()
+
+
 # -- what is in it ----------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +246,72 @@ def test_nothing_in_quarantine_is_overwritten(disk: UploadsDirectory, monkeypatc
         kept[moved] = data
     assert kept
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_what_is_in_quarantine_is_found_wherever_it_is(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
+    """Copies are found behind a link to the quarantine, and in the one inside the root, but not behind a link there."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "quarantine").symlink_to("large")
+    disk = uploads(directory, quarantine=tmp_path / "quarantine")
+    put(disk, "cats/tom.png")
+    moved = disk.quarantine("cats/tom.png")
+    assert moved is not None
+    assert disk.quarantined(0.0) == [("cats/tom.png", moved)]
+    inside = directory / QUARANTINE / "20200101T000000-00000000/cats/mog.png"
+    write_file(inside)
+    assert disk.quarantined(0.0) == [("cats/mog.png", inside), ("cats/tom.png", moved)]
+    (directory / QUARANTINE).rename(tmp_path / "elsewhere")
+    (directory / QUARANTINE).symlink_to(tmp_path / "elsewhere")
+    assert disk.quarantined(0.0) == [("cats/tom.png", moved)]
+
+
+def test_a_quarantine_that_others_empty_can_be_listed(disk: UploadsDirectory) -> None:
+    """A look into the quarantine, and a sweep, never fail on what is removed meanwhile."""
+
+    with ThreadPoolExecutor(3) as pool:
+        moves = [pool.submit(move_and_remove, disk, f"{number}/tom.png") for number in range(3)]
+        while not all(move.done() for move in moves):
+            disk.quarantined(0.0)
+            disk.sweep_quarantine(60.0)
+        for move in moves:
+            move.result()
+    assert disk.quarantined(0.0) == []
+
+
+def test_what_dead_processes_left_is_swept(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves that never happened leave links and empty directories: they go a while later, and every file stays."""
+    put(disk, "cats/tom.png")
+    moved = disk.quarantine("cats/tom.png")
+    assert moved is not None
+    put(disk, "cats/old/mog.png")
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "rename", fails(errno.EIO))
+        dying.setattr(Path, "unlink", fails(errno.EIO))
+        with pytest.raises(OSError):
+            disk.quarantine("cats/old/mog.png")
+    (disk.quarantine_path / "20200101T000000-00000000" / "cats").mkdir(parents=True)
+    disk.sweep_quarantine(60.0)
+    assert len(names_in(disk.quarantine_path)) == 3
+    disk.sweep_quarantine(0.0)
+    assert list(disk.quarantine_path.rglob("*")) == [*reversed(moved.parents[:2]), moved]
+    disk.remove_quarantined(moved)
+    assert not disk.quarantine_path.exists()
+    disk.quarantine_path.mkdir()
+    disk.sweep_quarantine(60.0)
+    assert not disk.quarantine_path.exists()
+
+
+def test_a_quarantine_of_another_user(uploads: Uploads, ordinary_directory: Path) -> None:
+    """A quarantine that another user made, in which nothing can be seen, hides no copy inside the root."""
+    disk = uploads(ordinary_directory / "uploads")
+    disk.quarantine_path.mkdir(0o000)
+    put(disk, "tom.png")
+    moved = disk.quarantine("tom.png")
+    assert moved is not None
+    entries = Quarantine(disk.path, None).entries(0.0)
+    assert next(entries) == ("tom.png", moved)
+    with pytest.raises(PermissionError):
+        next(entries)
 
 
 # -- files that are not moved -----------------------------------------------------------------------------------------

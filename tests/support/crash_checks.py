@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +12,7 @@ from tests.support.crash_scenarios import Deployment, Scenario
 from tests.support.operation_runner import RunResult
 from tests.support.operations import Operation, perform
 from tests.support.raw_sql import execute, sql
-from tests.support.store_state import files_below, in_database, in_quarantine, on_disk
+from tests.support.store_state import drain_quarantine, files_below, in_database, in_quarantine, on_disk
 
 VIOLATIONS = ("torn", "lost", "resurrected", "litter", "not mended", "wrong answer")
 ORPHANED_CHUNKS = "SELECT count(*) FROM image_chunk WHERE sha256 NOT IN (SELECT sha256 FROM image_blob)"
@@ -174,11 +173,8 @@ class CrashChecker:
 
     async def _check_that_nothing_is_thrown_away(self, store: UploadStore) -> None:
         """Check that copies that differed are versions of their names, once what was moved away is drained."""
-        for moved in store.disk.quarantine_path.glob("*"):
-            os.utime(moved, (0, 0))  # as a while after the interruption
-        await store.background.copies.drain()
-        if in_quarantine(store):
-            self._add("not mended", "a copy stays in quarantine")
+        if left := await drain_quarantine(store):
+            self._add("not mended", f"in quarantine stays {left}")
         for name, expected in self._scenario.expected.items():
             if expected.other_on_disk is not None:
                 kept = {_digest(on_disk(store, name)), *(one.sha256 for one in await store.database.history(name))}

@@ -55,3 +55,12 @@ async def wait_until_no_connection(server: FaultyServer) -> None:
         return (await server.state())["connections"] == 0
 
     await eventually(uses_none)
+
+
+async def wait_for_open_files(server: FaultyServer, number: int) -> None:
+    """Return as soon as so many uploads are open; the server opens one now and then to compare it with its record."""
+
+    async def are_open() -> bool:
+        return len((await server.state())["files"]) == number
+
+    await eventually(are_open)

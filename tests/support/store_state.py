@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from hashlib import sha256
 from pathlib import Path
 
 from selfheal import UploadStore
-from tests.support.disk_files import MARKS, contents_below, paths_below
+from selfheal.disk.quarantine import QUARANTINE
+from tests.support.disk_files import MARKS, paths_below
 
 
 def files_below(directory: Path) -> list[str]:
@@ -31,8 +33,18 @@ def on_disk(store: UploadStore, name: str) -> bytes | None:
 
 
 def in_quarantine(store: UploadStore) -> list[bytes]:
-    """Return the bytes of every file that was set aside."""
-    return list(contents_below(store.disk.quarantine_path).values())
+    """Return the bytes of every file that was moved to the quarantine, or to the one below the uploads."""
+    return [path.read_bytes() for _, path in store.disk.quarantined(0.0)]
+
+
+async def drain_quarantine(store: UploadStore) -> list[Path]:
+    """Drain the quarantine as a running server does some time after the last change; return what stays in it."""
+    places = (store.disk.quarantine_path, store.disk.path / QUARANTINE)
+    for place in places:
+        for moved in place.glob("*"):
+            os.utime(moved, (0, 0))
+    await store.background.copies.drain()
+    return [path for place in places for path in (place, *paths_below(place)) if os.path.lexists(path)]
 
 
 async def in_database(store: UploadStore, name: str) -> bytes | None:
