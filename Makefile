@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 CAMPAIGN := tests/campaigns
 # tests wait for servers and processes most of the time
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(2 * os.cpu_count(), 16))')
+# of the order of the tests and of all random input: a failure can be repeated; another SEED tries something else
+SEED = 1
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal --randomly-seed $(SEED) --hypothesis-seed $(SEED)
 READY := $(VENV)/.ready
 LOWEST := .venv-lowest
 
@@ -27,11 +30,11 @@ demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY) system check
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
+	@$(BIN)/python $(PYTEST) --durations 20
 
 # Where versions differ: HTTP, stores, both databases, commands.
 lowest: $(LOWEST)/.ready system
-	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/contract/test_http.py tests/http tests/blobs tests/db tests/sql \
+	@$(LOWEST)/bin/python $(PYTEST) tests/contract/test_http.py tests/http tests/blobs tests/db tests/sql \
 		tests/scripts/test_bulk_commands.py tests/scripts/test_cli.py tests/scripts/test_name_commands.py tests/scripts/test_serve.py \
 		$(wildcard tests/test_middleware*.py tests/test_store*.py)
 
