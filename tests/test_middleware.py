@@ -23,10 +23,10 @@ from tests.support.middleware import (
     PREFIX,
     Wrapping,
     assert_unknown,
-    open_below,
     put,
     static_over,
 )
+from tests.support.open_files import open_below
 from tests.support.raw_sql import sql
 from tests.support.waiting import eventually
 

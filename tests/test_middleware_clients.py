@@ -19,11 +19,11 @@ from tests.support.middleware import (
     LARGE,
     PICTURE,
     PREFIX,
-    open_below,
     put,
     restore_started,
     wrapping,
 )
+from tests.support.open_files import open_below
 from tests.support.waiting import eventually
 
 # -- clients that disconnect ------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ async def test_client_gone(tmp_path: Path, sqlite_url: str, spec_version: str, s
             assert len(answer.body) < len(FILM)
             await store.tasks.drain(10)
         assert open_below(root) == []
-        assert asyncio.all_tasks() == tasks
+        assert asyncio.all_tasks() <= tasks
         assert (await ask(app, f"{PREFIX}/film.mp4")).body == FILM
 
 
@@ -80,7 +80,7 @@ async def test_cancelled_requests_leak_no_connection(store: UploadStore, serve: 
     answers = await asyncio.gather(*(ask(app, f"{PREFIX}/{index}.png") for index in range(12)))
     assert [answer.body == LARGE for answer in answers] == [True] * 12
     await store.tasks.drain(30)
-    assert asyncio.all_tasks() == tasks
+    assert asyncio.all_tasks() <= tasks
 
 
 async def test_restore_outlives_its_client(store: UploadStore, serve: bool) -> None:

@@ -19,12 +19,12 @@ from tests.support.middleware import (
     PICTURE,
     PREFIX,
     assert_unknown,
-    open_below,
     put,
     restore_started,
     static_over,
     wrapping,
 )
+from tests.support.open_files import open_below
 
 
 class Lifespan:

@@ -11,7 +11,8 @@ from selfheal import Kind, SelfHealMiddleware, UploadStore
 from selfheal.disk import syscalls
 from selfheal.healing.bodies import Restoring
 from tests.support.asgi import Wrapped, ask
-from tests.support.middleware import FILM, PICTURE, PREFIX, Wrapping, open_below, put, static_over
+from tests.support.middleware import FILM, PICTURE, PREFIX, Wrapping, put, static_over
+from tests.support.open_files import open_below
 
 
 async def test_both_modes_emit_the_same_events(store: UploadStore, serve: bool, wrapping: Wrapping) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from selfheal import Saved, UploadStore
 from selfheal.content.sources import CHUNK
-from tests.support.descriptors import open_descriptors
 from tests.support.files import noise
+from tests.support.open_files import open_now, opened_since
 from tests.support.waiting import eventually, wait_until
 
 DATA = noise(12 * CHUNK)
@@ -31,7 +31,7 @@ async def saved(directory: Path, database_tables: str) -> UploadStore:
 @pytest.mark.parametrize("call", ["digest", "save", "restore"])
 async def test_a_call_that_has_begun(saved: UploadStore, call: str) -> None:
     """A call of another task ends as if nobody closed the store, and leaves no connection."""
-    before = open_descriptors()
+    before = open_now()
     calls = {
         "digest": lambda: saved.database.digest(record),
         "save": lambda: saved.save("b.jpg", DATA),
@@ -46,7 +46,7 @@ async def test_a_call_that_has_begun(saved: UploadStore, call: str) -> None:
             await asyncio.sleep(0)
     assert began.done()
     await began
-    await eventually(lambda: open_descriptors() <= before)
+    await eventually(lambda: opened_since(before) == [])
 
 
 def test_calls_of_other_threads(directory: Path, database_tables: str) -> None:

@@ -24,9 +24,9 @@ from selfheal.sql.pool_limit import POOL_SIZE
 from selfheal.wsgi import SelfHealMiddleware as WsgiMiddleware
 from tests.support.asgi import Wrapped, ask, scope_of
 from tests.support.command_line import SECONDS, Done, environment
-from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import contents_below
 from tests.support.files import noise
+from tests.support.open_files import open_now, opened_since
 from tests.support.waiting import wait_until
 from tests.support.wsgi import environ_of
 
@@ -65,9 +65,9 @@ def test_many_threads_and_loops(thread_store: UploadStore, times: Callable[[int,
     others = threading.active_count()
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(save, range(100)))
-        before = open_descriptors()
+        before = open_now()
         list(pool.map(save, range(100, calls)))
-        assert open_descriptors() <= before + 4
+        assert len(opened_since(before)) <= 4
         # the callers, the threads for the disk, and those of the connections
         assert threading.active_count() <= others + THREADS + WORKERS + POOL_SIZE
     assert thread_store.sync.database.count() == calls
@@ -217,7 +217,7 @@ def test_it_moves_to_the_server(thread_store: UploadStore) -> None:
 
 def test_the_thread_ends_with_the_store(directory: Path, sqlite_url: str) -> None:
     """A closed store leaves no thread and no descriptor."""
-    before = set(threading.enumerate()), open_descriptors()
+    before = set(threading.enumerate()), open_now()
     with UploadStore(directory, sqlite_url).sync as uploads:
         uploads.database.create_tables()
         uploads.save("a.png", b"one")
@@ -227,7 +227,7 @@ def test_the_thread_ends_with_the_store(directory: Path, sqlite_url: str) -> Non
         return all(name.startswith("selfheal") for name in left)
 
     wait_until(others_ended)
-    assert open_descriptors() <= before[1]
+    wait_until(lambda: opened_since(before[1]) == [])
 
 
 def test_stores_that_are_dropped(directory: Path, database_url: str) -> None:
@@ -246,11 +246,11 @@ def test_stores_that_are_dropped(directory: Path, database_url: str) -> None:
         answer = app(environ_of(scope_of("/static/uploads/a.png")), lambda *_: lambda _: None)
         assert b"".join(answer) == b"one"
 
-    before = threads(), open_descriptors()
+    before = threads(), open_now()
     for _ in range(3):
         use()
     wait_until(lambda: threads() <= before[0])
-    assert open_descriptors() <= before[1]
+    wait_until(lambda: opened_since(before[1]) == [])
 
 
 SCRIPT = """if True:

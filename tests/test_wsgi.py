@@ -195,7 +195,7 @@ def test_a_start_that_fails_leaves_no_open_file(sync_store: UploadStore) -> None
 
     with pytest.raises(ZeroDivisionError):
         SelfHealMiddleware(wrapped, sync_store)(environ("a.png"), start_response)
-    assert open_below(sync_store.disk.path) == before
+    wait_until(lambda: open_below(sync_store.disk.path) == before)
 
 
 @pytest.mark.parametrize("at", [0, PIECE])

@@ -18,7 +18,7 @@ import pytest
 from selfheal.aio.threads import Threads
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.open_file import OpenFile
-from tests.support.descriptors import descriptors_of
+from tests.support.open_files import descriptors_of
 
 GIVE_UP_AFTER = 30.0
 """Seconds after which a thread of a test gives up by itself, so that a failure does not hang the run."""

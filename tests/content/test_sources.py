@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 
 from selfheal.aio.threads import Threads
 from selfheal.content.sources import CHUNK, Source, read_chunks
-from tests.support.descriptors import descriptors_of
+from tests.support.open_files import descriptors_of
 
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 7]
 Maker = Callable[[bytes, Path], Source]

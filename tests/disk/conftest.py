@@ -14,9 +14,9 @@ from selfheal.disk import refusals as refusals_module
 from selfheal.disk import root as root_module
 from selfheal.disk import syscalls
 from selfheal.disk.directory import UploadsDirectory
-from tests.support.descriptors import assert_no_more_than, open_descriptors
 from tests.support.disk_files import SECRET
 from tests.support.mounts import Mount, mounts
+from tests.support.open_files import open_now, opened_since
 from tests.support.os_errors import no_unnamed_files
 from tests.support.requirements import needs
 from tests.support.staging import WAYS, Root, open_root
@@ -25,9 +25,9 @@ from tests.support.staging import WAYS, Root, open_root
 @pytest.fixture(autouse=True)
 def no_leak() -> Iterator[None]:
     """Fail if more descriptors are open after a test than before it."""
-    before = open_descriptors()
+    before = open_now()
     yield
-    assert_no_more_than(before)
+    assert opened_since(before) == []
 
 
 def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:

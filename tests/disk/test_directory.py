@@ -17,8 +17,8 @@ from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.open_file import OpenFile, identity_of
 from selfheal.errors import NotAFile
-from tests.support.descriptors import assert_no_more_than, open_descriptors
 from tests.support.disk_files import ABSURD_TIMES, MODIFIED, OTHER, PICTURE, contents_below, put, read, set_modified
+from tests.support.open_files import open_now, opened_since
 from tests.support.os_errors import fails
 from tests.support.sockets import make_socket
 from tests.support.special_files import dangling_link, device, full_directory, link_to_a_file, link_to_itself
@@ -63,13 +63,13 @@ def test_a_file_that_cannot_be_measured(disk: UploadsDirectory, monkeypatch: pyt
     """If `fstat` fails (ESTALE on a network file system), the error is raised and no descriptor stays open."""
     put(disk, "tom.png")
     disk.root()
-    before = open_descriptors()
+    before = open_now()
     monkeypatch.setattr(os, "fstat", fails(errno.ESTALE))
     with pytest.raises(OSError) as caught:
         disk.open("tom.png")
     monkeypatch.undo()
     assert caught.value.errno == errno.ESTALE
-    assert_no_more_than(before)
+    assert opened_since(before) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG])

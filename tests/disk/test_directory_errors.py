@@ -14,9 +14,9 @@ from selfheal.disk import syscalls
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.errors import DiskUnwritable
-from tests.support.descriptors import few_descriptors, open_descriptors
 from tests.support.disk_files import OTHER, PICTURE, contents_below, mode_of, put, read, set_modified
 from tests.support.mounts import Mount
+from tests.support.open_files import few_descriptors, open_now, opened_since
 from tests.support.os_errors import no_unnamed_files
 
 Uploads = Callable[..., UploadsDirectory]
@@ -57,7 +57,7 @@ def test_a_file_in_an_unreadable_directory_is_not_absent(uploads: Uploads, ordin
 def test_too_many_open_files(disk: UploadsDirectory, left: int) -> None:
     """If descriptors run out, EMFILE is raised: the file is not absent, the disk is not unwritable, nothing leaks."""
     put(disk, "cats/tom.png")
-    before = open_descriptors()
+    before = open_now()
     outcomes: list[object] = []
     with few_descriptors(left):
         for work in (
@@ -70,7 +70,7 @@ def test_too_many_open_files(disk: UploadsDirectory, left: int) -> None:
                 outcomes.append(work())
             except OSError as error:
                 outcomes.append(error.errno)
-    assert open_descriptors() == before, "a descriptor was left open"
+    assert opened_since(before) == []
     assert None not in outcomes[:1]
     assert errno.EMFILE in outcomes or left > 2
     put(disk, "dogs/rex.png")

@@ -20,8 +20,8 @@ from selfheal.disk.listing import walk
 from selfheal.disk.root import OpenFolders
 from selfheal.disk.temporary import TEMPORARY
 from selfheal.errors import DiskUnwritable
-from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import PICTURE, contents_below, mode_of, put, read, write_file
+from tests.support.open_files import open_now, opened_since
 from tests.support.os_errors import fails, no_unnamed_files
 
 Uploads = Callable[..., UploadsDirectory]
@@ -135,14 +135,14 @@ def test_many_are_staged_among_directories_that_stay_open(disk: UploadsDirectory
     """`stage_among` opens each directory once for all its files, and each file is published in its directory."""
     names = [f"{folder}{number}.png" for folder in ("", "cats/", "cats/old/") for number in range(3)]
     disk.stage("tom.png").close()
-    before = open_descriptors()
+    before = open_now()
     with OpenFolders() as opened:
         for name in names:
             with disk.stage_among(opened, name) as staged:
                 staged.write(name.encode())
                 assert staged.publish()
         assert sorted(opened.folders) == ["", "cats", "cats/old"]
-        assert open_descriptors() == before + 3
+        assert len(opened_since(before)) == 3
     assert contents_below(disk.path) == {name: name.encode() for name in names}
 
 

@@ -14,9 +14,9 @@ import pytest
 from selfheal.aio.threads import THREAD_NAME
 from selfheal.disk.directory import UploadsDirectory
 from tests.support.constants import set_constants
-from tests.support.descriptors import descriptors_of
 from tests.support.disk_files import OTHER, PICTURE, put, read
 from tests.support.mounts import Mount
+from tests.support.open_files import descriptors_of
 
 Uploads = Callable[..., UploadsDirectory]
 

@@ -20,8 +20,8 @@ from selfheal.disk.open_file import identity_of
 from selfheal.disk.quarantine import QUARANTINE
 from selfheal.disk.root import MARKER
 from selfheal.disk.temporary import TEMPORARY
-from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import MODIFIED, PICTURE, contents_below, put, read, write_file
+from tests.support.open_files import open_now, opened_since
 from tests.support.os_errors import fails
 from tests.support.sockets import make_socket
 from tests.support.special_files import device
@@ -201,11 +201,11 @@ def test_an_unfinished_walk_leaves_nothing_open(disk: UploadsDirectory) -> None:
     """A walk that is not finished closes its descriptors."""
     put(disk, "a/b/c/1.png")
     put(disk, "a/b/c/2.png")
-    before = open_descriptors()
+    before = open_now()
     walking = walk(disk)
     next(walking)
     del walking
-    assert open_descriptors() == before
+    assert opened_since(before) == []
 
 
 def test_a_walk_of_a_large_directory(disk: UploadsDirectory) -> None:

@@ -17,7 +17,6 @@ from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.root import MARKER
 from selfheal.errors import DiskUnwritable
-from tests.support.descriptors import open_descriptors
 from tests.support.disk_files import (
     OTHER,
     PICTURE,
@@ -30,6 +29,7 @@ from tests.support.disk_files import (
     write_file,
 )
 from tests.support.mounts import Mount
+from tests.support.open_files import open_now, opened_since
 
 Uploads = Callable[..., UploadsDirectory]
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -171,13 +171,13 @@ def test_a_root_that_is_a_link_is_followed_to_each_release(uploads: Uploads, tmp
 def test_a_root_that_comes_and_goes_costs_no_descriptors(disk: UploadsDirectory) -> None:
     """However often the root is replaced, only one descriptor of it stays open."""
     put(disk, "tom.png")
-    before = open_descriptors()
+    before = open_now()
     for _ in range(20):
         shutil.rmtree(disk.path)
         assert disk.open("tom.png") is None
         put(disk, "tom.png")
         assert read(disk, "tom.png") == PICTURE
-    assert open_descriptors() == before
+    assert opened_since(before) == []
 
 
 def test_a_file_in_place_of_the_root_is_no_directory(disk: UploadsDirectory) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from selfheal.disk import syscalls
 from selfheal.disk.temporary import sweep
-from tests.support.descriptors import few_descriptors, open_descriptors
 from tests.support.mounts import Mount
+from tests.support.open_files import few_descriptors, open_now, opened_since
 from tests.support.os_errors import fails
 from tests.support.special_files import dangling_link, full_directory
 from tests.support.staging import (
@@ -79,13 +79,13 @@ def test_a_failed_fsync_is_final(root: Root, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.EACCES])
 def test_a_temporary_file_that_cannot_be_removed(root: Root, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """If the temporary file cannot be removed either, the first error is raised and every descriptor is closed."""
-    before = open_descriptors()
+    before = open_now()
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", fails(errno.ENOSPC))
         patch.setattr(os, "unlink", fails(code))
         with pytest.raises(OSError) as caught:
             root.put(NEW)
-    assert (caught.value.errno, open_descriptors()) == (errno.ENOSPC, before)
+    assert (caught.value.errno, opened_since(before)) == (errno.ENOSPC, [])
     sweep(root.fd)
     assert root.entries() == []
 
@@ -93,14 +93,14 @@ def test_a_temporary_file_that_cannot_be_removed(root: Root, monkeypatch: pytest
 @pytest.mark.parametrize("left", range(6))
 def test_too_many_open_files(root: Root, left: int) -> None:
     """If descriptors run out at any step, EMFILE is raised and the descriptors already open are closed."""
-    before = open_descriptors()
+    before = open_now()
     code = 0
     try:
         with few_descriptors(left):
             root.put(NEW)
     except OSError as error:
         code = error.errno or 0
-    assert open_descriptors() == before, "a descriptor was left open"
+    assert opened_since(before) == []
     assert code == errno.EMFILE or left >= 1
     sweep(root.fd)  # without a descriptor `put` could not sweep itself
     assert root.entries() == ([] if code else ["tom.png"])

@@ -21,7 +21,7 @@ from selfheal.http.headers import make_head
 from selfheal.http.hit_cache import HitCache
 from selfheal.http.sending import Responder, send_pieces
 from tests.support.asgi import Lines, ask_scope, scope_of
-from tests.support.descriptors import assert_no_more_than, open_descriptors
+from tests.support.open_files import open_now, opened_since
 from tests.support.os_errors import fails
 
 MODIFIED = 1_234_567_890_123_456_789
@@ -50,10 +50,10 @@ def disk(tmp_path: Path) -> Iterator[UploadsDirectory]:
     disk = UploadsDirectory(tmp_path / "uploads")
     disk.path.mkdir()
     write_picture(disk.path / "tom.png")
-    before = open_descriptors()
+    before = open_now()
     yield disk
     disk.close()
-    assert_no_more_than(before)
+    assert opened_since(before) == []
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
 import sqlite3
 import sys
 import threading
@@ -22,6 +20,7 @@ from selfheal.aio.tasks import Tasks
 from selfheal.sql.engine import Engine
 from selfheal.sql.sqlite import SYNCHRONOUS, wal_is_safe
 from tests.support import environment
+from tests.support.open_files import open_now, opened_since
 from tests.support.postgres import PostgresServer
 from tests.support.records import bytes_of
 from tests.support.sockets import free_port
@@ -32,6 +31,7 @@ from tests.support.storage import (
     opened_storage,
     prepared_storage,
 )
+from tests.support.waiting import eventually
 
 # -- SQLite's settings -------------------------------------------------------------------------------------------------
 
@@ -145,8 +145,7 @@ async def test_a_read_whose_caller_is_cancelled(database_url: str) -> None:
     """A read that is cancelled at any moment leaves nothing open after the storage is closed."""
     async with prepared_storage(database_url):
         pass
-    gc.collect()
-    before = os.listdir("/proc/self/fd")
+    before = open_now()
     for steps in range(40):
         async with opened_storage(database_url) as images:
             finding = asyncio.create_task(images.find("a.png"))
@@ -156,7 +155,7 @@ async def test_a_read_whose_caller_is_cancelled(database_url: str) -> None:
             await asyncio.gather(finding, return_exceptions=True)
             if steps % 2:
                 assert await images.count() == 1
-    assert os.listdir("/proc/self/fd") == before
+    await eventually(lambda: opened_since(before) == [])
 
 
 # -- closes, forks and event loops -------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from selfheal import UploadStore
 from selfheal.sql.sqlite_reader import KEPT_AT_MOST, SQLiteReader
+from tests.support.open_files import descriptors_of
 from tests.support.recorded_statements import recorded_statements
 
 
@@ -27,12 +27,6 @@ def file(tmp_path: Path) -> Path:
     return directory / "a.db"
 
 
-def descriptors(file: Path) -> int:
-    """Return how many descriptors of this process are open on a file."""
-    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
-    return sum(os.path.realpath(link) == str(file) for link in links)
-
-
 def test_threads_that_read_at_once(file: Path) -> None:
     """Threads that read at once all get the rows; after `close` no connection is open."""
     direct = SQLiteReader(file)
@@ -47,7 +41,7 @@ def test_threads_that_read_at_once(file: Path) -> None:
         thread.join()
     assert rows == [[(8,)]] * 8
     direct.close()
-    assert descriptors(file) == 0
+    assert descriptors_of(file) == 0
 
 
 def test_few_connections_stay_open(file: Path) -> None:
@@ -55,7 +49,7 @@ def test_few_connections_stay_open(file: Path) -> None:
     again.
     """
     direct, start = SQLiteReader(file), threading.Barrier(12)
-    before = descriptors(file)
+    before = descriptors_of(file)
 
     def ask() -> None:
         start.wait()
@@ -67,13 +61,13 @@ def test_few_connections_stay_open(file: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert descriptors(file) - before <= KEPT_AT_MOST
+    assert descriptors_of(file) - before <= KEPT_AT_MOST
     held = [direct._take() for _ in range(12)]
     for connection in held:
         direct._give_back(connection)
-    assert descriptors(file) - before == KEPT_AT_MOST
+    assert descriptors_of(file) - before == KEPT_AT_MOST
     direct.close()
-    assert descriptors(file) == before
+    assert descriptors_of(file) == before
 
 
 def test_what_others_commit_is_seen(file: Path) -> None:

@@ -1,9 +1,8 @@
-"""For the tests of the middleware: files to serve, a middleware over a store, and the files that are held open."""
+"""For the tests of the middleware: files to serve, a middleware over a store, and the moment a restore begins."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp
 from selfheal import SelfHealMiddleware, UploadStore
 from tests.support.asgi import Answer, Wrapped
 from tests.support.files import MODIFIED_NS
+from tests.support.open_files import open_below
 from tests.support.wsgi import WsgiMiddleware
 
 PREFIX = "/static/uploads"
@@ -53,17 +53,6 @@ def static_over(directory: Path, path: str = PREFIX) -> Starlette:
     """Return a wrapped app that serves a directory itself."""
     directory.mkdir(parents=True, exist_ok=True)  # StaticFiles refuses a missing directory
     return Starlette(routes=[Mount(path, StaticFiles(directory=directory))])
-
-
-def open_below(directory: Path) -> list[str]:
-    """Return the paths below a directory that this process holds open."""
-    links = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            continue
-    return [link for link in links if link.startswith(f"{directory}/")]
 
 
 async def restore_started(store: UploadStore) -> None:
