@@ -14,10 +14,10 @@ from pathlib import Path
 from ..names import OWN_PREFIX
 from . import syscalls
 from .readable import ABSENT
+from .root import TRIES
 
 QUARANTINE = f"{OWN_PREFIX}-quarantine"
 PLACEHOLDER = f"{OWN_PREFIX}-nothing"  # the target of the link whose place a file takes
-TRIES = 100
 PUBLIC_DIRECTORIES = ("static", "public", "www", "html", "public_html", "htdocs", "assets", "media")
 
 
