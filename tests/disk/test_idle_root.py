@@ -17,30 +17,29 @@ from tests.support.constants import set_constants
 from tests.support.disk_files import OTHER, PICTURE, put, read
 from tests.support.mounts import Mount
 from tests.support.open_files import descriptors_of
+from tests.support.waiting import wait_until
 
 Uploads = Callable[..., UploadsDirectory]
 
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The root is closed after 0.3 s without use."""
-    set_constants(monkeypatch, CLOSED_AFTER=0.3, LOOK_EVERY=0.1, CHECK_EVERY=0.1)
+    """The root is closed after a second without use."""
+    set_constants(monkeypatch, CLOSED_AFTER=1.0, LOOK_EVERY=0.1, CHECK_EVERY=0.1)
 
 
-def wait_until(work: Callable[[], bool]) -> None:
-    """Wait until `work` returns True, 10 s at most."""
-    end = time.monotonic() + 10
-    while not work():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+@pytest.fixture
+def watches() -> Callable[[], int]:
+    """Return how many threads watch a root, except those of earlier tests."""
+    before = set(threading.enumerate())
+
+    def count() -> int:
+        return sum(thread.name.startswith(f"{THREAD_NAME}-idle") for thread in set(threading.enumerate()) - before)
+
+    return count
 
 
-def watches() -> int:
-    """Return how many threads watch a root."""
-    return sum(thread.name.startswith(f"{THREAD_NAME}-idle") for thread in threading.enumerate())
-
-
-def test_an_idle_root_is_closed_and_opened_again(disk: UploadsDirectory) -> None:
+def test_an_idle_root_is_closed_and_opened_again(disk: UploadsDirectory, watches: Callable[[], int]) -> None:
     """After a while without use no descriptor of the root and no thread is left; the next call opens it again."""
     for data in (PICTURE, OTHER):
         put(disk, "tom.png", data)
@@ -49,10 +48,10 @@ def test_an_idle_root_is_closed_and_opened_again(disk: UploadsDirectory) -> None
         assert read(disk, "tom.png") == data
 
 
-def test_a_root_in_use_stays_open(disk: UploadsDirectory) -> None:
+def test_a_root_in_use_stays_open(disk: UploadsDirectory, watches: Callable[[], int]) -> None:
     """While files are read again and again, the root stays open."""
     put(disk, "tom.png")
-    end = time.monotonic() + 1
+    end = time.monotonic() + 2.5
     while time.monotonic() < end:
         assert read(disk, "tom.png") == PICTURE
         assert descriptors_of(disk.path) == 1
@@ -70,7 +69,7 @@ def test_a_file_being_read_is_not_disturbed(disk: UploadsDirectory) -> None:
         assert file.read_waiting(0, len(PICTURE) + 1) == PICTURE
 
 
-def test_close_ends_the_thread(disk: UploadsDirectory) -> None:
+def test_close_ends_the_thread(disk: UploadsDirectory, watches: Callable[[], int]) -> None:
     """`close` leaves no thread."""
     put(disk, "tom.png")
     assert watches() == 1
@@ -86,7 +85,7 @@ def test_a_child_process_closes_its_own_root(disk: UploadsDirectory) -> None:
         code = 1
         try:
             assert read(disk, "tom.png") == PICTURE
-            time.sleep(0.2)
+            time.sleep(0.5)
             assert read(disk, "tom.png") == PICTURE
             wait_until(lambda: descriptors_of(disk.path) == 0)
             code = 0
