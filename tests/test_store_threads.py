@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from selfheal import NotStored, SelfHealMiddleware, UploadStore
+from selfheal import ImageStorage, NotStored, Record, SelfHealMiddleware, UploadStore
 from selfheal.aio.threads import WORKERS
 from selfheal.content.sources import CHUNK
 from selfheal.sql.pool_limit import POOL_SIZE
@@ -230,12 +230,14 @@ def test_the_thread_ends_with_the_store(directory: Path, sqlite_url: str) -> Non
     wait_until(lambda: opened_since(before[1]) == [])
 
 
+def threads() -> set[threading.Thread]:
+    """Return the threads of this process once nothing is garbage."""
+    gc.collect()
+    return set(threading.enumerate())
+
+
 def test_stores_that_are_dropped(directory: Path, database_url: str) -> None:
     """A store that nobody closes, such as one of an app that each test makes anew, ends with its last reference."""
-
-    def threads() -> set[threading.Thread]:
-        gc.collect()
-        return set(threading.enumerate())
 
     def use() -> None:
         store = UploadStore(directory, database_url)
@@ -250,6 +252,28 @@ def test_stores_that_are_dropped(directory: Path, database_url: str) -> None:
     for _ in range(3):
         use()
     wait_until(lambda: threads() <= before[0])
+    wait_until(lambda: opened_since(before[1]) == [])
+
+
+def test_a_store_that_is_dropped_while_it_works(directory: Path, database_url: str) -> None:
+    """What a dropped store still does in the background is done where it began: no other thread starts for it."""
+    found = list[Record | None]()
+
+    def use() -> None:
+        store = UploadStore(directory, database_url)
+        store.sync.database.create_tables()
+        store.sync.save("a.png", b"one")
+
+        async def work(database: ImageStorage = store.database) -> None:
+            await asyncio.sleep(0.3)
+            found.append(await database.find("a.png"))
+
+        store.home.soon(store.tasks.start, work())
+
+    before = threads(), open_now()
+    use()
+    wait_until(lambda: threads() <= before[0])
+    assert [record is not None for record in found] == [True]
     wait_until(lambda: opened_since(before[1]) == [])
 
 

@@ -151,8 +151,11 @@ class HomeLoop:
             self.leave_waiting()
 
     def _drop(self) -> None:
-        """As `exit`, but without waiting, not even for the lock: the garbage collection of any thread calls this."""
-        thread, self._thread, self._loop = self._thread, None, None
+        """As `exit`, but without waiting, not even for the lock: the garbage collection of any thread calls this.
+
+        The loop stays the home of what goes on in the background, until it ends.
+        """
+        thread, self._thread = self._thread, None
         if thread is not None and thread.loop.is_running():
             asyncio.run_coroutine_threadsafe(thread.end_after(self._closing), thread.loop)
 
