@@ -12,7 +12,7 @@ from pathlib import Path
 from ..aio.threads import Threads
 from ..content.times import clamp_ns
 from ..events import logger
-from . import empty_directories, mark, mount_points
+from . import empty_directories, mark, mount_points, syscalls
 from .features import DiskFeatures
 from .open_file import OpenFile
 from .quarantine import Quarantine
@@ -155,16 +155,17 @@ class UploadsDirectory(ReadableDirectory):
         if root is not None:
             mark.write_followed(root.fd, text)
 
-    def read_swept(self) -> str:
-        """Return what `write_swept` wrote on this disk."""
+    def read_swept(self) -> tuple[tuple[int, int], str] | None:
+        """Return what tells this disk from one that takes its place, and what `write_swept` wrote; None without one."""
         root = self._root.open()
-        return "" if root is None else mark.read_swept(root.fd)
+        return None if root is None else (root.identity, mark.read_swept(root.fd))
 
-    def write_swept(self, text: str) -> None:
-        """Remember on this disk how far a sweep is."""
+    def write_swept(self, disk: tuple[int, int], text: str) -> None:
+        """Remember how far a sweep is. Raises `FileNotFoundError` if another disk is here than `disk`."""
         root = self._root.open()
-        if root is not None:
-            mark.write_swept(root.fd, text)
+        if root is None or root.identity != disk:
+            raise syscalls.failure(errno.ENOENT, str(self.path))
+        mark.write_swept(root.fd, text)
 
     def only_process(self, lock: str = mark.MARK) -> contextlib.AbstractContextManager[bool]:
         """Return a context in which one process at a time is: it is given whether it is this one."""

@@ -68,14 +68,17 @@ class Sweep:
         with self.disk.only_process(SWEPT) as is_alone:
             if not is_alone:
                 return
-            progress = parse(await self.disk.threads.run(self.disk.read_swept))
+            found = await self.disk.threads.run(self.disk.read_swept)
+            if found is None:
+                return
+            disk, progress = found[0], parse(found[1])
             if self._is_due:
                 self._is_due, progress = False, Progress()
-                await self._remember(progress)  # it is due still if this sweep is broken off
+                await self._remember(disk, progress)  # it is due still if this sweep is broken off
             if not 0 <= time.time() - progress.finished < self.every:
-                await self._sweep("" if progress.finished else progress.after)
+                await self._sweep(disk, "" if progress.finished else progress.after)
 
-    async def _sweep(self, after: str) -> None:
+    async def _sweep(self, disk: tuple[int, int], after: str) -> None:
         """Go over all names that come later than `after`, in the byte order of names."""
         entries, done, differing = walk(self.disk), os.fsencode(after), 0
         while True:
@@ -85,9 +88,9 @@ class Sweep:
                 break
             differing += await self._check(entry for entry in batch if os.fsencode(entry.name) > done)
             if os.fsencode(batch[-1].name) > done:
-                await self._remember(Progress(batch[-1].name))
+                await self._remember(disk, Progress(batch[-1].name))
             await _rest(time.monotonic() - started)
-        await self._remember(Progress(finished=time.time()))
+        await self._remember(disk, Progress(finished=time.time()))
         if differing:
             logger.info(
                 "%d files in %s differed from the database, and were compared with it", differing, self.disk.path
@@ -108,8 +111,8 @@ class Sweep:
             await _rest(time.monotonic() - started)
         return len(differing)
 
-    async def _remember(self, progress: Progress) -> None:
-        await self.disk.threads.run(self.disk.write_swept, json.dumps(asdict(progress)))
+    async def _remember(self, disk: tuple[int, int], progress: Progress) -> None:
+        await self.disk.threads.run(self.disk.write_swept, disk, json.dumps(asdict(progress)))
 
 
 async def _rest(worked: float) -> None:

@@ -18,8 +18,9 @@ from tests.support.faults import BrokenDisk
 from tests.support.open_files import assert_nothing_open_below
 from tests.support.raw_sql import execute
 from tests.support.store_requests import restored_bytes
-from tests.support.store_state import files_below, on_disk, on_disk_and_in_database
+from tests.support.store_state import files_below, in_database, on_disk, on_disk_and_in_database
 from tests.support.uploads import NAME, NEW, STREAMED, save_and_lose
+from tests.support.waiting import eventually
 
 # -- changed in the database ------------------------------------------------------------------------------------------
 
@@ -78,7 +79,11 @@ async def test_saved_on_this_node_while_being_restored(store: UploadStore, broke
     caller = asyncio.create_task(restored_bytes(store, NAME))
     await held.met()
     saving = asyncio.create_task(store.save(NAME, NEW))
-    await asyncio.sleep(0.2)
+
+    async def is_saved() -> bool:
+        return await in_database(store, NAME) == NEW
+
+    await eventually(is_saved)
     held.release()
     await saving
     assert await caller == NEW

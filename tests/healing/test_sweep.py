@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import pytest
 from starlette.types import Message
 
 from selfheal import UploadStore
+from selfheal.disk.directory import UploadsDirectory
+from selfheal.disk.listing import Entry, walk
 from selfheal.disk.mark import SWEPT
 from tests.support.asgi import Wrapped, ask
 from tests.support.constants import set_constants
@@ -244,6 +246,24 @@ async def test_a_directory_that_is_lost_meanwhile(sqlite_store: UploadStore) -> 
     async with kept_up(sqlite_store):
         await asyncio.sleep(0.3)
         write(sqlite_store, WRITTEN)
+        await eventually(lambda: is_stored(sqlite_store, WRITTEN))
+
+
+async def test_a_directory_that_is_replaced_meanwhile(
+    sqlite_store: UploadStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sweep has done is remembered on the disk that it went over, and not on one that took its place."""
+    write(sqlite_store, NAME)
+    directory = sqlite_store.disk.path
+
+    def walk_and_replace(disk: UploadsDirectory) -> Iterator[Entry]:
+        yield from walk(disk)
+        if not directory.with_name("away").exists():
+            directory.rename(directory.with_name("away"))
+            write(sqlite_store, WRITTEN)
+
+    monkeypatch.setattr("selfheal.healing.sweep.walk", walk_and_replace)
+    async with kept_up(sqlite_store):
         await eventually(lambda: is_stored(sqlite_store, WRITTEN))
 
 
