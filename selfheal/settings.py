@@ -88,9 +88,24 @@ def refuse_served_database(database: str | URL | AsyncEngine, directory: Path) -
     """Return the URL of a database; raise `SettingsError` if its file is inside the uploads directory."""
     url = url_of(database)
     file = backend_of(url).file(url)
-    if file is not None and file.resolve().is_relative_to(directory.resolve()):  # its journals are beside it
-        raise SettingsError(f"the database {file} is in the directory that is served; move it elsewhere")
+    if file is not None:  # its journals are beside it
+        _refuse_served("database", file, directory)
     return url
+
+
+def refuse_served_quarantine(
+    quarantine: str | os.PathLike[str] | None, directory: str | os.PathLike[str]
+) -> Path | None:
+    """Return the directory for a quarantine; raise `SettingsError` if it is the uploads directory, or in it."""
+    if quarantine is None:
+        return None
+    _refuse_served("quarantine", Path(quarantine), Path(directory))
+    return Path(quarantine)
+
+
+def _refuse_served(what: str, path: Path, directory: Path) -> None:
+    if path.resolve().is_relative_to(directory.resolve()):
+        raise SettingsError(f"the {what} {path} is in the directory that is served; move it elsewhere")
 
 
 def check_prefix(prefix: str) -> str:

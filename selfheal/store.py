@@ -34,6 +34,7 @@ from .settings import (
     check_seconds,
     check_sweep_every,
     refuse_served_database,
+    refuse_served_quarantine,
 )
 from .sql.models import Record
 from .sql.table_names import TableClaim
@@ -100,7 +101,7 @@ class UploadStore(Addresses):
             directory,
             file_mode=file_mode,
             directory_mode=directory_mode,
-            quarantine=quarantine,
+            quarantine=refuse_served_quarantine(quarantine, directory),
             require_marker=require_marker,
             threads=self.threads,
         )

@@ -12,7 +12,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from selfheal import UploadStore
-from selfheal.errors import NotStored
+from selfheal.errors import NotStored, SettingsError
 from tests.support.asgi import ask
 from tests.support.disk_files import contents_below, names_in
 from tests.support.middleware import PREFIX, wrapping
@@ -31,6 +31,22 @@ def test_static_files_start_after_a_loss(directory: Path, sqlite_url: str) -> No
     UploadStore(directory, sqlite_url)
     Starlette(routes=[Mount(PREFIX, StaticFiles(directory=directory))])
     assert names_in(directory) == []
+
+
+@pytest.mark.parametrize("place", ["uploads", "uploads/aside", "uploads/.aside", "link", "link/aside"])
+def test_a_quarantine_that_would_be_served(tmp_path: Path, sqlite_url: str, place: str) -> None:
+    """What is set aside must not be served: a quarantine at or below the uploads is refused, also through a link."""
+    (tmp_path / "link").symlink_to("uploads")
+    with pytest.raises(SettingsError, match=r"the quarantine .* is in the directory that is served"):
+        UploadStore(tmp_path / "uploads", sqlite_url, quarantine=tmp_path / place)
+    assert not (tmp_path / "uploads").exists()
+
+
+@pytest.mark.parametrize("place", [".", "uploads-aside", "aside/uploads"])
+def test_a_quarantine_beside_the_uploads(tmp_path: Path, sqlite_url: str, place: str) -> None:
+    """A quarantine beside or above the uploads is accepted."""
+    store = UploadStore(tmp_path / "uploads", sqlite_url, quarantine=tmp_path / place)
+    assert store.disk.quarantine_path == tmp_path / place
 
 
 def test_a_lost_mount_is_not_made(directory: Path, sqlite_url: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import secrets
 import stat
 import time
@@ -18,6 +19,7 @@ from .root import TRIES
 
 QUARANTINE = f"{OWN_PREFIX}-quarantine"
 PLACEHOLDER = f"{OWN_PREFIX}-nothing"  # the target of the link whose place a file takes
+_OWN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")  # the time, and something random
 PUBLIC_DIRECTORIES = ("static", "public", "www", "html", "public_html", "htdocs", "assets", "media")
 
 
@@ -77,7 +79,7 @@ class Quarantine:
         """Yield the place and the directory of every move that was made at least `age` seconds ago."""
         for base in self._places():
             for _, folders, _ in itertools.islice(_walk(base), 1):
-                for own in (base / folder for folder in sorted(folders)):
+                for own in (base / folder for folder in sorted(folders) if _OWN.fullmatch(folder)):
                     if not age or _age(own) >= age:  # the clock of the disk may be ahead
                         yield base, own
 

@@ -301,6 +301,22 @@ def test_what_dead_processes_left_is_swept(disk: UploadsDirectory, monkeypatch: 
     assert not disk.quarantine_path.exists()
 
 
+def test_what_is_not_ours_stays_in_quarantine(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
+    """Files and empty directories of others in the directory that the app gives are neither found nor removed."""
+    theirs = tmp_path / "var"
+    write_file(theirs / "cats" / "tom.png")
+    (theirs / "empty").mkdir()
+    disk = uploads(directory, quarantine=theirs)
+    put(disk, "cats/mog.png")
+    moved = disk.quarantine("cats/mog.png")
+    assert moved is not None
+    assert disk.quarantined(0.0) == [("cats/mog.png", moved)]
+    disk.remove_quarantined(moved)
+    disk.sweep_quarantine(0.0)
+    assert names_in(theirs) == ["cats", "empty"]
+    assert contents_below(theirs) == {"cats/tom.png": PICTURE}
+
+
 def test_a_quarantine_of_another_user(uploads: Uploads, ordinary_directory: Path) -> None:
     """A quarantine that another user made, in which nothing can be seen, hides no copy inside the root."""
     disk = uploads(ordinary_directory / "uploads")
