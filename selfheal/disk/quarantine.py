@@ -19,6 +19,7 @@ from .root import TRIES
 
 QUARANTINE = f"{OWN_PREFIX}-quarantine"
 PLACEHOLDER = f"{OWN_PREFIX}-nothing"  # the target of the link whose place a file takes
+OWNER = f"{OWN_PREFIX}-of"  # a link to the uploads directory that a copy is from
 _OWN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")  # the time, and something random
 PUBLIC_DIRECTORIES = ("static", "public", "www", "html", "public_html", "htdocs", "assets", "media")
 
@@ -30,7 +31,8 @@ class Quarantine:
     """
 
     def __init__(self, uploads: Path, path: str | os.PathLike[str] | None) -> None:
-        self.path = default_path(uploads.resolve()) if path is None else Path(path).absolute()
+        self._uploads = uploads.resolve()
+        self.path = default_path(self._uploads) if path is None else Path(path).absolute()
         self._inside = uploads / QUARANTINE
 
     def move(self, parent: int, name: str) -> Path:
@@ -39,10 +41,10 @@ class Quarantine:
         if stat.S_ISDIR(found.st_mode):  # of other files
             raise syscalls.failure(errno.EISDIR, name)
         with contextlib.suppress(OSError):
-            return _move(parent, name, self.path)
+            return self._move(parent, name, self.path)
         if self._inside.is_symlink():
             raise syscalls.failure(errno.ELOOP, str(self._inside))
-        return _move(parent, name, self._inside)
+        return self._move(parent, name, self._inside)
 
     def remove(self, path: Path) -> None:
         """Remove a file that was moved here, and the directories that are empty then."""
@@ -66,8 +68,9 @@ class Quarantine:
         for base, own in self._moves(age):
             for folder, _, files in _walk(own, topdown=False):
                 for path in (Path(folder, file) for file in files):
-                    if path.is_symlink() and str(path.readlink()) == PLACEHOLDER:
-                        path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # no link, or another process removed it
+                        if str(path.readlink()) == PLACEHOLDER:
+                            path.unlink()
                 _remove_empty(Path(folder), base)
         for base in self._places():
             _remove_empty(base, base)
@@ -80,8 +83,31 @@ class Quarantine:
         for base in self._places():
             for _, folders, _ in itertools.islice(_walk(base), 1):
                 for own in (base / folder for folder in sorted(folders) if _OWN.fullmatch(folder)):
-                    if not age or _age(own) >= age:  # the clock of the disk may be ahead
+                    is_old = not age or _age(own) >= age  # with 0 also by a disk's clock that is ahead
+                    if is_old and (base == self._inside or not self._is_of_others(own)):
                         yield base, own
+
+    def _is_of_others(self, own: Path) -> bool:
+        """Whether a move was made for another uploads directory, which is there still."""
+        try:
+            owner = (own / OWNER).readlink()
+        except OSError:
+            return False
+        return owner != self._uploads and owner.is_dir()
+
+    def _move(self, parent: int, name: str, base: Path) -> Path:
+        target = _make_own(base, self._uploads) / name
+        try:
+            os.makedirs(target.parent, exist_ok=True)
+            with contextlib.suppress(OSError):  # a disk without links
+                # a file takes its place; a directory that has just got the name does not
+                target.symlink_to(PLACEHOLDER)
+            os.rename(name.rpartition("/")[2], target, src_dir_fd=parent)
+        except OSError:
+            target.unlink(missing_ok=True)
+            _remove_empty(target.parent, base)
+            raise
+        return target
 
 
 def default_path(uploads: Path) -> Path:
@@ -95,21 +121,7 @@ def default_path(uploads: Path) -> Path:
     return place / f"{QUARANTINE}-{uploads.name}"
 
 
-def _move(parent: int, name: str, quarantine: Path) -> Path:
-    target = _make_own(quarantine) / name
-    try:
-        os.makedirs(target.parent, exist_ok=True)
-        with contextlib.suppress(OSError):  # a disk without links
-            target.symlink_to(PLACEHOLDER)  # a file takes its place; a directory that has just got the name does not
-        os.rename(name.rpartition("/")[2], target, src_dir_fd=parent)
-    except OSError:
-        target.unlink(missing_ok=True)
-        _remove_empty(target.parent, quarantine)
-        raise
-    return target
-
-
-def _make_own(quarantine: Path) -> Path:
+def _make_own(quarantine: Path, uploads: Path) -> Path:
     """Make a directory for one move. Others remove the quarantine whenever it is empty."""
     for _ in range(TRIES):
         own = quarantine / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
@@ -119,6 +131,8 @@ def _make_own(quarantine: Path) -> Path:
         except (FileExistsError, FileNotFoundError) as error:
             failure = error
         else:
+            with contextlib.suppress(OSError):  # a disk without links
+                (own / OWNER).symlink_to(uploads)
             return own
     raise failure
 
@@ -146,5 +160,7 @@ def _remove_empty(directory: Path, base: Path) -> None:
     kept = base.parent if base.name.startswith(QUARANTINE) else base
     with contextlib.suppress(OSError):  # not empty, or a mount point
         while directory != kept:
+            if os.listdir(directory) == [OWNER]:
+                (directory / OWNER).unlink()
             directory.rmdir()
             directory = directory.parent

@@ -17,7 +17,18 @@ from selfheal.disk import quarantine as quarantine_module
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
 from selfheal.disk.quarantine import QUARANTINE, Quarantine
-from tests.support.disk_files import MODIFIED, PICTURE, SECRET, contents_below, mode_of, names_in, put, read, write_file
+from tests.support.disk_files import (
+    MODIFIED,
+    OTHER,
+    PICTURE,
+    SECRET,
+    contents_below,
+    mode_of,
+    names_in,
+    put,
+    read,
+    write_file,
+)
 from tests.support.mounts import Mount
 from tests.support.os_errors import fails
 
@@ -293,12 +304,34 @@ def test_what_dead_processes_left_is_swept(disk: UploadsDirectory, monkeypatch: 
     disk.sweep_quarantine(60.0)
     assert len(names_in(disk.quarantine_path)) == 3
     disk.sweep_quarantine(0.0)
-    assert list(disk.quarantine_path.rglob("*")) == [*reversed(moved.parents[:2]), moved]
+    assert names_in(disk.quarantine_path) == [moved.parents[1].name]
+    assert disk.quarantined(0.0) == [("cats/tom.png", moved)]
     disk.remove_quarantined(moved)
     assert not disk.quarantine_path.exists()
     disk.quarantine_path.mkdir()
     disk.sweep_quarantine(60.0)
     assert not disk.quarantine_path.exists()
+
+
+def test_two_directories_share_a_quarantine(uploads: Uploads, tmp_path: Path) -> None:
+    """A copy is found by the uploads directory that it is from, and by others once that is gone: it may be renamed."""
+    paths = [tmp_path / "static" / tenant / "uploads" for tenant in ("a", "b")]
+    one, other = (uploads(path) for path in paths)
+    assert one.quarantine_path == other.quarantine_path
+    for disk, data in ((one, PICTURE), (other, OTHER)):
+        put(disk, "tom.png", data)
+    moved, others = one.quarantine("tom.png"), other.quarantine("tom.png")
+    assert moved is not None
+    assert others is not None
+    assert one.quarantined(0.0) == [("tom.png", moved)]
+    assert other.quarantined(0.0) == [("tom.png", others)]
+    one.sweep_quarantine(0.0)
+    assert other.quarantined(0.0) == [("tom.png", others)]
+    paths[1].rename(tmp_path / "static" / "c")
+    assert sorted(one.quarantined(0.0)) == sorted([("tom.png", moved), ("tom.png", others)])
+    for path in (moved, others):
+        one.remove_quarantined(path)
+    assert not one.quarantine_path.exists()
 
 
 def test_what_is_not_ours_stays_in_quarantine(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
