@@ -123,8 +123,18 @@ class UploadsDirectory(ReadableDirectory):
         return moved
 
     def quarantined(self, age: float) -> list[tuple[str, Path]]:
-        """Return the name and path of every file in quarantine for at least `age` seconds."""
-        return list(self._quarantine.entries(age))
+        """Return the name and path of every file in quarantine for at least `age` seconds.
+
+        Raises `OSError` if there is none where it can be read, and the rest cannot be.
+        """
+        found = list[tuple[str, Path]]()
+        try:
+            for entry in self._quarantine.entries(age):
+                found.append(entry)
+        except OSError:
+            if not found:
+                raise
+        return found
 
     def sweep_quarantine(self, age: float) -> None:
         """Remove what dead processes left in quarantine at least `age` seconds ago, except files."""

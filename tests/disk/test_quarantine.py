@@ -16,7 +16,7 @@ import pytest
 from selfheal.disk import quarantine as quarantine_module
 from selfheal.disk.directory import UploadsDirectory
 from selfheal.disk.listing import walk
-from selfheal.disk.quarantine import QUARANTINE, Quarantine
+from selfheal.disk.quarantine import QUARANTINE
 from tests.support.disk_files import (
     MODIFIED,
     OTHER,
@@ -357,10 +357,10 @@ def test_a_quarantine_of_another_user(uploads: Uploads, ordinary_directory: Path
     put(disk, "tom.png")
     moved = disk.quarantine("tom.png")
     assert moved is not None
-    entries = Quarantine(disk.path, None).entries(0.0)
-    assert next(entries) == ("tom.png", moved)
+    assert disk.quarantined(0.0) == [("tom.png", moved)]
+    disk.remove_quarantined(moved)
     with pytest.raises(PermissionError):
-        next(entries)
+        disk.quarantined(0.0)
 
 
 # -- files that are not moved -----------------------------------------------------------------------------------------
