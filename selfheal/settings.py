@@ -104,7 +104,7 @@ def refuse_served_quarantine(
 
 
 def _refuse_served(what: str, path: Path, directory: Path) -> None:
-    if path.resolve().is_relative_to(directory.resolve()):
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise SettingsError(f"the {what} {path} is in the directory that is served; move it elsewhere")
 
 

@@ -122,18 +122,15 @@ class UploadsDirectory(ReadableDirectory):
         self._root.remove_emptied(name)
         return moved
 
-    def quarantined(self, age: float) -> list[tuple[str, Path]]:
+    def quarantined(self, age: float, errors: list[OSError] | None = None) -> list[tuple[str, Path]]:
         """Return the name and path of every file in quarantine for at least `age` seconds.
 
-        Raises `OSError` if there is none where it can be read, and the rest cannot be.
+        Why something cannot be read is added to `errors`; without them it is raised.
         """
-        found = list[tuple[str, Path]]()
-        try:
-            for entry in self._quarantine.entries(age):
-                found.append(entry)
-        except OSError:
-            if not found:
-                raise
+        failed = list[OSError]() if errors is None else errors
+        found = list(self._quarantine.entries(age, failed))
+        if errors is None and failed:
+            raise failed[0]
         return found
 
     def sweep_quarantine(self, age: float) -> None:

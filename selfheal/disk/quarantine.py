@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import itertools
 import os
 import re
 import secrets
@@ -49,28 +48,26 @@ class Quarantine:
     def remove(self, path: Path) -> None:
         """Remove a file that was moved here, and the directories that are empty then."""
         path.unlink(missing_ok=True)
-        base = self.path if path.is_relative_to(self.path) else self._inside
+        base = self._inside if path.is_relative_to(self._inside) else self.path
         _remove_empty(path.parent, base)
 
-    def entries(self, age: float) -> Iterator[tuple[str, Path]]:
+    def entries(self, age: float, errors: list[OSError]) -> Iterator[tuple[str, Path]]:
         """Yield the name and the path of every file that was moved here at least `age` seconds ago.
 
-        Raises `OSError` if it cannot be read, after the files of the one below the uploads.
+        What cannot be read is left out, and why is added to `errors`.
         """
-        for _, own in self._moves(age):
-            for folder, _, files in _walk(own):
+        for _, own in self._moves(age, errors):
+            for folder, _, files in _walk(own, errors):
                 for path in (Path(folder, file) for file in sorted(files)):
                     if path.is_file() and not path.is_symlink():
                         yield str(path.relative_to(own)), path
 
     def sweep(self, age: float) -> None:
-        """Remove what processes that died left here at least `age` seconds ago, except files. Raises as `entries`."""
-        for base, own in self._moves(age):
-            for folder, _, files in _walk(own, topdown=False):
-                for path in (Path(folder, file) for file in files):
-                    with contextlib.suppress(OSError):  # no link, or another process removed it
-                        if str(path.readlink()) == PLACEHOLDER:
-                            path.unlink()
+        """Remove what processes that died left here at least `age` seconds ago, except files."""
+        for base, own in self._moves(age, []):
+            for folder, _, files in _walk(own, [], topdown=False):
+                for file in files:
+                    _remove_placeholder(Path(folder, file))
                 _remove_empty(Path(folder), base)
         for base in self._places():
             _remove_empty(base, base)
@@ -78,34 +75,47 @@ class Quarantine:
     def _places(self) -> tuple[Path, ...]:
         return (self.path,) if self._inside.is_symlink() else (self._inside, self.path)
 
-    def _moves(self, age: float) -> Iterator[tuple[Path, Path]]:
+    def _moves(self, age: float, errors: list[OSError]) -> Iterator[tuple[Path, Path]]:
         """Yield the place and the directory of every move that was made at least `age` seconds ago."""
         for base in self._places():
-            for _, folders, _ in itertools.islice(_walk(base), 1):
-                for own in (base / folder for folder in sorted(folders) if _OWN.fullmatch(folder)):
-                    is_old = not age or _age(own) >= age  # with 0 also by a disk's clock that is ahead
-                    if is_old and (base == self._inside or not self._is_of_others(own)):
-                        yield base, own
+            for own in _made(base, errors):
+                try:
+                    # with 0 also what a disk's clock that is ahead has made
+                    is_old = not age or time.time() - own.stat().st_mtime >= age
+                    is_ours = base == self._inside or self._is_ours(own)
+                except OSError as error:
+                    _add(errors, error)
+                    continue
+                if is_old and is_ours:
+                    yield base, own
 
-    def _is_of_others(self, own: Path) -> bool:
-        """Whether a move was made for another uploads directory, which is there still."""
+    def _is_ours(self, own: Path) -> bool:
+        """Whether a move was made for this uploads directory, or for one that is gone. Raises `OSError`."""
         try:
-            owner = (own / OWNER).readlink()
-        except OSError:
-            return False
-        return owner != self._uploads and owner.is_dir()
+            owner = os.readlink(own / OWNER)
+            if owner == str(self._uploads):
+                return True
+            theirs = os.stat(owner)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return self._uploads.exists() and os.path.samestat(theirs, os.stat(self._uploads))
 
     def _move(self, parent: int, name: str, base: Path) -> Path:
-        target = _make_own(base, self._uploads) / name
+        own = _make_own(base, self._uploads)
+        *folders, last = name.split("/")
+        here = own
         try:
-            os.makedirs(target.parent, exist_ok=True)
+            for folder in folders:  # only below `own`: it has a mode and an owner
+                here /= folder
+                here.mkdir()
+            target = here / last
             with contextlib.suppress(OSError):  # a disk without links
                 # a file takes its place; a directory that has just got the name does not
                 target.symlink_to(PLACEHOLDER)
-            os.rename(name.rpartition("/")[2], target, src_dir_fd=parent)
+            os.rename(last, target, src_dir_fd=parent)
         except OSError:
-            target.unlink(missing_ok=True)
-            _remove_empty(target.parent, base)
+            _remove_placeholder(here / last)  # not a file: a rename may fail that was done
+            _remove_empty(here, base)
             raise
         return target
 
@@ -137,22 +147,38 @@ def _make_own(quarantine: Path, uploads: Path) -> Path:
     raise failure
 
 
-def _walk(top: Path, *, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As `os.walk`; what another process removes meanwhile is left out. Raises `OSError` for what cannot be read."""
-
-    def fail(error: OSError) -> None:
-        if error.errno not in ABSENT:
-            raise error
-
-    return os.walk(top, topdown, fail)
-
-
-def _age(path: Path) -> float:
-    """Return how many seconds ago a directory was changed; -1.0 if another process removed it."""
+def _made(base: Path, errors: list[OSError]) -> list[Path]:
+    """Return the directories of all moves to a place."""
     try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return -1.0
+        with os.scandir(base) as entries:
+            ours = [
+                entry.name for entry in entries if _OWN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError as error:
+        _add(errors, error)
+        return []
+    return [base / name for name in sorted(ours)]
+
+
+def _walk(top: Path, errors: list[OSError], *, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
+    return os.walk(top, topdown, lambda error: _add(errors, error))
+
+
+def _add(errors: list[OSError], error: OSError) -> None:
+    if error.errno not in ABSENT:  # another process removed it
+        errors.append(error)
+
+
+def _remove_placeholder(path: Path) -> None:
+    """Remove the link whose place a file did not take. A file that takes it at this moment stays."""
+    with contextlib.suppress(OSError):  # no link, or another process removed it
+        if os.readlink(path) == PLACEHOLDER:
+            moved = path.with_name(f"{PLACEHOLDER}-{secrets.token_hex(4)}")
+            os.rename(path, moved)
+            if moved.is_symlink():
+                moved.unlink()
+            else:
+                os.rename(moved, path)
 
 
 def _remove_empty(directory: Path, base: Path) -> None:

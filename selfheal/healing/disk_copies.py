@@ -70,13 +70,13 @@ class DiskCopies:
 
     async def drain(self) -> None:
         """Store what waits in quarantine: the database did not answer, or the process died, when it was moved there."""
-        try:
-            for name, path in await self.disk.threads.run(self.disk.quarantined, DRAINED_AFTER):
-                if names.is_valid(name):
-                    await self._keep(name, path, "it waited in quarantine")
-            await self.disk.threads.run(self.disk.sweep_quarantine, DRAINED_AFTER)
-        except OSError as error:
-            self.events.log_once(logging.WARNING, "quarantine", f"the quarantine cannot be read: {error}")
+        errors = list[OSError]()
+        for name, path in await self.disk.threads.run(self.disk.quarantined, DRAINED_AFTER, errors):
+            if names.is_valid(name):
+                await self._keep(name, path, "it waited in quarantine")
+        await self.disk.threads.run(self.disk.sweep_quarantine, DRAINED_AFTER)
+        if errors:
+            self.events.log_once(logging.WARNING, "quarantine", f"the quarantine cannot be read: {errors[0]}")
 
     async def _move_away(self, name: str, why: str) -> Path | None:
         try:

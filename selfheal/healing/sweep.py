@@ -73,8 +73,9 @@ class Sweep:
                 return
             disk, progress = found[0], parse(found[1])
             if self._is_due:
-                self._is_due, progress = False, Progress()
+                progress = Progress()
                 await self._remember(disk, progress)  # it is due still if this sweep is broken off
+                self._is_due = False
             if not 0 <= time.time() - progress.finished < self.every:
                 await self._sweep(disk, "" if progress.finished else progress.after)
 

@@ -119,7 +119,10 @@ async def _disk(store: UploadStore) -> Answer:
 
 
 async def _quarantine(store: UploadStore) -> Answer:
-    found = await store.threads.run(store.disk.quarantined, 0.0)
+    errors = list[OSError]()
+    found = await store.threads.run(store.disk.quarantined, 0.0, errors)
+    if errors and not found:
+        raise errors[0]
     if not found:
         return OK, f"empty ({store.disk.quarantine_path})"
     text = f"{counted(len(found), 'file')} that the database does not have; a running server stores what it can"

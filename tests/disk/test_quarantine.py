@@ -357,10 +357,92 @@ def test_a_quarantine_of_another_user(uploads: Uploads, ordinary_directory: Path
     put(disk, "tom.png")
     moved = disk.quarantine("tom.png")
     assert moved is not None
-    assert disk.quarantined(0.0) == [("tom.png", moved)]
-    disk.remove_quarantined(moved)
+    errors = list[OSError]()
+    assert disk.quarantined(0.0, errors) == [("tom.png", moved)]
+    assert [error.errno for error in errors] == [errno.EACCES]
     with pytest.raises(PermissionError):
         disk.quarantined(0.0)
+
+
+def test_a_copy_of_another_user(uploads: Uploads, ordinary_directory: Path) -> None:
+    """A copy that another user moved, which cannot be read, hides no other one."""
+    disk = uploads(ordinary_directory / "uploads")
+    moved = []
+    for name in ("a.png", "b.png", "c.png"):
+        put(disk, name)
+        moved.append(disk.quarantine(name))
+    found = [path for _, path in disk.quarantined(0.0)]
+    found[1].parent.chmod(0o000)
+    try:
+        errors = list[OSError]()
+        assert [path for _, path in disk.quarantined(0.0, errors)] == [found[0], found[2]]
+        assert [error.errno for error in errors] == [errno.EACCES]
+        with pytest.raises(PermissionError):
+            disk.quarantined(0.0)
+        disk.sweep_quarantine(0.0)
+    finally:
+        found[1].parent.chmod(0o700)
+    assert [path for _, path in disk.quarantined(0.0)] == found
+
+
+def test_a_directory_that_is_a_link_now(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
+    """A copy is found when the uploads have moved behind a link, but nothing behind a link in the quarantine is."""
+    aside = tmp_path / "aside"
+    disk = uploads(directory, quarantine=aside)
+    put(disk, "tom.png")
+    moved = disk.quarantine("tom.png")
+    assert moved is not None
+    directory.rename(tmp_path / "volume")
+    directory.symlink_to(tmp_path / "volume")
+    write_file(tmp_path / "theirs" / "mog.png")
+    (aside / "20200101T000000-00000000").symlink_to(tmp_path / "theirs")
+    assert uploads(directory, quarantine=aside).quarantined(0.0) == [("tom.png", moved)]
+
+
+def test_a_rename_that_fails_although_it_was_done(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was moved although the disk reports an error (NFS) stays in quarantine."""
+    put(disk, "cats/tom.png")
+    real = os.rename
+
+    def fails_late(*arguments: object, **more: object) -> None:
+        real(*arguments, **more)  # type: ignore[arg-type]
+        raise OSError(errno.ENOENT, "no such file")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "rename", fails_late)
+        assert disk.quarantine("cats/tom.png") is None
+    assert [(name, path.read_bytes()) for name, path in disk.quarantined(0.0)] == [("cats/tom.png", PICTURE)]
+
+
+def test_a_file_that_takes_its_place_while_it_is_swept(disk: UploadsDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep by another clock removes no file that is moved at this moment."""
+    place = disk.quarantine_path / "20200101T000000-00000000" / "tom.png"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(quarantine_module.PLACEHOLDER)
+    write_file(disk.path_of("tom.png"))
+    real = os.readlink
+
+    def readlink_before_the_move(path: Path) -> str:
+        found = real(path)
+        if disk.path_of("tom.png").exists():
+            disk.path_of("tom.png").rename(place)
+        return found
+
+    with monkeypatch.context() as racing:
+        racing.setattr(os, "readlink", readlink_before_the_move)
+        disk.sweep_quarantine(0.0)
+    assert disk.quarantined(0.0) == [("tom.png", place)]
+    assert place.read_bytes() == PICTURE
+
+
+def test_a_quarantine_above_the_uploads(uploads: Uploads, tmp_path: Path) -> None:
+    """What leaves the quarantine inside the root takes no directory above the root with it."""
+    disk = uploads(tmp_path / "a" / "b" / "uploads", quarantine=tmp_path / "a")
+    inside = disk.path / QUARANTINE / "20200101T000000-00000000" / "tom.png"
+    write_file(inside)
+    disk.remove_quarantined(inside)
+    assert disk.path.is_dir()
+    assert list(disk.path.iterdir()) == []
 
 
 # -- files that are not moved -----------------------------------------------------------------------------------------
