@@ -64,11 +64,16 @@ def test_the_quarantine_is_not_served(uploads: Uploads, tmp_path: Path, path: st
     assert moved.relative_to(tmp_path).parts[-4].startswith(".")
 
 
-def test_the_quarantine_may_be_a_link(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
-    """The quarantine given may be a link: bad copies go to its target and not into the root."""
+def link_to_a_directory(tmp_path: Path) -> Path:
+    """Make a link `quarantine` to a directory `large`."""
     (tmp_path / "large").mkdir()
     (tmp_path / "quarantine").symlink_to("large")
-    disk = uploads(directory, quarantine=tmp_path / "quarantine")
+    return tmp_path / "quarantine"
+
+
+def test_the_quarantine_may_be_a_link(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
+    """The quarantine given may be a link: bad copies go to its target and not into the root."""
+    disk = uploads(directory, quarantine=link_to_a_directory(tmp_path))
     put(disk, "cats/tom.png")
     moved = disk.quarantine("cats/tom.png")
     assert moved is not None
@@ -261,9 +266,7 @@ def test_nothing_in_quarantine_is_overwritten(disk: UploadsDirectory, monkeypatc
 
 def test_what_is_in_quarantine_is_found_wherever_it_is(uploads: Uploads, directory: Path, tmp_path: Path) -> None:
     """Copies are found behind a link to the quarantine, and in the one inside the root, but not behind a link there."""
-    (tmp_path / "large").mkdir()
-    (tmp_path / "quarantine").symlink_to("large")
-    disk = uploads(directory, quarantine=tmp_path / "quarantine")
+    disk = uploads(directory, quarantine=link_to_a_directory(tmp_path))
     put(disk, "cats/tom.png")
     moved = disk.quarantine("cats/tom.png")
     assert moved is not None
